@@ -1,0 +1,30 @@
+"""qat: pretrained model in, ternary or binary BitLinear model out, fine-tuned with the quantization in the loop.
+
+Names load on first use, because torch alone takes more than a second to import.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "QuantConfig": "qat.config",
+    "TrainConfig": "qat.config",
+    "BitLinear": "qat.bitlinear",
+    "PackedBitLinear": "qat.bitlinear",
+    "Conversion": "qat.conversion",
+    "convert": "qat.conversion",
+    "pack": "qat.conversion",
+    "unpack": "qat.conversion",
+}
+
+__all__ = ["__version__", "ops", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name == "ops":
+        return import_module("qat.ops")
+    raise AttributeError(f"module 'qat' has no attribute {name!r}")

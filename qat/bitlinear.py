@@ -1,0 +1,172 @@
+"""BitLinear trains a latent weight; PackedBitLinear runs packed codes. Two classes, never one with modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat import ops
+from qat.config import QuantConfig
+from qat.packing import check_packed, get_layout
+from qat.quantizers import dequantize_weight, mix
+
+
+class BitLinear(nn.Linear):
+    """nn.Linear whose forward quantizes the weight and the input (BitNet b1.58, arXiv:2402.17764).
+
+    `weight` [out_features, in_features] is the latent weight: an ordinary parameter that optimizers, DDP, FSDP and
+    `save_pretrained` treat as any other. The bias is added after rescaling.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: QuantConfig | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._configure(config or QuantConfig())
+
+    def _configure(self, config: QuantConfig) -> None:
+        ops.check_kernels(config.kernels)
+        if config.group_size is not None and self.in_features % config.group_size:
+            raise ValueError(
+                f"in_features={self.in_features} is not a multiple of quant.group_size={config.group_size};"
+                " choose a divisor, or leave the layer out with exclude"
+            )
+        self.config = replace(config)
+        self.lam: Tensor | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None) -> BitLinear:
+        """A BitLinear that shares `linear`'s parameters, training mode and device."""
+        layer = cls(linear.in_features, linear.out_features, False, config, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def set_lambda(self, value: float) -> None:
+        """Blend quantization in: W + lambda (Q(W) - W), activations likewise. 1 is plain quantization.
+
+        A tensor carries the value, so that torch.compile does not recompile at every step.
+        """
+        if not 0 <= value <= 1:
+            raise ValueError(f"lambda={value} is not allowed; it must be in 0 to 1")
+        if value == 1:
+            self.lam = None
+        elif self.lam is None:
+            self.lam = torch.tensor(value, dtype=torch.float32, device=self.weight.device)
+        else:
+            self.lam.fill_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        if self.lam is None:
+            return ops.bitlinear(x, self.weight, self.bias, self.config)
+        return F.linear(self._mixed_activation(x), self._mixed_weight(), self.bias)
+
+    def _mixed_weight(self) -> Tensor:
+        quantized = dequantize_weight(*ops.quantize_weight(self.weight.detach(), self.config))
+        return mix(self.weight, quantized.to(self.weight.dtype), self.lam).to(self.weight.dtype)
+
+    def _mixed_activation(self, x: Tensor) -> Tensor:
+        if self.config.act_bits is None:
+            return x
+        codes, scale = ops.quantize_activation(x.detach(), self.config.act_granularity, self.config.eps)
+        return mix(x, (codes * scale).to(x.dtype), self.lam).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        group = f" of {c.group_size}" if c.group_size else ""
+        activations = f"int{c.act_bits} per {c.act_granularity}" if c.act_bits else "float"
+        return f"{super().extra_repr()}, {c.weight} {c.scale} per {c.granularity}{group}, activations {activations}"
+
+
+class PackedBitLinear(nn.Module):
+    """A linear layer that runs from packed codes: uint8 `packed` and float32 `weight_scale`, and `bias` if any.
+
+    Moving it to another floating dtype leaves `weight_scale` in float32: it is part of the format.
+    """
+
+    packed: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, config: QuantConfig, layout: str = "2bit", device: Any = None
+    ) -> None:
+        super().__init__()
+        ops.check_kernels(config.kernels)
+        self.in_features, self.out_features = in_features, out_features
+        self.config, self.layout = replace(config), layout
+        rows = 1 if config.granularity == "tensor" else out_features
+        groups = in_features // config.group_size if config.group_size else 1
+        row_bytes = get_layout(layout).row_bytes(in_features)
+        self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.ones(rows, groups, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+
+    @classmethod
+    def from_bitlinear(cls, layer: BitLinear, layout: str = "2bit") -> PackedBitLinear:
+        """Pack a trained layer. Its outputs stay the same to the bit (at lambda 1)."""
+        packed = cls(layer.in_features, layer.out_features, False, layer.config, layout, device="meta")
+        with torch.no_grad():
+            codes, scale = ops.quantize_weight(layer.weight, layer.config)
+            packed.packed = ops.pack_ternary(codes, layout)
+            packed.weight_scale = scale
+            packed.bias = None if layer.bias is None else layer.bias.detach().clone()
+        return packed.train(layer.training)
+
+    def codes(self) -> Tensor:
+        """int8 [out_features, in_features] in {-1, 0, 1}; ValueError if a byte holds no codes."""
+        return ops.unpack_ternary(self.packed, self.in_features, self.layout)
+
+    def dequantize(self) -> Tensor:
+        """codes * weight_scale, float32 [out_features, in_features]."""
+        return dequantize_weight(self.codes(), self.weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.packed_linear(
+            x,
+            self.packed,
+            self.weight_scale,
+            self.bias,
+            in_features=self.in_features,
+            layout=self.layout,
+            act_bits=self.config.act_bits,
+            act_granularity=self.config.act_granularity,
+            eps=self.config.eps,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse bytes and scales that no writer of ours produced, before they become garbage output."""
+        name = prefix + "packed"
+        if name in state_dict:
+            check_packed(state_dict[name], self.in_features, self.layout, name)
+        scale = state_dict.get(prefix + "weight_scale")
+        if scale is not None and not bool(torch.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError(f"{prefix}weight_scale holds values that are not finite and above 0")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.config.weight} {self.layout}, scale {list(self.weight_scale.shape)}"
+        )

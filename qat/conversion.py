@@ -1,0 +1,376 @@
+"""One walker over a model's modules; convert, pack and unpack swap layers in place and say what they did.
+
+Module swap rather than tensor subclass: latent weights stay ordinary parameters. Whatever multiplies by a matrix and
+is not converted appears in `Conversion.skipped` with the reason, or is refused: a layer that silently stays in full
+precision is the trap of this field (GPT-2's Conv1D, 3-D expert weights, torch's fused encoder layer).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from qat.bitlinear import BitLinear, PackedBitLinear
+from qat.config import QuantConfig
+from qat.packing import get_layout
+
+VERSION = 1
+HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
+ROUTERS = ("gate", "router", "shared_expert_gate")
+_OWN_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, BitLinear, PackedBitLinear)
+
+
+@dataclass
+class Conversion:
+    """What a walk changed (`converted`: module names) and what it left alone (`skipped`: name -> reason).
+
+    As JSON it is a map that rebuilds the same layers in a fresh model: `Conversion.from_json(text).apply(model)`.
+    """
+
+    kind: str
+    config: QuantConfig
+    converted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    layout: str | None = None
+
+    def to_json(self) -> str:
+        """The record as a JSON object with its version."""
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Conversion:
+        """The inverse of `to_json`; ValueError for text that is not such a record."""
+        try:
+            data = json.loads(text)
+            version = data.pop("version")
+            if version != VERSION:
+                raise ValueError(f"version {version} is not known; this qat reads version {VERSION}")
+            record = cls(**{**data, "config": QuantConfig(**data["config"])})
+            if record.kind not in ("bitlinear", "packed"):
+                raise ValueError(f"kind={record.kind!r} is not known; allowed are bitlinear and packed")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a conversion record of qat: {error}") from error
+        return record
+
+    def apply(self, model: nn.Module) -> None:
+        """Put empty layers of this record into a fresh, unconverted `model`, ready for its state dict.
+
+        Raises:
+            ValueError: a module that the record names is missing or is not a linear layer.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        fresh: dict[str, nn.Module] = {}
+        for name in self.converted:
+            linear = modules.get(name)
+            if linear is None or not _is_linear(linear):
+                found = "missing" if linear is None else f"a {type(linear).__name__}"
+                raise ValueError(f"the record converts {name!r}, which is {found} in this {type(model).__name__}")
+            fresh[name] = self._build(linear)
+        _swap(model, fresh)
+        _disable_fused_encoder(model)
+
+    def _build(self, linear: nn.Module) -> nn.Module:
+        plain = _as_linear(linear)
+        if self.kind == "bitlinear":
+            return BitLinear.from_linear(plain, self.config)
+        bias = plain.bias is not None
+        layer = PackedBitLinear(
+            plain.in_features, plain.out_features, bias, self.config, self.layout or "2bit", plain.weight.device
+        )
+        return layer.train(linear.training)
+
+    def summary(self) -> str:
+        """One line a person reads: how many layers, and each one skipped with its reason."""
+        total = len(self.converted) + len(self.skipped)
+        text = f"{len(self.converted)} of {total} linear layers converted"
+        if not self.skipped:
+            return text
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        parts = [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({why})" for why, names in by_reason.items()]
+        return f"{text}; skipped {'; '.join(parts)}"
+
+
+def convert(
+    model: nn.Module,
+    config: QuantConfig | None = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Conversion:
+    """Replace the linear layers of `model` by BitLinear, in place.
+
+    Args:
+        model: any module; itself a linear layer too. GPT-2's Conv1D counts as one.
+        config: how to quantize; default b1.58.
+        include: shell patterns of module names. Default: all but output heads, tied weights and MoE routers. A head or
+            a router is converted when a pattern without wildcards names it.
+        exclude: shell patterns of modules to leave alone; wins over `include`.
+
+    Raises:
+        ValueError: no layer matches; the model is already quantized; a weight is not finite; a group size does not fit;
+            expert weights stored as one 3-D parameter, which no walker could convert (exclude them knowingly).
+    """
+    config = config or QuantConfig()
+    selection = _Selection(_patterns(include), _patterns(exclude))
+    _refuse_quantized(model)
+    _refuse_experts(model, selection)
+    record = Conversion("bitlinear", config)
+    layers: dict[str, nn.Module] = {}
+    seen: dict[int, str] = {}
+    context = _Context.of(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not _is_linear(module):
+            record.skipped.update({} if id(module) in seen else _other_matrices(name, module))
+            continue
+        if id(module) in seen:
+            record.skipped[name] = f"the same module as {seen[id(module)]}"
+            continue
+        seen[id(module)] = name
+        reason = context.skip_reason(name, module) or selection.skip_reason(name)
+        if reason and not selection.names_exactly(name, reason):
+            record.skipped[name] = reason
+            continue
+        layers[name] = _convert_layer(name, module, config)
+        record.converted.append(name)
+    _refuse_empty(model, record, "nothing to convert")
+    _swap(model, layers)
+    _disable_fused_encoder(model)
+    return record
+
+
+def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
+    """Replace every BitLinear by PackedBitLinear (`2bit` or `base3`), in place; outputs stay equal to the bit.
+
+    Raises:
+        ValueError: no BitLinear; unknown layout; a latent weight that is not finite; lambda still below 1.
+    """
+    get_layout(layout)
+
+    def build(name: str, layer: nn.Module) -> nn.Module:
+        assert isinstance(layer, BitLinear)
+        if layer.lam is not None:
+            raise ValueError(f"{name or 'the model'} still blends quantization in (lambda={layer.lam.item():g}); set_lambda(1) first")
+        _refuse_nonfinite(name, layer.weight)
+        return PackedBitLinear.from_bitlinear(layer, layout)
+
+    return _exchange(model, BitLinear, build, "packed", layout)
+
+
+def unpack(model: nn.Module) -> Conversion:
+    """Replace every PackedBitLinear by nn.Linear with the dequantized weights, in place.
+
+    The activations are no longer quantized, so outputs differ by the int8 rounding of the inputs.
+
+    Raises:
+        ValueError: no PackedBitLinear; a byte that holds no codes.
+    """
+
+    def build(name: str, layer: nn.Module) -> nn.Module:
+        assert isinstance(layer, PackedBitLinear)
+        linear = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+        linear.weight = nn.Parameter(layer.dequantize())
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias.detach().clone())
+        return linear.train(layer.training)
+
+    return _exchange(model, PackedBitLinear, build, "unpacked", None)
+
+
+def bitlinears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """(name, layer) of every BitLinear, each once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BitLinear))
+
+
+def set_lambda(model: nn.Module, value: float) -> None:
+    """Blend quantization in everywhere: 0 is full precision, 1 is fully quantized."""
+    for _, layer in bitlinears(model):
+        layer.set_lambda(value)
+
+
+def _exchange(
+    model: nn.Module, kind: type[nn.Module], build: Callable[[str, nn.Module], nn.Module], done: str, layout: str | None
+) -> Conversion:
+    old = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    if not old:
+        raise ValueError(f"{type(model).__name__} has no {kind.__name__} layer to be {done}")
+    config: QuantConfig = next(iter(old.values())).config  # type: ignore[assignment]
+    layers = {name: build(name, module) for name, module in old.items()}
+    _swap(model, layers)
+    return Conversion(done, config, list(layers), {}, layout)
+
+
+def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The user's shell patterns."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def excludes(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def skip_reason(self, name: str) -> str | None:
+        if self.excludes(name):
+            return "matches exclude"
+        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return "no match in include"
+        return None
+
+    def names_exactly(self, name: str, reason: str) -> bool:
+        return reason in (_HEAD_REASON, _ROUTER_REASON) and name in self.include and not self.excludes(name)
+
+
+_HEAD_REASON = "output head, kept in full precision"
+_ROUTER_REASON = "MoE router, kept in full precision"
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What a layer's surroundings say about it."""
+
+    modules: dict[str, nn.Module]
+    embedding_weights: dict[int, str]
+    head: nn.Module | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Context:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        tied = {id(m.weight): name for name, m in modules.items() if isinstance(m, nn.Embedding)}
+        get_head = getattr(model, "get_output_embeddings", None)
+        return cls(modules, tied, get_head() if callable(get_head) else None)
+
+    def skip_reason(self, name: str, module: nn.Module) -> str | None:
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self.modules.get(parent_name)
+        if id(module.weight) in self.embedding_weights:
+            return f"tied to the embedding {self.embedding_weights[id(module.weight)]}"
+        if module is self.head or (leaf in HEADS and name):
+            return _HEAD_REASON
+        if leaf in ROUTERS and hasattr(parent, "experts"):
+            return _ROUTER_REASON
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads this weight itself and never calls the layer"
+        if not _is_conv1d(module) and type(module).forward is not nn.Linear.forward:
+            return f"{type(module).__name__} has a forward of its own"
+        if hasattr(module, "parametrizations"):
+            return "its weight is parametrized"
+        return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D, told by name and shape, so that transformers need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return (isinstance(module, nn.Linear) and not isinstance(module, BitLinear)) or _is_conv1d(module)
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """The layer itself, or Conv1D's [in, out] weight as a linear's [out, in]."""
+    if not _is_conv1d(module):
+        assert isinstance(module, nn.Linear)
+        return module
+    k, n = module.weight.shape  # type: ignore[misc]
+    linear = nn.Linear(k, n, False, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), module.weight.requires_grad)  # type: ignore[operator]
+    linear.bias = module.bias  # type: ignore[assignment]
+    return linear.train(module.training)
+
+
+def _convert_layer(name: str, module: nn.Module, config: QuantConfig) -> BitLinear:
+    _refuse_nonfinite(name, module.weight)  # type: ignore[arg-type]
+    try:
+        return BitLinear.from_linear(_as_linear(module), config)
+    except ValueError as error:
+        raise ValueError(f"{name or type(module).__name__}: {error}") from error
+
+
+def _other_matrices(name: str, module: nn.Module) -> dict[str, str]:
+    """Matrices that a module multiplies by itself: convolutions, recurrent layers, fused projections, routers."""
+    if isinstance(module, _OWN_MATRIX):
+        return {}
+    why = f"{type(module).__name__} is neither nn.Linear nor Conv1D"
+    return {
+        f"{name}.{key}".lstrip("."): why
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.ndim >= 2 and weight.shape[0] > 1 and weight.shape[1] > 1 and weight.is_floating_point()
+    }
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, BitLinear | PackedBitLinear):
+            raise ValueError(f"already converted: {name or 'the model'} is a {type(module).__name__}")
+        if isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+            raise ValueError(f"already quantized: {name or 'the model'} holds {weight.dtype} weights; load it in full precision")
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError("already quantized: the model's config has a quantization_config; load it in full precision")
+
+
+def _refuse_experts(model: nn.Module, selection: _Selection) -> None:
+    conv = nn.modules.conv._ConvNd
+    for name, module in model.named_modules():
+        if selection.skip_reason(name) or isinstance(module, (conv, nn.Bilinear)):
+            continue
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 3 and min(weight.shape) > 1:
+                raise ValueError(
+                    f"{name or 'the model'} ({type(module).__name__}) stores {weight.shape[0]} expert matrices as the one 3-D parameter"
+                    f" {key!r} {list(weight.shape)}, which cannot become BitLinear layers; to leave it in full precision knowingly,"
+                    f" pass exclude='*{name.rpartition('.')[2]}'"
+                )
+
+
+def _refuse_nonfinite(name: str, weight: torch.Tensor) -> None:
+    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name or 'the model'}.weight holds NaN or infinite values")
+
+
+def _refuse_empty(model: nn.Module, record: Conversion, what: str) -> None:
+    if not record.converted:
+        raise ValueError(f"{what}: {record.summary()} in {type(model).__name__}; check include and exclude")
+
+
+def _swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Put each new layer wherever the old one is referenced, so a shared module stays shared."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new_of = {id(modules[name]): layer for name, layer in layers.items()}
+    for name, module in modules.items():
+        new = new_of.get(id(module))
+        if new is None:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if name:
+            setattr(modules[parent], leaf, new)
+        else:
+            _become(model, new)
+
+
+def _become(module: nn.Module, new: nn.Module) -> None:
+    """Turn the root into `new` in place: there is no parent to hold another object."""
+    module.__class__ = new.__class__
+    module.__dict__.clear()
+    module.__dict__.update(new.__dict__)
+
+
+def _disable_fused_encoder(model: nn.Module) -> None:
+    """torch's encoder layer has a fused path in eval mode that reads weights and never calls its linear layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+

@@ -1,0 +1,181 @@
+"""The ops behind BitLinear, callable on their own, traced by torch.compile and torch.export.
+
+Each wrapper checks its arguments and calls `torch.ops.qat.<name>`; `library` holds schemas, fakes and gradients,
+`reference` the pure-torch implementation. Legend: N out_features, K in_features, G groups along K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.config import QuantConfig
+from qat.ops import library as library
+from qat.packing import get_layout
+
+_DEFAULT = QuantConfig()
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def _check_input(x: Tensor, k: int) -> None:
+    _need(x.is_floating_point() and x.ndim >= 1, f"x must be a floating-point tensor [..., {k}], not {_describe(x)}")
+    _need(x.shape[-1] == k, f"x has {x.shape[-1]} features in its last dimension, but the layer has in_features={k}")
+
+
+def _check_bias(bias: Tensor | None, n: int) -> None:
+    _need(bias is None or (bias.is_floating_point() and bias.shape == (n,)), f"bias must be floating point [{n}]" + ("" if bias is None else f", not {_describe(bias)}"))
+
+
+def _check_device(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        _need(tensor is None or tensor.device == x.device, f"{name} is on {tensor.device if tensor is not None else ''}, but x is on {x.device}")
+
+
+def backend() -> dict[str, dict[str, str]]:
+    """Which kernels serve which device, and why: {"cpu": {"kernels": ..., "why": ...}, ...}."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {device: {"kernels": "reference", "why": "this version has no compiled kernels"} for device in devices}
+
+
+def check_kernels(kernels: str) -> None:
+    """Raise ValueError when `quant.kernels=compiled` cannot be honoured."""
+    if kernels == "compiled":
+        for device, found in backend().items():
+            _need(found["kernels"] == "compiled", f"quant.kernels=compiled, but {device} has none: {found['why']}; use auto or reference")
+
+
+def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """int8 codes [..., K] and float32 scale [..., 1] with x ~ x_q * scale (BitNet b1.58, arXiv:2402.17764, section 2).
+
+    Args:
+        x: floating point [..., K].
+        granularity: `token` (one scale a row) or `tensor` (the same scale in every row).
+        eps: lower bound of max|x|; an all-zero row gives zeros.
+
+    Raises:
+        ValueError: x is not floating point or has no dimension; unknown granularity.
+    """
+    _need(x.is_floating_point() and x.ndim >= 1, f"x must be a floating-point tensor [..., K], not {_describe(x)}")
+    _need(granularity in ("token", "tensor"), f"granularity={granularity!r} is not allowed; choose token or tensor")
+    return torch.ops.qat.quantize_activation(x, granularity, eps)
+
+
+def _weight_arguments(config: QuantConfig) -> tuple[str, str, str, int | None, str]:
+    return config.weight, config.scale, config.granularity, config.group_size, config.scale_dtype
+
+
+def _check_weight(w: Tensor, config: QuantConfig) -> None:
+    _need(w.is_floating_point() and w.ndim == 2, f"weight must be a floating-point matrix [N, K], not {_describe(w)}")
+    group = config.group_size
+    _need(
+        group is None or w.shape[1] % group == 0,
+        f"in_features={w.shape[1]} is not a multiple of quant.group_size={group}; choose a divisor, or leave the layer out with exclude",
+    )
+
+
+def quantize_weight(w: Tensor, config: QuantConfig = _DEFAULT) -> tuple[Tensor, Tensor]:
+    """int8 codes t [N, K] in {-1, 0, 1} and float32 scale [1 | N, 1 | K / group_size] with w ~ t * scale.
+
+    Source: arXiv:2402.17764, eq. 1-3 (ternary); arXiv:2310.11453, eq. 1-3 (binary).
+
+    Raises:
+        ValueError: w is not a floating-point matrix; K is not a multiple of the group size.
+    """
+    _check_weight(w, config)
+    return torch.ops.qat.quantize_weight(w, *_weight_arguments(config), config.eps)
+
+
+def pack_ternary(t: Tensor, layout: str = "2bit") -> Tensor:
+    """Codes t [N, K] in {-1, 0, 1} as bytes uint8 [N, ceil(K / 4)] (`2bit`) or [N, ceil(K / 5)] (`base3`).
+
+    Raises:
+        ValueError: unknown layout; t is not an integer matrix; a value outside {-1, 0, 1}.
+    """
+    get_layout(layout)
+    return torch.ops.qat.pack_ternary(t, layout)
+
+
+def unpack_ternary(packed: Tensor, k: int, layout: str = "2bit") -> Tensor:
+    """Codes int8 [N, k] of packed bytes; the inverse of `pack_ternary`.
+
+    Raises:
+        ValueError: unknown layout; wrong dtype or length; a byte that holds no ternary codes.
+    """
+    get_layout(layout)
+    return torch.ops.qat.unpack_ternary(packed, k, layout)
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    layout: str = "2bit",
+    act_bits: int | None = 8,
+    act_granularity: str = "token",
+    eps: float = 1e-5,
+) -> Tensor:
+    """One call for: quantize x to int8, integer matmul with packed codes, rescale, add bias.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        packed: uint8 [N, ceil(K / 4)] or [N, ceil(K / 5)], as `pack_ternary` gives it. Its bytes are not checked here.
+        scale: float32 [1 | N, 1 | G], multiplies.
+        bias: [N], added after rescaling.
+        in_features: K.
+        layout: `2bit` or `base3`.
+        act_bits: 8, or None to leave x in floating point.
+
+    Returns:
+        [..., N] in x's dtype. Differentiable in x and bias.
+
+    Raises:
+        ValueError: a wrong dtype, shape, device or layout, with the argument's name and what was expected.
+    """
+    row_bytes = get_layout(layout).row_bytes(in_features)
+    _check_input(x, in_features)
+    _need(
+        packed.dtype == torch.uint8 and packed.ndim == 2 and packed.shape[1] == row_bytes,
+        f"packed must be uint8 [N, {row_bytes}] for in_features={in_features} in layout {layout}, not {_describe(packed)}",
+    )
+    n = packed.shape[0]
+    _need(
+        scale.dtype == torch.float32 and scale.ndim == 2 and scale.shape[0] in (1, n) and scale.shape[1] >= 1 and in_features % scale.shape[1] == 0,
+        f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {_describe(scale)}",
+    )
+    _check_bias(bias, n)
+    _check_device(x, packed=packed, scale=scale, bias=bias)
+    return torch.ops.qat.packed_linear(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
+
+
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: QuantConfig = _DEFAULT) -> Tensor:
+    """The training linear: quantize x [..., K] and the latent weight [N, K], integer matmul, rescale, add bias.
+
+    Straight-through backward on the quantized operands; int8 codes are saved instead of floats. Under autocast x is
+    cast to the autocast dtype; the latent weight is always quantized from its own precision.
+
+    Returns:
+        [..., N] in x's dtype (autocast's, under autocast).
+
+    Raises:
+        ValueError: a wrong dtype, shape or device, with the argument's name and what was expected.
+    """
+    _check_weight(weight, config)
+    _check_input(x, weight.shape[1])
+    _check_bias(bias, weight.shape[0])
+    _check_device(x, weight=weight, bias=bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return torch.ops.qat.bitlinear(
+        x, weight, bias, *_weight_arguments(config), config.act_bits, config.act_granularity, config.eps
+    )[0]

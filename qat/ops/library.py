@@ -1,0 +1,154 @@
+"""The ops as torch.library knows them: schema, reference implementation, fake (shapes), autograd.
+
+A compiled library overrides the CPU or the CUDA key of these same names; nothing above this file changes.
+The gradients are straight-through (arXiv:1308.3432): the identity through round, sign and clip, so the backward
+pass is two matmuls on the quantized operands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat import packing, quantizers
+from qat.ops import reference
+
+_LIBRARY = torch.library.Library("qat", "DEF")
+
+
+def _fake_quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _fake_quantize_weight(
+    w: Tensor, weight: str, scale: str, granularity: str, group_size: int | None, scale_dtype: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    shape = quantizers.scale_shape(*w.shape, granularity, group_size)
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_pack_ternary(t: Tensor, layout: str) -> Tensor:
+    return t.new_empty((t.shape[0], packing.get_layout(layout).row_bytes(t.shape[1])), dtype=torch.uint8)
+
+
+def _fake_unpack_ternary(packed: Tensor, k: int, layout: str) -> Tensor:
+    return packed.new_empty((packed.shape[0], k), dtype=torch.int8)
+
+
+def _fake_packed_linear(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _fake_bitlinear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: str,
+    scale: str,
+    granularity: str,
+    group_size: int | None,
+    scale_dtype: str,
+    act_bits: int | None,
+    act_granularity: str,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    x_q, x_scale = _fake_quantize_activation(x, act_granularity, eps)
+    if act_bits is None:
+        x_q, x_scale = x_q.new_empty(0), x_scale.new_empty(0)
+    return y, x_q, x_scale, *_fake_quantize_weight(weight, scheme, scale, granularity, group_size, scale_dtype, eps)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
+
+
+def _save_bitlinear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias = inputs[:3]
+    _, x_q, x_scale, t, w_scale = output
+    ctx.quantized = inputs[8] is not None
+    ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(x_q if ctx.quantized else x, x_scale, t, w_scale)
+    ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_bitlinear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Matmuls on the quantized operands, in the precision of the gradient that arrives."""
+    rest = (None,) * 8
+    if grad is None:
+        return None, None, None, *rest
+    x, x_scale, t, w_scale = ctx.saved_tensors
+    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad @ quantizers.dequantize_weight(t, w_scale).to(grad.dtype)).to(x_dtype)
+    if ctx.needs_input_grad[1]:
+        values = x.float() * x_scale if ctx.quantized else x
+        grad_weight = _weight_gradient(grad, values.to(grad.dtype)).to(weight_dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = _bias_gradient(grad).to(bias_dtype)
+    return grad_x, grad_weight, grad_bias, *rest
+
+
+def _save_packed_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, bias, ctx.in_features, ctx.layout = inputs[:6]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(packed, scale)
+
+
+def _backward_packed_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """For adapters trained on top: gradients of the input and the bias; packed codes and their scale are frozen."""
+    packed, scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        t = packing.decode(packed, ctx.in_features, ctx.layout)
+        grad_x = grad @ quantizers.dequantize_weight(t, scale).to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, None, None, None, None
+
+
+_WEIGHT = "str weight_scheme, str scale_kind, str granularity, int? group_size, str scale_dtype"
+
+# name -> arguments and results, reference, fake
+_OPS: dict[str, tuple[str, Any, Any]] = {
+    "quantize_activation": (
+        "(Tensor x, str granularity, float eps) -> (Tensor, Tensor)",
+        reference.quantize_activation,
+        _fake_quantize_activation,
+    ),
+    "quantize_weight": (
+        f"(Tensor w, {_WEIGHT}, float eps) -> (Tensor, Tensor)",
+        quantizers.quantize_weight,
+        _fake_quantize_weight,
+    ),
+    "pack_ternary": ("(Tensor t, str layout) -> Tensor", packing.pack_ternary, _fake_pack_ternary),
+    "unpack_ternary": ("(Tensor packed, int k, str layout) -> Tensor", packing.unpack_ternary, _fake_unpack_ternary),
+    "packed_linear": (
+        "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int in_features, str layout,"
+        " int? act_bits, str act_granularity, float eps) -> Tensor",
+        reference.packed_linear,
+        _fake_packed_linear,
+    ),
+    "bitlinear": (
+        f"(Tensor x, Tensor weight, Tensor? bias, {_WEIGHT}, int? act_bits, str act_granularity, float eps)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        reference.bitlinear,
+        _fake_bitlinear,
+    ),
+}
+
+for _name, (_schema, _reference, _fake) in _OPS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qat::{_name}", _fake, lib=_LIBRARY)
+
+torch.library.register_autograd("qat::bitlinear", _backward_bitlinear, setup_context=_save_bitlinear, lib=_LIBRARY)
+torch.library.register_autograd("qat::packed_linear", _backward_packed_linear, setup_context=_save_packed_linear, lib=_LIBRARY)

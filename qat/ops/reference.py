@@ -1,0 +1,90 @@
+"""The ops in pure torch: what every compiled kernel must equal, and what runs where there is none.
+
+Training (`bitlinear`) and inference (`packed_linear`) share `integer_linear`, so both give the same bits:
+the integer sum is exact in float32 (|x_q| <= 128, so K <= 131072), and the rescaling has one fixed order.
+
+Legend: N out_features, K in_features, G groups along K.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat import packing, quantizers
+
+EXACT_FLOAT32_WIDTH = 2**24 // 128
+
+
+def integer_linear(x: Tensor, x_scale: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(x @ t^T) * x_scale * w_scale + bias in `dtype`: bias after rescaling, as every deployed format has it.
+
+    x [..., K] holds int8 codes (or floats, with x_scale None), t int8 [N, K], w_scale [1 | N, 1 | G].
+    """
+    n, k = t.shape
+    groups = w_scale.shape[1]
+    compute = torch.float32 if k <= EXACT_FLOAT32_WIDTH else torch.float64
+    x, codes = x.to(compute), t.to(compute)
+    if groups <= 1:
+        y = F.linear(x, codes)
+        scale = w_scale.reshape(-1) if x_scale is None else x_scale * w_scale.reshape(-1)
+        y = y.float() * scale
+    else:
+        x_groups, t_groups = x.unflatten(-1, (groups, k // groups)), codes.unflatten(-1, (groups, k // groups))
+        y = torch.zeros(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
+        for g in range(groups):
+            y += F.linear(x_groups[..., g, :], t_groups[:, g]).float() * w_scale[:, g]
+        if x_scale is not None:
+            y = y * x_scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
+    """See `qat.ops.quantize_activation`."""
+    codes, scale = quantizers.quantize_activation(x, granularity, eps)
+    return codes, scale.contiguous()
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    layout: str,
+    act_bits: int | None,
+    act_granularity: str,
+    eps: float,
+) -> Tensor:
+    """See `qat.ops.packed_linear`."""
+    t = packing.decode(packed, in_features, layout)
+    if act_bits is None:
+        return integer_linear(x, None, t, scale, bias, x.dtype)
+    x_q, x_scale = quantizers.quantize_activation(x, act_granularity, eps)
+    return integer_linear(x_q, x_scale, t, scale, bias, x.dtype)
+
+
+def bitlinear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: str,
+    scale: str,
+    granularity: str,
+    group_size: int | None,
+    scale_dtype: str,
+    act_bits: int | None,
+    act_granularity: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, x_q, x_scale, t, w_scale): the output and what the backward pass needs, one byte an element.
+
+    With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
+    """
+    t, w_scale = quantizers.quantize_weight(weight, scheme, scale, granularity, group_size, scale_dtype, eps)
+    if act_bits is None:
+        empty = x.new_empty(0)
+        return integer_linear(x, None, t, w_scale, bias, x.dtype), empty.to(torch.int8), empty.float(), t, w_scale
+    x_q, x_scale = quantize_activation(x, act_granularity, eps)
+    return integer_linear(x_q, x_scale, t, w_scale, bias, x.dtype), x_q, x_scale, t, w_scale
