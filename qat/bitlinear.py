@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat import ops
 from qat.config import QuantConfig
 from qat.packing import check_packed, get_layout
-from qat.quantizers import dequantize_weight, mix
+from qat.quantizers import check_group_size, dequantize_weight, mix, scale_shape
 
 
 class BitLinear(nn.Linear):
@@ -37,11 +37,7 @@ class BitLinear(nn.Linear):
 
     def _configure(self, config: QuantConfig) -> None:
         ops.check_kernels(config.kernels)
-        if config.group_size is not None and self.in_features % config.group_size:
-            raise ValueError(
-                f"in_features={self.in_features} is not a multiple of quant.group_size={config.group_size};"
-                " choose a divisor, or leave the layer out with exclude"
-            )
+        check_group_size(self.in_features, config.group_size)
         self.config = replace(config)
         self.lam: Tensor | None = None
 
@@ -59,28 +55,29 @@ class BitLinear(nn.Linear):
         """
         if not 0 <= value <= 1:
             raise ValueError(f"lambda={value} is not allowed; it must be in 0 to 1")
-        if value == 1:
-            self.lam = None
-        elif self.lam is None:
-            self.lam = torch.tensor(value, dtype=torch.float32, device=self.weight.device)
-        else:
-            self.lam.fill_(value)
+        with torch.inference_mode(False):
+            if value == 1:
+                self.lam = None
+            elif self.lam is None:
+                self.lam = torch.tensor(value, dtype=torch.float32, device=self.weight.device)
+            else:
+                self.lam.fill_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.lam is None:
             return ops.bitlinear(x, self.weight, self.bias, self.config)
-        return F.linear(self._mixed_activation(x), self._mixed_weight(), self.bias)
+        return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam), self.bias)
 
-    def _mixed_weight(self) -> Tensor:
+    def _mixed_weight(self, lam: Tensor) -> Tensor:
         quantized = dequantize_weight(*ops.quantize_weight(self.weight.detach(), self.config))
-        return mix(self.weight, quantized.to(self.weight.dtype), self.lam).to(self.weight.dtype)
+        return mix(self.weight, quantized.to(self.weight.dtype), lam).to(self.weight.dtype)
 
-    def _mixed_activation(self, x: Tensor) -> Tensor:
+    def _mixed_activation(self, x: Tensor, lam: Tensor) -> Tensor:
         if self.config.act_bits is None:
             return x
         codes, scale = ops.quantize_activation(x.detach(), self.config.act_granularity, self.config.eps)
-        return mix(x, (codes * scale).to(x.dtype), self.lam).to(x.dtype)
+        return mix(x, (codes * scale).to(x.dtype), lam).to(x.dtype)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -104,14 +101,14 @@ class PackedBitLinear(nn.Module):
     ) -> None:
         super().__init__()
         ops.check_kernels(config.kernels)
+        check_group_size(in_features, config.group_size)
         self.in_features, self.out_features = in_features, out_features
         self.config, self.layout = replace(config), layout
-        rows = 1 if config.granularity == "tensor" else out_features
-        groups = in_features // config.group_size if config.group_size else 1
+        scales = scale_shape(out_features, in_features, config.granularity, config.group_size)
         row_bytes = get_layout(layout).row_bytes(in_features)
         self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.ones(rows, groups, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        self.register_buffer("weight_scale", torch.ones(scales, dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None)
 
     @classmethod
     def from_bitlinear(cls, layer: BitLinear, layout: str = "2bit") -> PackedBitLinear:
@@ -134,10 +131,8 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         return ops.packed_linear(
-            x,
+            ops.cast_for_autocast(x),
             self.packed,
             self.weight_scale,
             self.bias,

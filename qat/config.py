@@ -7,7 +7,8 @@ message names the key, the value and what is allowed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class QuantConfig:
 class ModelConfig:
     """Which pretrained model is quantized."""
 
-    path: str = "???"
+    path: str = ""
     """Hub id, local folder, .gguf or glassllm .npz file, or `package://NAME/FILE` for a file inside an installed package."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -355,13 +356,15 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ValueError where sections contradict each other or a value that a run needs is missing."""
-        if not self.model.path or self.model.path == "???":
-            raise ValueError("model.path is missing; give a hub id, a local folder, a .gguf file, or a recipe that has one (recipe=NAME)")
+        if not self.model.path:
+            raise ValueError(
+                "model.path is missing; give a hub id, a folder, a .gguf file, or a recipe that has one (recipe=NAME)"
+            )
         if self.distill.kl > 0 and self.model.teacher == "off":
-            raise ValueError(f"distill.kl={self.distill.kl} needs a teacher, but model.teacher=off; set distill.kl=0 or a teacher")
+            raise ValueError(f"distill.kl={self.distill.kl} needs a teacher, but model.teacher=off; set one of them")
         if self.data.kind != "selfgen" and not self.data.train:
             raise ValueError(
-                f"data.train is missing; data={self.data.kind} needs a .txt, .jsonl or .parquet file or the name of a hub data set"
+                f"data.train is missing; data={self.data.kind} needs a .txt, .jsonl or .parquet file or a hub data set"
             )
 
 
@@ -386,3 +389,40 @@ def register() -> None:
     store.store(name="schema", node=TrainConfig)
     for file in sorted(config_folder("recipes").glob("*.yaml")):
         store.store(group="recipe", name=file.stem, node=OmegaConf.load(file), package="_global_")
+
+
+def check_keys(arguments: list[str]) -> None:
+    """Raise ValueError for an override `a.b=value` whose key does not exist, naming the nearest ones.
+
+    Hydra's own message names neither. Keys below `callbacks`, `logger` and `optim.optimizer` are free, and so are Hydra's.
+    """
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if equals and key.replace(".", "").replace("_", "").isalnum() and not key.startswith(("hydra.", "recipe")):
+            _check_key(key)
+
+
+def _check_key(key: str) -> None:
+    node: Any = TrainConfig()
+    walked: list[str] = []
+    for part in key.split("."):
+        if isinstance(node, dict):
+            return
+        names = [f.name for f in fields(node)] if is_dataclass(node) else []
+        if part not in names:
+            where = ".".join(walked)
+            near = get_close_matches(part, names, n=1)
+            hint = f"; did you mean {'.'.join([*walked, near[0]])}?" if near else ""
+            allowed = ", ".join([*names, "recipe"] if not walked else names)
+            raise ValueError(f"there is no key {key!r}{hint} Allowed{f' in {where}' if where else ''}: {allowed}")
+        node = getattr(node, part)
+        walked.append(part)
+
+
+def options() -> dict[str, list[str]]:
+    """Group -> the names that may be chosen in it, recipes first; read from the file names alone."""
+    groups = {"recipe": sorted(file.stem for file in config_folder("recipes").glob("*.yaml"))}
+    for folder in sorted(config_folder("conf").iterdir()):
+        if folder.is_dir() and (names := sorted(file.stem for file in folder.glob("*.yaml"))):
+            groups[folder.name] = names
+    return groups

@@ -22,6 +22,16 @@ from qat.packing import get_layout
 VERSION = 1
 HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
 ROUTERS = ("gate", "router", "shared_expert_gate")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 _OWN_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, BitLinear, PackedBitLinear)
 
 
@@ -53,6 +63,8 @@ class Conversion:
             record = cls(**{**data, "config": QuantConfig(**data["config"])})
             if record.kind not in ("bitlinear", "packed"):
                 raise ValueError(f"kind={record.kind!r} is not known; allowed are bitlinear and packed")
+            if record.kind == "packed":
+                get_layout(str(record.layout))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a conversion record of qat: {error}") from error
         return record
@@ -65,23 +77,22 @@ class Conversion:
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         fresh: dict[str, nn.Module] = {}
+        transposed: dict[int, nn.Parameter] = {}
         for name in self.converted:
             linear = modules.get(name)
             if linear is None or not _is_linear(linear):
                 found = "missing" if linear is None else f"a {type(linear).__name__}"
                 raise ValueError(f"the record converts {name!r}, which is {found} in this {type(model).__name__}")
-            fresh[name] = self._build(linear)
+            fresh[name] = self._build(linear, transposed)
         _swap(model, fresh)
         _disable_fused_encoder(model)
 
-    def _build(self, linear: nn.Module) -> nn.Module:
-        plain = _as_linear(linear)
+    def _build(self, linear: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Module:
+        plain = _as_linear(linear, transposed)
         if self.kind == "bitlinear":
             return BitLinear.from_linear(plain, self.config)
         bias = plain.bias is not None
-        layer = PackedBitLinear(
-            plain.in_features, plain.out_features, bias, self.config, self.layout or "2bit", plain.weight.device
-        )
+        layer = PackedBitLinear(plain.in_features, plain.out_features, bias, self.config, str(self.layout), plain.weight.device)
         return layer.train(linear.training)
 
     def summary(self) -> str:
@@ -124,6 +135,7 @@ def convert(
     record = Conversion("bitlinear", config)
     layers: dict[str, nn.Module] = {}
     seen: dict[int, str] = {}
+    transposed: dict[int, nn.Parameter] = {}
     context = _Context.of(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if not _is_linear(module):
@@ -137,7 +149,7 @@ def convert(
         if reason and not selection.names_exactly(name, reason):
             record.skipped[name] = reason
             continue
-        layers[name] = _convert_layer(name, module, config)
+        layers[name] = _convert_layer(name, module, config, transposed)
         record.converted.append(name)
     _refuse_empty(model, record, "nothing to convert")
     _swap(model, layers)
@@ -156,7 +168,9 @@ def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
     def build(name: str, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, BitLinear)
         if layer.lam is not None:
-            raise ValueError(f"{name or 'the model'} still blends quantization in (lambda={layer.lam.item():g}); set_lambda(1) first")
+            raise ValueError(
+                f"{name or 'the model'} still blends quantization in (lambda={layer.lam.item():g}); set_lambda(1) first"
+            )
         _refuse_nonfinite(name, layer.weight)
         return PackedBitLinear.from_bitlinear(layer, layout)
 
@@ -201,6 +215,9 @@ def _exchange(
     if not old:
         raise ValueError(f"{type(model).__name__} has no {kind.__name__} layer to be {done}")
     config: QuantConfig = next(iter(old.values())).config  # type: ignore[assignment]
+    for name, module in old.items():
+        if module.config != config:
+            raise ValueError(f"{name} and {next(iter(old))} have different configs; have each part {done} on its own")
     layers = {name: build(name, module) for name, module in old.items()}
     _swap(model, layers)
     return Conversion(done, config, list(layers), {}, layout)
@@ -240,31 +257,40 @@ class _Context:
     """What a layer's surroundings say about it."""
 
     modules: dict[str, nn.Module]
-    embedding_weights: dict[int, str]
+    owners: dict[int, str]
     head: nn.Module | None
 
     @classmethod
     def of(cls, model: nn.Module) -> _Context:
         modules = dict(model.named_modules(remove_duplicate=False))
-        tied = {id(m.weight): name for name, m in modules.items() if isinstance(m, nn.Embedding)}
+        tied = {
+            id(weight): f"the embedding {name}" if isinstance(module, nn.Embedding) else f"{type(module).__name__} {name}"
+            for name, module in modules.items()
+            if not _is_linear(module)
+            for weight in module.parameters(recurse=False)
+        }
         get_head = getattr(model, "get_output_embeddings", None)
         return cls(modules, tied, get_head() if callable(get_head) else None)
 
     def skip_reason(self, name: str, module: nn.Module) -> str | None:
         parent_name, _, leaf = name.rpartition(".")
         parent = self.modules.get(parent_name)
-        if id(module.weight) in self.embedding_weights:
-            return f"tied to the embedding {self.embedding_weights[id(module.weight)]}"
+        if id(module.weight) in self.owners:
+            return f"tied to {self.owners[id(module.weight)]}"
         if module is self.head or (leaf in HEADS and name):
             return _HEAD_REASON
         if leaf in ROUTERS and hasattr(parent, "experts"):
             return _ROUTER_REASON
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads this weight itself and never calls the layer"
+        if "forward" in vars(module):
+            return "its forward was replaced by another"
         if not _is_conv1d(module) and type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} has a forward of its own"
         if hasattr(module, "parametrizations"):
             return "its weight is parametrized"
+        if not isinstance(module.weight, nn.Parameter):
+            return "its weight is computed from other parameters (weight_norm, prune)"
         return None
 
 
@@ -277,22 +303,28 @@ def _is_linear(module: nn.Module) -> bool:
     return (isinstance(module, nn.Linear) and not isinstance(module, BitLinear)) or _is_conv1d(module)
 
 
-def _as_linear(module: nn.Module) -> nn.Linear:
-    """The layer itself, or Conv1D's [in, out] weight as a linear's [out, in]."""
+def _as_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Linear:
+    """The layer itself, or Conv1D's [in, out] weight as a linear's [out, in].
+
+    `transposed` remembers what a parameter became, so that one shared by two layers stays shared.
+    """
     if not _is_conv1d(module):
         assert isinstance(module, nn.Linear)
         return module
-    k, n = module.weight.shape  # type: ignore[misc]
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    k, n = weight.shape
     linear = nn.Linear(k, n, False, device="meta")
-    linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), module.weight.requires_grad)  # type: ignore[operator]
+    if id(weight) not in transposed:
+        transposed[id(weight)] = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    linear.weight = transposed[id(weight)]
     linear.bias = module.bias  # type: ignore[assignment]
     return linear.train(module.training)
 
 
-def _convert_layer(name: str, module: nn.Module, config: QuantConfig) -> BitLinear:
+def _convert_layer(name: str, module: nn.Module, config: QuantConfig, transposed: dict[int, nn.Parameter]) -> BitLinear:
     _refuse_nonfinite(name, module.weight)  # type: ignore[arg-type]
     try:
-        return BitLinear.from_linear(_as_linear(module), config)
+        return BitLinear.from_linear(_as_linear(module, transposed), config)
     except ValueError as error:
         raise ValueError(f"{name or type(module).__name__}: {error}") from error
 
@@ -314,7 +346,7 @@ def _refuse_quantized(model: nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(module, BitLinear | PackedBitLinear):
             raise ValueError(f"already converted: {name or 'the model'} is a {type(module).__name__}")
-        if isinstance(module, nn.Linear) and isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and (not weight.is_floating_point() or weight.itemsize < 2):
             raise ValueError(f"already quantized: {name or 'the model'} holds {weight.dtype} weights; load it in full precision")
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("already quantized: the model's config has a quantization_config; load it in full precision")
@@ -328,9 +360,9 @@ def _refuse_experts(model: nn.Module, selection: _Selection) -> None:
         for key, weight in module.named_parameters(recurse=False):
             if weight.ndim == 3 and min(weight.shape) > 1:
                 raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) stores {weight.shape[0]} expert matrices as the one 3-D parameter"
-                    f" {key!r} {list(weight.shape)}, which cannot become BitLinear layers; to leave it in full precision knowingly,"
-                    f" pass exclude='*{name.rpartition('.')[2]}'"
+                    f"{name or 'the model'} ({type(module).__name__}) stores {weight.shape[0]} expert matrices as the one"
+                    f" 3-D parameter {key!r} {list(weight.shape)}, which cannot become BitLinear layers;"
+                    f" to leave it in full precision knowingly, pass exclude='*{name.rpartition('.')[2]}'"
                 )
 
 
@@ -345,13 +377,15 @@ def _refuse_empty(model: nn.Module, record: Conversion, what: str) -> None:
 
 
 def _swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Put each new layer wherever the old one is referenced, so a shared module stays shared."""
+    """Put each new layer, with the old one's hooks, wherever the old one is referenced: a shared module stays shared."""
     modules = dict(model.named_modules(remove_duplicate=False))
     new_of = {id(modules[name]): layer for name, layer in layers.items()}
     for name, module in modules.items():
         new = new_of.get(id(module))
         if new is None:
             continue
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(module, hooks))
         parent, _, leaf = name.rpartition(".")
         if name:
             setattr(modules[parent], leaf, new)
@@ -373,4 +407,3 @@ def _disable_fused_encoder(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-

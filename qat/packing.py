@@ -35,6 +35,7 @@ class Layout:
         return torch.tensor([self.base**i for i in range(self.per_byte)], dtype=torch.int32, device=device)
 
 
+_CODE_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 LAYOUTS = {"2bit": Layout(4, 4), "base3": Layout(5, 3)}
 
 
@@ -46,14 +47,15 @@ def get_layout(name: str) -> Layout:
 
 
 def pack_ternary(t: Tensor, layout: str) -> Tensor:
-    """Pack codes t [N, K], values in {-1, 0, 1} of any integer dtype, into uint8 [N, ceil(K / per_byte)].
+    """Pack codes t [N, K], values in {-1, 0, 1} of a signed integer dtype or uint8, into uint8 [N, ceil(K / per_byte)].
 
     Raises:
         ValueError: unknown layout, not an integer matrix, or a value outside {-1, 0, 1} (its index is named).
     """
     form = get_layout(layout)
-    if t.ndim != 2 or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+    if t.ndim != 2 or t.dtype not in _CODE_DTYPES:
         raise ValueError(f"t must be an integer matrix [N, K], not {t.dtype} {list(t.shape)}")
+    t = t.to(torch.int16) if t.dtype == torch.uint8 else t
     bad = (t < -1) | (t > 1)
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
@@ -83,7 +85,7 @@ def decode(packed: Tensor, k: int, layout: str) -> Tensor:
     """`unpack_ternary` for bytes that were checked before: no look at the values, so no wait for a GPU."""
     form = get_layout(layout)
     digits = packed.to(torch.int32)[..., None] // form.powers(packed.device) % form.base
-    return (digits - 1).to(torch.int8).reshape(packed.shape[0], -1)[:, :k].contiguous()
+    return (digits - 1).to(torch.int8).flatten(1)[:, :k].contiguous()
 
 
 def unpack_ternary(packed: Tensor, k: int, layout: str) -> Tensor:

@@ -36,6 +36,14 @@ def _binary_codes(rows: Tensor, scale: Tensor) -> Tensor:
 SCHEMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ternary": _ternary_codes, "binary": _binary_codes}
 
 
+def check_group_size(k: int, group_size: int | None) -> None:
+    """ValueError unless groups of that size fill a row of K weights."""
+    if group_size is not None and k % group_size:
+        raise ValueError(
+            f"in_features={k} is not a multiple of quant.group_size={group_size}; choose a divisor, or exclude the layer"
+        )
+
+
 def _scale_rows(w: Tensor, granularity: str, group_size: int | None) -> Tensor:
     """View w [N, K] as [R, L], each row sharing one scale."""
     n, k = w.shape
@@ -44,10 +52,7 @@ def _scale_rows(w: Tensor, granularity: str, group_size: int | None) -> Tensor:
     if granularity == "channel":
         return w
     assert group_size is not None
-    if k % group_size:
-        raise ValueError(
-            f"in_features={k} is not a multiple of quant.group_size={group_size}; choose a divisor, or leave the layer out with exclude"
-        )
+    check_group_size(k, group_size)
     return w.reshape(n * (k // group_size), group_size)
 
 
@@ -56,6 +61,12 @@ def scale_shape(n: int, k: int, granularity: str, group_size: int | None) -> tup
     if granularity == "tensor":
         return (1, 1)
     return (n, 1 if granularity == "channel" else k // (group_size or k))
+
+
+def _round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` rounded to `dtype` within its range: neither 0 (float16 ends at 6e-8) nor infinity (above 65504)."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.tiny * limits.eps, limits.max).to(dtype).float()
 
 
 def quantize_weight(
@@ -68,20 +79,18 @@ def quantize_weight(
     """
     if w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"w must be a floating-point matrix [N, K], not {w.dtype} {list(w.shape)}")
-    shape = scale_shape(*w.shape, granularity, group_size)
+    shape = scale_shape(w.shape[0], w.shape[1], granularity, group_size)
     if w.numel() == 0:
         return torch.zeros_like(w, dtype=torch.int8), w.new_full(shape, eps, dtype=torch.float32)
     rows = _scale_rows(w.float(), granularity, group_size)
     value = _REDUCE[scale](rows.abs()).clamp_min(eps)
-    value = value.to(_SCALE_DTYPES[scale_dtype]).float()
+    value = _round_scale(value, _SCALE_DTYPES[scale_dtype])
     codes = SCHEMES[weight](rows, value)
     return codes.to(torch.int8).reshape(w.shape), value.reshape(shape)
 
 
-def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
-    """Codes int8 [..., K] and the multiplying scale float32 [..., 1] of x [..., K].
-
-    With `granularity="tensor"` every token carries the same scale. An all-zero token gives zeros.
+def activation_codes(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Codes int8 [..., K] and the dividing scale 127 / max|x| float32 [..., 1] of x [..., K], as the papers write it.
 
     Raises:
         ValueError: x has no dimension or is not floating point.
@@ -90,11 +99,19 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
         raise ValueError(f"x must be a floating-point tensor [..., K], not {x.dtype} {list(x.shape)}")
     x = x.float()
     if x.numel() == 0:
-        return torch.zeros_like(x, dtype=torch.int8), x.new_full((*x.shape[:-1], 1), eps / 127)
+        return torch.zeros_like(x, dtype=torch.int8), x.new_full((*x.shape[:-1], 1), 127 / eps)
     absmax = x.abs().amax(-1, keepdim=True) if granularity == "token" else x.abs().amax().expand(*x.shape[:-1], 1)
-    absmax = absmax.clamp_min(eps)
-    codes = (x * (127 / absmax)).round().clamp(-128, 127)
-    return codes.to(torch.int8), absmax / 127
+    divisor = 127 / absmax.clamp_min(eps)
+    return (x * divisor).round().clamp(-128, 127).to(torch.int8), divisor
+
+
+def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Codes int8 [..., K] and the multiplying scale float32 [..., 1] of x [..., K]: `activation_codes`, inverted.
+
+    With `granularity="tensor"` every token carries the same scale. An all-zero token gives zeros.
+    """
+    codes, divisor = activation_codes(x, granularity, eps)
+    return codes, (1 / divisor).contiguous()
 
 
 def dequantize_weight(t: Tensor, scale: Tensor) -> Tensor:

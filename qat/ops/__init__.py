@@ -30,13 +30,28 @@ def _check_input(x: Tensor, k: int) -> None:
     _need(x.shape[-1] == k, f"x has {x.shape[-1]} features in its last dimension, but the layer has in_features={k}")
 
 
+def _check_activation(name: str, granularity: str, eps: float) -> None:
+    _need(granularity in ("token", "tensor"), f"{name}={granularity!r} is not allowed; choose token or tensor")
+    _need(eps > 0, f"eps={eps} is not allowed; it must be above 0")
+
+
 def _check_bias(bias: Tensor | None, n: int) -> None:
-    _need(bias is None or (bias.is_floating_point() and bias.shape == (n,)), f"bias must be floating point [{n}]" + ("" if bias is None else f", not {_describe(bias)}"))
+    if bias is not None:
+        _need(bias.is_floating_point() and bias.shape == (n,), f"bias must be floating point [{n}], not {_describe(bias)}")
 
 
 def _check_device(x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
-        _need(tensor is None or tensor.device == x.device, f"{name} is on {tensor.device if tensor is not None else ''}, but x is on {x.device}")
+        if tensor is not None:
+            _need(tensor.device == x.device, f"{name} is on {tensor.device}, but x is on {x.device}")
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on for its device, else x itself."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def backend() -> dict[str, dict[str, str]]:
@@ -49,7 +64,8 @@ def check_kernels(kernels: str) -> None:
     """Raise ValueError when `quant.kernels=compiled` cannot be honoured."""
     if kernels == "compiled":
         for device, found in backend().items():
-            _need(found["kernels"] == "compiled", f"quant.kernels=compiled, but {device} has none: {found['why']}; use auto or reference")
+            why = f"quant.kernels=compiled, but {device} has none: {found['why']}; use auto or reference"
+            _need(found["kernels"] == "compiled", why)
 
 
 def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -64,7 +80,7 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
         ValueError: x is not floating point or has no dimension; unknown granularity.
     """
     _need(x.is_floating_point() and x.ndim >= 1, f"x must be a floating-point tensor [..., K], not {_describe(x)}")
-    _need(granularity in ("token", "tensor"), f"granularity={granularity!r} is not allowed; choose token or tensor")
+    _check_activation("granularity", granularity, eps)
     return torch.ops.qat.quantize_activation(x, granularity, eps)
 
 
@@ -77,7 +93,7 @@ def _check_weight(w: Tensor, config: QuantConfig) -> None:
     group = config.group_size
     _need(
         group is None or w.shape[1] % group == 0,
-        f"in_features={w.shape[1]} is not a multiple of quant.group_size={group}; choose a divisor, or leave the layer out with exclude",
+        f"in_features={w.shape[1]} is not a multiple of quant.group_size={group}; choose a divisor, or exclude the layer",
     )
 
 
@@ -149,11 +165,14 @@ def packed_linear(
         f"packed must be uint8 [N, {row_bytes}] for in_features={in_features} in layout {layout}, not {_describe(packed)}",
     )
     n = packed.shape[0]
+    fits = scale.ndim == 2 and scale.shape[0] in (1, n) and scale.shape[1] >= 1 and in_features % scale.shape[1] == 0
     _need(
-        scale.dtype == torch.float32 and scale.ndim == 2 and scale.shape[0] in (1, n) and scale.shape[1] >= 1 and in_features % scale.shape[1] == 0,
+        scale.dtype == torch.float32 and fits,
         f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {_describe(scale)}",
     )
     _check_bias(bias, n)
+    _need(act_bits in (8, None), f"act_bits={act_bits!r} is not allowed; choose 8 or None")
+    _check_activation("act_granularity", act_granularity, eps)
     _check_device(x, packed=packed, scale=scale, bias=bias)
     return torch.ops.qat.packed_linear(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
 
@@ -174,8 +193,6 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Qua
     _check_input(x, weight.shape[1])
     _check_bias(bias, weight.shape[0])
     _check_device(x, weight=weight, bias=bias)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     return torch.ops.qat.bitlinear(
-        x, weight, bias, *_weight_arguments(config), config.act_bits, config.act_granularity, config.eps
+        cast_for_autocast(x), weight, bias, *_weight_arguments(config), config.act_bits, config.act_granularity, config.eps
     )[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qat import packing, quantizers
 from qat.ops import reference
@@ -25,7 +26,7 @@ def _fake_quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[
 def _fake_quantize_weight(
     w: Tensor, weight: str, scale: str, granularity: str, group_size: int | None, scale_dtype: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    shape = quantizers.scale_shape(*w.shape, granularity, group_size)
+    shape = quantizers.scale_shape(w.shape[0], w.shape[1], granularity, group_size)
     return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
 
 
@@ -79,6 +80,7 @@ def _save_bitlinear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward_bitlinear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Matmuls on the quantized operands, in the precision of the gradient that arrives."""
     rest = (None,) * 8
@@ -103,6 +105,7 @@ def _save_packed_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.save_for_backward(packed, scale)
 
 
+@once_differentiable
 def _backward_packed_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """For adapters trained on top: gradients of the input and the bias; packed codes and their scale are frozen."""
     packed, scale = ctx.saved_tensors

@@ -1,7 +1,8 @@
 """The ops in pure torch: what every compiled kernel must equal, and what runs where there is none.
 
 Training (`bitlinear`) and inference (`packed_linear`) share `integer_linear`, so both give the same bits:
-the integer sum is exact in float32 (|x_q| <= 128, so K <= 131072), and the rescaling has one fixed order.
+the integer sum is exact in float32 (|x_q| <= 128, so K <= 131072), and the rescaling is acc / (s_x * (1 / s_w)), operation
+by operation what stock transformers computes from an exported folder, so that the deployed model gives these bits too.
 
 Legend: N out_features, K in_features, G groups along K.
 """
@@ -17,33 +18,36 @@ from qat import packing, quantizers
 EXACT_FLOAT32_WIDTH = 2**24 // 128
 
 
-def integer_linear(x: Tensor, x_scale: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(x @ t^T) * x_scale * w_scale + bias in `dtype`: bias after rescaling, as every deployed format has it.
+def integer_linear(
+    x: Tensor, divisor: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(x @ t^T) / divisor * w_scale + bias in `dtype`: bias after rescaling, as every deployed format has it.
 
-    x [..., K] holds int8 codes (or floats, with x_scale None), t int8 [N, K], w_scale [1 | N, 1 | G].
+    x [..., K] holds int8 codes with x ~ codes / divisor (or floats, with divisor None), t int8 [N, K], w_scale [1 | N, 1 | G].
     """
-    n, k = t.shape
-    groups = w_scale.shape[1]
+    k = t.shape[1]
     compute = torch.float32 if k <= EXACT_FLOAT32_WIDTH else torch.float64
     x, codes = x.to(compute), t.to(compute)
-    if groups <= 1:
-        y = F.linear(x, codes)
-        scale = w_scale.reshape(-1) if x_scale is None else x_scale * w_scale.reshape(-1)
-        y = y.float() * scale
-    else:
-        x_groups, t_groups = x.unflatten(-1, (groups, k // groups)), codes.unflatten(-1, (groups, k // groups))
-        y = torch.zeros(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
-        for g in range(groups):
-            y += F.linear(x_groups[..., g, :], t_groups[:, g]).float() * w_scale[:, g]
-        if x_scale is not None:
-            y = y * x_scale
+    with torch.autocast(x.device.type, enabled=False):
+        y = _scaled_matmul(x, divisor, codes, w_scale)
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def _scaled_matmul(x: Tensor, divisor: Tensor | None, codes: Tensor, w_scale: Tensor) -> Tensor:
+    (n, k), groups = codes.shape, w_scale.shape[1]
+    if groups <= 1:
+        y, scale = F.linear(x, codes).float(), w_scale.reshape(-1)
+        return y * scale if divisor is None else y / (divisor * (1 / scale))
+    x_groups, t_groups = x.unflatten(-1, (groups, k // groups)), codes.unflatten(-1, (groups, k // groups))
+    y = torch.zeros(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
+    for g in range(groups):
+        y += F.linear(x_groups[..., g, :], t_groups[:, g]).float() * w_scale[:, g]
+    return y if divisor is None else y / divisor
 
 
 def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
     """See `qat.ops.quantize_activation`."""
-    codes, scale = quantizers.quantize_activation(x, granularity, eps)
-    return codes, scale.contiguous()
+    return quantizers.quantize_activation(x, granularity, eps)
 
 
 def packed_linear(
@@ -61,8 +65,8 @@ def packed_linear(
     t = packing.decode(packed, in_features, layout)
     if act_bits is None:
         return integer_linear(x, None, t, scale, bias, x.dtype)
-    x_q, x_scale = quantizers.quantize_activation(x, act_granularity, eps)
-    return integer_linear(x_q, x_scale, t, scale, bias, x.dtype)
+    x_q, divisor = quantizers.activation_codes(x, act_granularity, eps)
+    return integer_linear(x_q, divisor, t, scale, bias, x.dtype)
 
 
 def bitlinear(
@@ -86,5 +90,6 @@ def bitlinear(
     if act_bits is None:
         empty = x.new_empty(0)
         return integer_linear(x, None, t, w_scale, bias, x.dtype), empty.to(torch.int8), empty.float(), t, w_scale
-    x_q, x_scale = quantize_activation(x, act_granularity, eps)
-    return integer_linear(x_q, x_scale, t, w_scale, bias, x.dtype), x_q, x_scale, t, w_scale
+    x_q, divisor = quantizers.activation_codes(x, act_granularity, eps)
+    y = integer_linear(x_q, divisor, t, w_scale, bias, x.dtype)
+    return y, x_q, (1 / divisor).contiguous(), t, w_scale

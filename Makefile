@@ -1,0 +1,32 @@
+# Everything from a bare machine: Python 3.11 or later, pip, g++ and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: quickstart test lint help clean
+help:
+	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
+	@echo "make test         environment, then all tests"
+	@echo "make lint         ruff and mypy"
+
+# torch first and by exact version: an open range would fetch gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e .[dev]
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/python -m qat.train recipe=quickstart
+
+test: $(READY)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

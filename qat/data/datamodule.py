@@ -1,0 +1,113 @@
+"""One LightningDataModule for every kind of data.
+
+What lightning 2.6 does on resume, and what is done about it here. It restores this module's state before it asks for the
+loader, and its own counters (`batch_idx`, `fetched`) continue from the checkpoint; the loader must therefore yield only the
+batches that are left, but keep the length of all. It warns where a loader has no `state_dict`, and never restores the position
+itself. Loaders get a generator of their own, because creating an iterator otherwise draws from torch's global one, and a resumed
+run would go on with other random numbers than the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from qat.config import DataConfig
+from qat.data.chat import Chats
+from qat.data.order import StreamBatches, Windows
+
+Part = Windows | Chats
+
+
+class StreamLoader(DataLoader):
+    """A DataLoader over StreamBatches whose position lightning can save and restore."""
+
+    def __init__(self, data: QATData, **arguments: Any) -> None:
+        super().__init__(data.train, **arguments)
+        self.data = data
+
+    def state_dict(self) -> dict[str, int]:
+        """As QATData.state_dict."""
+        return self.data.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next iteration at the saved position."""
+        assert isinstance(self.batch_sampler, StreamBatches)
+        self.batch_sampler.start = state["sequences"]
+
+
+class QATData(lightning.LightningDataModule):
+    """Training batches in a resumable order, validation batches, and the held-out tokens for perplexity.
+
+    Batches are dicts of int64 [B, L]: input_ids, labels (equal to them, -100: ignored), for chats attention_mask too.
+    `parts` and `names` are training's and validation's. Build it with `build_datamodule`; it is ready at once, without `setup`.
+    `notes` are lines for the user: chats that were cut or dropped.
+    """
+
+    def __init__(
+        self, data: DataConfig, parts: tuple[Part, Part], names: tuple[str, str], *, seed: int, total_batches: int
+    ) -> None:
+        super().__init__()
+        self.data_config, self.seed, self.total_batches = data, seed, total_batches
+        self.train, self.valid = parts
+        self.name, self.eval_name = names
+        self.notes = [*_notes(self.train, "training"), *_notes(self.valid, "validation")]
+        self._restored = {"sequences": 0, "step": 0}
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens in one epoch of training sequences; for chats without the padding."""
+        return len(self.train) * self.train.length if isinstance(self.train, Windows) else len(self.train.tokens())
+
+    @property
+    def eval_tokens(self) -> torch.Tensor:
+        """All held-out tokens in order, int64 [T]; chats one after the other."""
+        held_out = self.valid.tokens if isinstance(self.valid, Windows) else self.valid.tokens()
+        return torch.from_numpy(np.asarray(held_out).astype(np.int64))
+
+    def train_dataloader(self) -> StreamLoader:
+        """The batches that are left of `total_batches`; its length is `total_batches`."""
+        # memory-mapped tokens need no worker processes, whatever lightning says on a machine with many cores
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batches = StreamBatches(
+            len(self.train), self.data_config.batch_size, seed=self.seed, total_batches=self.total_batches,
+            start=self._restored["sequences"], rank=rank, world=world,
+        )  # fmt: skip
+        return StreamLoader(self, batch_sampler=batches, **self._loader_arguments())
+
+    def val_dataloader(self) -> DataLoader:
+        """Every held-out sequence in order, on every device."""
+        return DataLoader(self.valid, batch_size=self.data_config.batch_size, **self._loader_arguments())
+
+    def _loader_arguments(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.data_config.workers,
+            "persistent_workers": self.data_config.workers > 0,
+            "generator": torch.Generator(),
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """`sequences`: how many the optimizer steps so far have used, on all devices together; `step`: those steps."""
+        if self.trainer is None:
+            return dict(self._restored)
+        steps = self.trainer.global_step - self._restored["step"]
+        used = steps * self.trainer.accumulate_grad_batches * self.data_config.batch_size * self.trainer.world_size
+        return {"sequences": self._restored["sequences"] + used, "step": self.trainer.global_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from a saved position."""
+        self._restored = dict(state_dict)
+
+
+def _notes(part: Part, kind: str) -> list[str]:
+    if not isinstance(part, Chats):
+        return []
+    found = ((part.truncated, f"cut to {part.length} tokens"), (part.dropped, "dropped: no assistant's word within that length"))
+    return [f"{count} {kind} chats {what}" for count, what in found if count]

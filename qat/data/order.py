@@ -1,0 +1,74 @@
+"""Which sequences make batch i: a pure function of (seed, i), so that a run resumes from one number.
+
+Training reads an endless stream, epoch after epoch, each in its own permutation drawn from (seed, epoch). Batch i of W devices
+with B sequences each is the stream's positions [i * B * W, (i + 1) * B * W), device r taking its r-th part. Nothing is dropped
+between epochs: a batch may hold the end of one and the start of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+class Windows(Dataset):
+    """Consecutive, non-overlapping windows of a token array [T]; the last T % length tokens are left out."""
+
+    def __init__(self, tokens: np.ndarray, length: int) -> None:
+        self.tokens, self.length = tokens, length
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels`, int64 [length]; they are equal, since transformers' models shift labels themselves."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        window = self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64)
+        ids = torch.from_numpy(window)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class StreamBatches(Sampler):
+    """Batches of indices, from stream position `start` (in sequences, all devices together) to batch `total_batches`.
+
+    Its length is `total_batches` however far the run had come: lightning adds the batches that a resumed run has behind it
+    to those it fetches, and compares the sum with the length.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, *, seed: int, total_batches: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        self.count, self.batch_size, self.seed, self.total_batches = count, batch_size, seed, total_batches
+        self.start, self.rank, self.world = start, rank, world
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.total_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.batch_size * self.world
+        for batch in range(self.total_batches - self.start // step):
+            first = self.start + batch * step + self.rank * self.batch_size
+            yield [self.index(position) for position in range(first, first + self.batch_size)]
+
+    def index(self, position: int) -> int:
+        """The sequence at a position of the stream."""
+        epoch, within = divmod(position, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.count, self.seed, epoch)
+        return int(self._order[within])
+
+
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order [count] of one epoch, int64, from the pair (seed, epoch) alone."""
+    return torch.randperm(count, generator=generator(seed, epoch)).numpy()
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """torch's CPU generator seeded by several non-negative numbers, as independent of (1, 2) as of (2, 1)."""
+    state = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state)

@@ -1,0 +1,179 @@
+"""Where text and chats come from: .txt, .jsonl and .parquet files, hub data sets, and one text that ships with Python.
+
+Everything is read lazily, a few megabytes at a time, so that what does not fit in memory works. A text reaches the caller in
+pieces `(text, ends)`: `ends` is True on a document's last piece. Only .txt files have documents of several pieces: the whole
+file is one document, cut at line ends about every million characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PIECE = 1 << 20  # characters
+BUILTIN = "pydoc_data.topics"
+_FILES = (".txt", ".jsonl", ".parquet")
+_NOT_READ = (".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip", ".arrow")
+
+
+@dataclass
+class Source:
+    """One place to read from. `subset` and `split` are for hub data sets only."""
+
+    name: str
+    """A file, the name of a hub data set, or `pydoc_data.topics`."""
+    field: str = "text"
+    """The field of a record that is wanted."""
+    split: str = "train"
+    subset: str | None = None
+
+    @property
+    def title(self) -> str:
+        """How a report names it: a file without its folder."""
+        return Path(self.name).name if self.is_file else self.name
+
+    @property
+    def is_file(self) -> bool:
+        """A name that looks like a file and is missing is an error here, not a download."""
+        path = Path(self.name).expanduser()
+        looks_local = self.name.startswith((".", "/", "~")) or path.suffix.lower() in _FILES + _NOT_READ
+        return self.name != BUILTIN and (looks_local or path.exists())
+
+    def file(self) -> Path:
+        """The path, checked. Raises ValueError where it is missing, a folder, or of a kind that is not read."""
+        path = Path(self.name).expanduser()
+        if not path.exists():
+            raise ValueError(f"data: there is no file {self.name!r}")
+        if path.is_dir():
+            raise ValueError(f"data: {self.name!r} is a folder; give a {', '.join(_FILES)} file or the name of a hub data set")
+        if path.suffix.lower() not in _FILES:
+            raise ValueError(f"data: {self.name!r} is not read; allowed are {', '.join(_FILES)} files")
+        return path
+
+    def fingerprint(self) -> list[str]:
+        """What the tokenized cache is keyed by: a file's content, a hub data set's coordinates (not its revision)."""
+        if self.name == BUILTIN:
+            return [BUILTIN, hashlib.sha256(_builtin().encode()).hexdigest()]
+        if not self.is_file:
+            return ["hub", self.name, str(self.subset), self.split, self.field]
+        path = self.file()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return [path.suffix.lower(), digest, "" if path.suffix.lower() == ".txt" else self.field]
+
+
+def read_documents(source: Source) -> Iterator[tuple[str, bool]]:
+    """Yield `(text, ends)`: a piece of a document, and whether the document ends with it.
+
+    Raises ValueError for a missing or unreadable source, a missing or non-text field, and where there is no text at all.
+    """
+    empty = True
+    for text, ends in _pieces(source):
+        empty = empty and not text.strip()
+        yield text, ends
+    if empty:
+        raise ValueError(f"data: {source.name!r} has no text")
+
+
+def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
+    if source.name == BUILTIN:
+        yield _builtin(), True
+    elif source.is_file and source.file().suffix.lower() == ".txt":
+        yield from _read_txt(source.file())
+    else:
+        for where, value in read_records(source):
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: the field {source.field!r} holds {type(value).__name__}, not text")
+            yield value, True
+
+
+def _builtin() -> str:
+    """English help texts of the standard library; they differ a little from one Python version to the next."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _read_txt(path: Path) -> Iterator[tuple[str, bool]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = file.read(PIECE)
+            while following := file.read(PIECE):
+                cut = text.rfind("\n") + 1 or len(text)  # a line longer than a piece is cut where the piece ends
+                yield text[:cut], False
+                text = text[cut:] + following
+            yield text, True
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data: cannot read {path} as UTF-8 text: {error}") from error
+
+
+def read_records(source: Source) -> Iterator[tuple[str, Any]]:
+    """Yield `(where, value)`: the wanted field of every record, and a name of its place for messages."""
+    if not source.is_file:
+        return _read_hub(source)
+    path = source.file()
+    if path.suffix.lower() == ".txt":
+        raise ValueError(f"data: {path} is plain text, which has no records; give a .jsonl or .parquet file or a hub data set")
+    return _read_jsonl(path, source.field) if path.suffix.lower() == ".jsonl" else _read_parquet(path, source.field)
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+                raise ValueError(f"{where}: not a line of JSON: {error}") from error
+            yield where, _pick(record, field, where)
+
+
+def _pick(record: Any, field: str, where: str) -> Any:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record must be an object with the field {field!r}, not {type(record).__name__}")
+    if field not in record:
+        raise ValueError(f"{where}: there is no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}")
+    return record[field]
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        _pick(dict.fromkeys(file.schema_arrow.names), field, str(path))
+        row = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield f"{path}:row {row}", value
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"data: cannot read {path} as parquet: {error}") from error
+
+
+def _read_hub(source: Source) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    from qat.models import hub_found
+
+    if not hub_found():  # datasets would retry for half a minute
+        raise ValueError(
+            f"data: there is no file {source.name!r}, and the Hugging Face hub cannot be reached for a data set of that name"
+        )
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        stream = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
+        for number, record in enumerate(stream, 1):
+            where = f"{source.name} ({source.split}) record {number}"
+            yield where, _pick(record, source.field, where)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        cause = " ".join(str(error).split())[:300]
+        message = f"data: cannot read {source.name!r}; there is no such file, and as a hub data set it fails: {cause}"
+        raise ValueError(message) from error

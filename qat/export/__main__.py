@@ -1,0 +1,133 @@
+"""The verb `python -m qat.export RUN --format hf --out DIR`: write a trained run in another format and prove it equal.
+
+Plain flags, no Hydra. What a format cannot hold is an error here, since it was asked for by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.evaluate import DEFAULT_CONTEXT, run_verb
+from qat.export import FORMATS, get_format
+from qat.export.folder import PACKED_WEIGHTS
+
+if TYPE_CHECKING:
+    from qat.perplexity import Window
+
+_PROBES = 4
+_PROBE_LENGTH = 64
+
+
+def export(
+    run: str,
+    out: str,
+    *,
+    format: str = "hf",
+    linear_class: str = "bitlinear",
+    text: str = "pydoc_data.topics",
+    max_tokens: int = 16_384,
+) -> dict[str, Any]:
+    """Write the packed model of `run` to the folder `out`, and read it back with the format's stock reader.
+
+    Args:
+        run: a run folder (its `packed/` is used) or a packed folder.
+        out: replaced if an earlier export wrote it; it appears only when what was read back is equal.
+        text: a file or `pydoc_data.topics`; perplexity is compared on its first `max_tokens` tokens.
+
+    Returns:
+        what the format's `save` returned (with "verification"), and "sizes".
+
+    Raises:
+        ValueError: `run` is no such folder, the format cannot hold the model, or what was read back differs.
+    """
+    folder = packed_folder(run)
+    writer = get_format(format)
+    from qat.config import ModelConfig
+    from qat.export import packed
+    from qat.models import load_tokenizer
+
+    model, tokenizer = packed.load(folder), load_tokenizer(ModelConfig(path=str(folder)))
+    windows = _windows(model, tokenizer, text, max_tokens)
+    probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
+    facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
+    info = writer.save(
+        model, out, tokenizer, linear_class=linear_class, card=facts, check=lambda new: writer.verify(new, model, probes, windows)
+    )
+    return {**info, "sizes": packed.sizes(folder)}
+
+
+def packed_folder(run: str) -> Path:
+    """The packed folder of a run, or `run` itself where it is one; ValueError otherwise."""
+    from qat.export.packed import is_packed
+
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"RUN={run!r}: there is no such folder")
+    inner = folder / "packed"
+    if inner.is_dir():
+        return inner  # where it is damaged, loading names the file
+    if not is_packed(folder) and not (folder / PACKED_WEIGHTS).exists():
+        raise ValueError(f"RUN={run!r} is neither the folder of a finished run (it has no packed/) nor a packed folder of qat")
+    return folder
+
+
+def _windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Window]:
+    from qat.config import DataConfig
+    from qat.data import text_tokens
+    from qat.perplexity import windows
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
+    return list(windows(text_tokens(text, tokenizer, DataConfig(), max_tokens), min(most, DEFAULT_CONTEXT)))
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """For the card: the perplexities in the run's result.json, where there is one."""
+    try:
+        return {"results": json.loads((run / "result.json").read_text(encoding="utf-8"))["perplexity"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qat.export", description="Write a trained run in another format.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or a packed folder of qat")
+    parser.add_argument("--format", default="hf", choices=sorted(FORMATS), help="hf: stock transformers, quant_method bitnet")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; an earlier export is replaced")
+    parser.add_argument(
+        "--linear-class", default="bitlinear", choices=("bitlinear", "autobitlinear"), help="scale convention of hf"
+    )
+    parser.add_argument("--text", default="pydoc_data.topics", help="text on which perplexity is compared")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="how much of it (default: 16384)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after a user's error, which is one line on stderr."""
+    args = vars(_parser().parse_args(arguments))
+    return run_verb("export", lambda: _show(export(args.pop("run"), args.pop("out"), **args)))
+
+
+def _show(info: dict[str, Any]) -> None:
+    found, sizes = info["verification"], info["sizes"]
+    print(f"wrote {info['folder']} (linear_class {info['linear_class']}, {info['bytes']:,} bytes of weights)")
+    if "padding" in info:
+        print(info["padding"])
+    print(
+        f"read back by stock transformers: perplexity {found['perplexity']:.6g}, packed {found['perplexity_packed']:.6g}"
+        f" (relative difference {found['perplexity_difference']:.1e}); logits differ by {found['logits_difference']:.1e},"
+        f" single layers by {found['layers_difference']:.1e}"
+    )
+    print(f"loaded as bfloat16 its perplexity is {found['perplexity_bfloat16']:.6g}")
+    print(
+        f"bytes: {sizes['full_precision_bf16']:,} in bf16, {sizes['packed_model']:,} packed"
+        f" (of which {sizes['packed_linears']:,} the quantized layers)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

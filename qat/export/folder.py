@@ -1,0 +1,100 @@
+"""Write a folder so that partial work never looks whole: fill a temporary sibling, then rename it.
+
+A folder that an earlier export wrote is replaced; anything else in the way is refused, because it is not ours to delete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS = "model.safetensors"
+PACKED_WEIGHTS = "packed.safetensors"
+WRITER = {"writer": "qat"}
+_KNOWN = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The safetensors metadata of a file; ValueError naming it when it is missing, truncated or no safetensors file."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    try:
+        with safe_open(file, "pt") as tensors:
+            return dict(tensors.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether an earlier export of ours wrote this folder."""
+    try:
+        name = PACKED_WEIGHTS if (folder / PACKED_WEIGHTS).exists() else WEIGHTS
+        return read_metadata(folder / name).get("writer") == WRITER["writer"]
+    except ValueError:
+        return False
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which becomes `folder` on success and vanishes on any error.
+
+    Raises:
+        ValueError: `folder` holds something that is not ours to overwrite, or the disk refuses a write.
+    """
+    target = Path(folder).expanduser().absolute()
+    _refuse_foreign(target)
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _readable(partial)
+        _replace(target, partial)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} exists and is not a folder; choose another target")
+    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
+        raise ValueError(f"{target} is not empty and was not written by an export of qat; choose another target or empty it")
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Rename `partial` to `target`. An old export is moved aside first, and back if that fails."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    foreign = sorted({p.name for p in target.iterdir()} - {p.name for p in partial.iterdir()} - _KNOWN)
+    if foreign:
+        raise ValueError(f"{target} also holds {foreign[0]!r}, which no export writes; move it away or choose another target")
+    old = partial.with_name(partial.name + "-old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _readable(folder: Path) -> None:
+    """safetensors writes with mode 0600, whatever the umask: others could not read the model."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def one_line(error: Exception) -> str:
+    """An error's text without line breaks, at most 400 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:397] + "..."

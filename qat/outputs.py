@@ -1,0 +1,84 @@
+"""What a run leaves on disk: the packed folder, always, and each export that can hold the model, read back and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat import models
+from qat.config import TrainConfig
+from qat.conversion import Conversion
+from qat.export import hf, packed
+from qat.export.tensors import packed_layers
+from qat.measure import Measure
+from qat.perplexity import windows
+from qat.report import RunResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def save_packed(
+    config: TrainConfig, model: PreTrainedModel, record: Conversion, folder: Path, tokenizer: Any, result: RunResult
+) -> None:
+    """Write <run>/packed and note its sizes, whole file and linear layers alone."""
+    card = {**models.describe_source(config.model), "recipe": config.run.name}
+    packed.save(model, folder / "packed", record, tokenizer, extra={"card": card})
+    linears_bf16 = sum(2 * layer.in_features * layer.out_features for layer in packed_layers(model).values())
+    result.bytes |= {**packed.sizes(folder / "packed"), "linears_bf16": linears_bf16}
+
+
+def export_all(
+    config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
+) -> None:
+    """Write and verify every format of export.formats; one that cannot hold the model is named with the reason.
+
+    Raises:
+        ValueError: what the stock reader gives differs from what was packed.
+    """
+    result.export = {"done": [], "skipped": {}}
+    for name in config.export.formats:
+        assert name == "hf"
+        if reason := hf.unsupported(model):
+            result.export["skipped"][name] = reason
+            continue
+        found = _export_hf(config, model, folder / "model", tokenizer, result, measure)
+        result.export["done"].append(name)
+        result.perplexity["exported"] = found["perplexity"]
+        result.verify({"hf": found, "summary": [_hf_summary(folder / "model", found)]})
+
+
+def _export_hf(
+    config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
+) -> dict[str, float]:
+    card = {**models.describe_source(config.model), "recipe": config.run.name, "results": _card_results(result)}
+    batches = list(windows(measure.texts[""], measure.context, measure.stride, measure.batch_size))
+    info = hf.save(
+        model,
+        folder,
+        tokenizer,
+        linear_class=config.export.linear_class,
+        card=card,
+        check=lambda written: hf.verify(written, model, measure.probe(), batches),
+    )
+    return info["verification"]
+
+
+def _card_results(result: RunResult) -> dict[str, Any]:
+    values = result.perplexity
+    stages = {key: round(values[key], 4) for key in ("full_precision", "converted", "trained", "packed") if key in values}
+    return {f"perplexity, {key.replace('_', ' ')}": value for key, value in stages.items()} | {
+        "text": values["text"],
+        "context": values["context"],
+        "stride": values["stride"],
+    }
+
+
+def _hf_summary(folder: Path, found: dict[str, float]) -> str:
+    line = f"{folder} = packed: stock transformers gives perplexity {found['perplexity']:.4f}"
+    same = found["logits_difference"] == 0 and found["perplexity_difference"] == 0
+    off = f"{found['perplexity_difference']:.1e} off, logits {found['logits_difference']:.1e} off"
+    line += " and logits, equal to the bit" if same else f" ({off})"
+    if "perplexity_bfloat16" in found:
+        line += f"; loaded as bfloat16 {found['perplexity_bfloat16']:.4f}"
+    return line

@@ -1,0 +1,210 @@
+"""python -m qat.train recipe=NAME key=value: the main job, from a pretrained model to verified, packed, exported weights.
+
+`run(TrainConfig) -> RunResult` is a plain function, readable top to bottom; `main` is Hydra only. Heavy imports are inside
+functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qat.config import TrainConfig
+
+if TYPE_CHECKING:
+    from qat.report import RunResult
+
+
+def run(config: TrainConfig) -> RunResult:
+    """Load, convert, train, verify, pack and export; everything measured is in the result and in the run's folder.
+
+    Raises:
+        ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
+    """
+    import copy
+    from functools import partial
+
+    from lightning.pytorch import seed_everything
+
+    from qat import conversion, fit, models, runs
+    from qat.data import build_datamodule
+    from qat.measure import Measure, same_outputs
+    from qat.outputs import export_all, save_packed
+
+    config = load_config(config.resume) if config.resume and not config.model.path else config
+    config.check()
+    fit.check_precision(config.trainer)
+    runs.set_threads(config.trainer.threads)
+    seed_everything(config.seed, verbose=False)
+
+    base, tokenizer = models.load_model(config.model), models.load_tokenizer(config.model)
+    models.check_vocabulary(base, tokenizer)
+    models.check_context(base, config.data.sequence_length)
+    student = copy.deepcopy(base)
+    record = conversion.convert(student, config.quant, include=config.model.include or None, exclude=config.model.exclude or None)
+    print(f"{config.model.path}: {record.summary()}")
+    if config.dry_run:
+        return runs.dry_run(config, base, student, record)
+
+    folder = runs.open_folder(config)
+    result = runs.new_result(config, folder, base, record)
+    with runs.recording(result, folder):
+        teacher = runs.load_teacher(config, base)
+        batches = runs.total_batches(config.trainer)
+        build_data = partial(build_datamodule, config.data, tokenizer, teacher=base, seed=config.seed, total_batches=batches)
+        data = build_data()
+        print(*data.notes, sep="\n", end="\n" if data.notes else "")
+        measure = Measure.of(config, data, tokenizer, result)
+        measure("full_precision", base)
+        measure("converted", student)
+
+        optimizer, plugins = _optimizer(config), _plugins(config, folder)
+        outcome = runs.train_student(config, student, teacher, data, tokenizer, folder, optimizer, plugins)
+        result.count(outcome)
+        if outcome.interrupted:
+            result.status = f"interrupted at step {outcome.step}; continue with resume={folder}"
+            return result
+        measure("trained", student)
+
+        packed = copy.deepcopy(student)
+        packing = conversion.pack(packed, layout=config.export.layout)
+        packing.skipped = record.skipped
+        measure("packed", packed)
+        result.verify(same_outputs(student, packed, measure))
+        save_packed(config, packed, packing, folder, tokenizer, result)
+        export_all(config, packed, folder, tokenizer, result, measure)
+
+        if config.control.enabled:
+            outcome = runs.train_control(config, base, build_data(), folder, optimizer)
+            if outcome.interrupted:
+                result.status = f"interrupted in the control run; continue with resume={folder}"
+                return result
+            result.control = {"tokens": outcome.tokens, "seconds": outcome.seconds, "lr": config.control.lr}
+            measure("control", base)
+        result.status = "done"
+    return result
+
+
+def load_config(folder: str, overrides: list[str] | None = None) -> TrainConfig:
+    """The configuration of an earlier run, to continue it; `overrides` are key=value.
+
+    Raises:
+        ValueError: the folder holds no run, or an override names no key.
+    """
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    file = Path(folder) / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"resume={folder}: there is no run, {file} is missing")
+    try:
+        saved = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file), OmegaConf.from_dotlist(overrides or []))
+        saved.resume = folder
+        return OmegaConf.to_object(saved)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"resume={folder}: {error}") from error
+
+
+def _instantiate(node: dict[str, Any], **more: Any) -> Any:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all", **more)
+    except InstantiationException as error:
+        raise ValueError(f"{node.get('_target_')}: {error}") from error
+
+
+def _optimizer(config: TrainConfig) -> Any:
+    return _instantiate({**config.optim.optimizer, "_partial_": True})
+
+
+def _plugins(config: TrainConfig, folder: Any) -> tuple[list[Any], list[Any]]:
+    """The user's loggers and callbacks."""
+    loggers = [_instantiate(node, save_dir=str(folder)) for node in config.logger.values()]
+    return loggers, [_instantiate(node) for node in config.callbacks.values()]
+
+
+def _task(composed: Any) -> None:
+    """One job of Hydra: from its composed config to a printed table."""
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    def build() -> TrainConfig:
+        config: TrainConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+        job = HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN and config.run.dir:
+            config.run.dir = str(Path(config.run.dir) / str(job.job.num))
+        return config
+
+    _show(build)
+
+
+def _show(build: Any) -> None:
+    """Run, print the table, and turn errors that are the user's into one line and an exit code."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qat.report import print_table
+
+    try:
+        result = run(build())
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        sys.exit(f"error: {error}")
+    if result.perplexity:
+        print_table(result)
+    if result.status.startswith("interrupted"):
+        sys.exit(130)
+
+
+HELP = """Fine-tune a pretrained model as a ternary or binary BitLinear model.
+
+  python -m qat.train recipe=NAME [key=value ...]    train, verify, pack, export
+  python -m qat.train recipe=NAME --dry-run          coverage, memory and tokens; no training
+  python -m qat.train resume=runs/NAME/TIME          continue a run exactly
+  python -m qat.train -m recipe=NAME key=a,b         one run for each value
+  python -m qat.train recipe=NAME --cfg job          all keys with their values (explained in qat/config.py)
+
+recipes, and the groups that they and you choose from:
+"""
+
+
+def _help() -> str:
+    """Hydra's own help composes everything first, which takes more than a second."""
+    from qat.config import options
+
+    return HELP + "\n".join(f"  {group + '=':<11}{', '.join(names)}" for group, names in options().items())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. `--dry-run` is short for dry_run=true; resume=DIR takes the configuration of that run."""
+    from qat.config import check_keys, config_folder, register
+
+    # libgomp's threads spin while they wait: beside any other work on the machine that is ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    arguments = ["dry_run=true" if a == "--dry-run" else a for a in (sys.argv[1:] if arguments is None else arguments)]
+    if {"-h", "--help"} & set(arguments):
+        return print(_help())
+    try:
+        check_keys(arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    resume = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    if resume:
+        overrides = [a for a in arguments if not a.startswith("resume=")]
+        return _show(lambda: load_config(resume[-1], overrides))
+
+    import hydra
+
+    register()
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(config_path=str(config_folder("conf")), config_name="train", version_base="1.3")(_task)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Our own folder and the stock transformers folder: round trips, what is refused, damaged files, planted faults."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # transformers compiles its bitnet unpacking otherwise: 19 s
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
+
+import qat
+from qat.export import FORMATS, get_format, hf, packed
+from qat.export import __main__ as verb
+from qat.export import verify as verification
+from qat.export.folder import new_folder, read_metadata
+from qat.export.hf_tensors import pack_rows
+from qat.perplexity import windows
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "models/stories260k").is_dir(), reason=f"{SHARED} is absent")
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 43,  # odd: padded to 44
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+IDS = torch.randint(64, (512,), generator=torch.Generator().manual_seed(0))
+WINDOWS = list(windows(IDS, 64))
+
+
+def packed_model(config=None, layout="2bit", exclude=None, **quant):
+    torch.manual_seed(0)
+    config = config or LlamaConfig(**SMALL, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    record = qat.convert(model, qat.QuantConfig(**quant), exclude=exclude)
+    qat.pack(model, layout=layout)
+    return model, record
+
+
+def qwen2(**changes):
+    return Qwen2Config(**{**SMALL, "tie_word_embeddings": False, **changes})
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return packed_model()[0]
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return packed_model(qwen2())[0]
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Answer verification's question in this process: the same script, a second faster."""
+    spec = importlib.util.spec_from_file_location("stock_reader", verification.READER)
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    reader.sys = SimpleNamespace(exit=sys.exit, modules={})
+
+    def ask(folder, request, device, bfloat16):
+        asked, answered = folder.parent / "request", folder.parent / "result"
+        save_file(dict(request), asked, {"device": str(device), "bfloat16": "1" if bfloat16 else "0"})
+        reader.main(str(folder), asked, answered)
+        return load_file(answered)
+
+    monkeypatch.setattr(verification, "_ask", ask)
+
+
+def verify(folder, model):
+    return hf.verify(folder, model, IDS[:64][None], WINDOWS, bfloat16=False)
+
+
+# our own folder
+
+
+@pytest.mark.parametrize("layout", ["2bit", "base3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_round_trip_is_exact(tmp_path, layout, tied):
+    model, record = packed_model(qwen2(tie_word_embeddings=tied), layout, granularity="channel")
+    folder = packed.save(model, tmp_path / "packed", record, extra={"card": {"license": "mit"}})
+    again = packed.load(folder)
+    assert torch.equal(again(IDS[None, :64]).logits, model(IDS[None, :64]).logits)
+    assert not again.training and packed.read_extra(folder) == {"card": {"license": "mit"}}
+    kept, widths = packed.read_record(folder / "packed.safetensors")
+    assert kept.converted == record.converted and kept.skipped == record.skipped and kept.layout == layout
+    assert widths["model.layers.0.mlp.down_proj"] == 43
+    assert ("lm_head.weight" in load_file(folder / "packed.safetensors")) is not tied
+
+
+def test_packed_state_of_any_module(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
+
+    model = fresh()
+    record = qat.convert(model, qat.QuantConfig(weight="binary", kernels="auto"))
+    qat.pack(model, layout="base3")
+    packed.save_state(model, tmp_path / "a.safetensors", record)
+    again = fresh()
+    assert packed.load_state(again, tmp_path / "a.safetensors").config.weight == "binary"
+    x = torch.randn(4, 13)
+    assert torch.equal(again(x), model(x))
+
+
+def test_packed_folder_is_no_stock_bitnet_folder(tmp_path, llama):
+    packed.save(llama, tmp_path / "packed")
+    assert "quantization_config" not in json.loads((tmp_path / "packed/config.json").read_text())
+
+
+def test_sizes(tmp_path, llama):
+    packed.save(llama, tmp_path / "packed")
+    rows = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (43, 32), "up": (43, 32), "down": (32, 43)}
+    linears = 2 * sum(n * -(-k // 4) + 4 for n, k in rows.values())
+    parameters = 64 * 32 + 2 * (sum(n * k for n, k in rows.values()) + 2 * 32) + 32
+    whole = (tmp_path / "packed/packed.safetensors").stat().st_size
+    expected = {"packed_model": whole, "packed_linears": linears, "full_precision_bf16": 2 * parameters}
+    assert packed.sizes(llama) == packed.sizes(tmp_path / "packed") == expected
+    assert packed.full_precision_bf16(AutoModelForCausalLM.from_config(llama.config)) == 2 * parameters
+
+
+def rewrite(file, change, **metadata):
+    """Write `file` again after `change(tensors)`."""
+    tensors, old = load_file(file), read_metadata(file)
+    change(tensors)
+    save_file(tensors, file, {**old, **metadata})
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def test_damaged_packed_files_are_named(tmp_path):
+    model, record = packed_model(layout="base3")
+    file = packed.save(model, tmp_path / "packed", record) / "packed.safetensors"
+    whole = file.read_bytes()
+
+    def bad_byte(tensors):
+        tensors[f"{Q}.packed"][1, 2] = 243
+
+    cases = [
+        (lambda: rewrite(file, bad_byte), rf"{Q}.packed\[1, 2\] = 243"),
+        (lambda: rewrite(file, lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"][:, 1:].contiguous()})), f"{Q}.packed"),
+        (lambda: rewrite(file, lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"][1:].contiguous()})), f"{Q}.packed"),
+        (lambda: rewrite(file, lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"] * -1})), "weight_scale"),
+        (lambda: rewrite(file, lambda t: t.pop(f"{Q}.packed")), f"missing tensor '{Q}.packed'"),
+        (lambda: rewrite(file, lambda t: t.update(extra=torch.ones(1))), "unexpected tensor 'extra'"),
+        (lambda: rewrite(file, lambda t: None, version="2"), "version '2'"),
+        (lambda: rewrite(file, lambda t: None, format="pt"), "not a packed model"),
+        (lambda: rewrite(file, lambda t: None, conversion="{"), "metadata is damaged"),
+        (lambda: rewrite(file, lambda t: None, widths="{}"), "in_features=None"),
+        (lambda: file.write_bytes(whole[:-7]), "not a whole safetensors file"),
+        (lambda: file.write_bytes(b""), "not a whole safetensors file"),
+        (lambda: file.unlink(), "is missing"),
+    ]
+    for damage, message in cases:
+        file.write_bytes(whole)
+        damage()
+        with pytest.raises(ValueError, match=message) as caught:
+            packed.load(tmp_path / "packed")
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# folders
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, llama):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    for write in (
+        lambda: packed.save(llama, tmp_path / "x", None, Tokenizer()),
+        lambda: hf.save(llama, tmp_path / "x", Tokenizer()),
+    ):
+        with pytest.raises(ValueError, match=f"cannot write {tmp_path / 'x'}.*No space left"):
+            write()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_only_our_own_folder_is_replaced(tmp_path, llama):
+    folder = packed.save(llama, tmp_path / "x")
+    packed.save(llama, folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="'notes.txt'"):
+        packed.save(llama, folder)
+    assert packed.is_packed(folder) and (folder / "notes.txt").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "a").touch()
+    for target, message in ((foreign, "not empty"), (foreign / "a", "not a folder")):
+        with pytest.raises(ValueError, match=message), new_folder(target):
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["foreign", "x"]
+
+
+# the stock transformers folder
+
+
+def test_pack_rows_is_the_stock_packing():
+    from transformers.integrations.bitnet import pack_weights
+
+    codes = torch.randint(-1, 2, (12, 5), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    assert torch.equal(pack_rows(codes), pack_weights(codes.clone()))  # the stock one changes its argument
+
+
+@pytest.mark.parametrize(
+    ("quant", "reason"),
+    [
+        ({"weight": "binary"}, "ternary weights only"),
+        ({"granularity": "channel"}, "one scale a tensor"),
+        ({"act_bits": None}, "act_bits=null"),
+        ({"act_granularity": "tensor"}, "act_granularity=tensor"),
+        ({"eps": 1e-6}, "quant.eps"),
+    ],
+)
+def test_unsupported_quantization(tmp_path, quant, reason):
+    model, _ = packed_model(**quant)
+    assert reason in hf.unsupported(model)
+    with pytest.raises(ValueError, match="hf format cannot hold"):
+        hf.save(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_unsupported_models(llama):
+    gpt2, _ = packed_model(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    assert "Conv1D" in hf.unsupported(gpt2)
+    odd, _ = packed_model(LlamaConfig(**{**SMALL, "hidden_size": 30, "num_attention_heads": 2, "head_dim": 8}))
+    assert "o_proj has out_features=30" in hf.unsupported(odd)
+    plain = nn.Sequential(nn.Linear(8, 8))
+    assert "no quantized layers" in hf.unsupported(plain)
+    qat.convert(plain)
+    assert "no transformers config" in hf.unsupported(plain)
+    assert hf.unsupported(llama) is None
+
+
+def test_what_is_not_packed_yet_is_supported_but_not_saved(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    qat.convert(model)
+    assert hf.unsupported(model) is None
+    with pytest.raises(ValueError, match="call qat.pack first"):
+        hf.save(model, tmp_path / "x")
+
+
+def test_stock_subprocess_reads_padded_tied_llama(tmp_path, llama):
+    card = {"base_model": "me/base", "license": "mit", "recipe": "quickstart", "results": {"full precision": 4.9}}
+    info = hf.save(llama, tmp_path / "x", card=card, check=lambda new: hf.verify(new, llama, IDS[:64][None], WINDOWS))
+    found = info["verification"]
+    assert found["layers_difference"] < 1e-6 and found["logits_difference"] < 5e-3 and found["perplexity_difference"] < 1e-4
+    assert found["perplexity_bfloat16"] == pytest.approx(found["perplexity"], rel=0.02) and not found["bfloat16_cast"]
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    assert config["dtype"] == "float32" and config["intermediate_size"] == 44 and "from 43 to 44" in info["padding"]
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+    readme = (tmp_path / "x/README.md").read_text()
+    assert readme.startswith("---\n") and 'base_model: "me/base"' in readme and "| full precision | 4.9 |" in readme
+    assert "from 43 to 44" in readme and 'license: "mit"' in readme
+    assert llama.config.intermediate_size == 43 and not hasattr(llama.config, "quantization_config")
+
+
+def test_stock_subprocess_reads_qwen2_with_biases_as_autobitlinear(tmp_path, qwen):
+    hf.save(qwen, tmp_path / "x", linear_class="autobitlinear")
+    found = hf.verify(tmp_path / "x", qwen, IDS[:64][None], WINDOWS)
+    assert found["layers_difference"] < 1e-6 and found["logits_difference"] < 5e-3 and found["perplexity_difference"] < 1e-4
+    assert found["bfloat16_cast"] == 1
+
+
+def test_qwen2_with_biases_as_bitlinear(tmp_path, qwen, in_process):
+    hf.save(qwen, tmp_path / "x")
+    found = verify(tmp_path / "x", qwen)
+    assert found["layers_difference"] < 1e-6 and found["perplexity_difference"] < 1e-4
+
+
+def test_excluded_layers_and_rounded_scale(tmp_path, in_process):
+    """An excluded gate_proj must be padded as well, and names must match no more than themselves."""
+    names = ["model.layers.1.mlp.gate_proj", "*.0.self_attn.k_proj"]
+    model, _ = packed_model(qwen2(), exclude=names, scale_dtype="bfloat16")
+    hf.save(model, tmp_path / "x")
+    kept = json.loads((tmp_path / "x/config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert sorted(kept) == ["lm_head", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.gate_proj"]
+    assert load_file(tmp_path / "x/model.safetensors")["model.layers.1.mlp.gate_proj.weight"].shape == (44, 32)
+    assert verify(tmp_path / "x", model)["layers_difference"] < 1e-6
+
+
+def invert_scale(tensors):
+    tensors[f"{Q}.weight_scale"] = 1 / tensors[f"{Q}.weight_scale"]
+
+
+def permute_rows(tensors):
+    tensors[f"{Q}.weight"][[0, 1]] = tensors[f"{Q}.weight"][[1, 0]]
+
+
+def scale_bias(tensors):
+    tensors[f"{Q}.bias"] *= tensors[f"{Q}.weight_scale"]
+
+
+def flip_one_code(tensors):
+    tensors[f"{Q}.weight"][0, 0] ^= 1
+
+
+@pytest.mark.parametrize("fault", [invert_scale, permute_rows, scale_bias, flip_one_code])
+def test_planted_faults_are_found(tmp_path, qwen, in_process, fault):
+    hf.save(qwen, tmp_path / "x", linear_class="autobitlinear")
+    rewrite(tmp_path / "x/model.safetensors", fault)
+    with pytest.raises(ValueError, match="not the model that was packed: .*layers differ by"):
+        verify(tmp_path / "x", qwen)
+
+
+def test_a_failed_check_leaves_no_folder(tmp_path, llama):
+    def fail(folder):
+        assert (folder / "config.json").exists()
+        raise ValueError("differs")
+
+    with pytest.raises(ValueError, match="differs"):
+        hf.save(llama, tmp_path / "x", check=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+# the verb
+
+
+def test_formats():
+    assert get_format("hf") is hf and list(FORMATS) == ["hf"]
+    with pytest.raises(ValueError, match="choose one of hf"):
+        get_format("onnx")
+
+
+def test_errors_of_the_verb_are_one_line(capsys, tmp_path, llama):
+    (tmp_path / "empty").mkdir()
+    packed.save(packed_model(granularity="channel")[0], tmp_path / "channel")
+    for run, message in (("none", "no such folder"), ("empty", "neither the folder of a finished run"), ("channel", "tokenizer")):
+        assert verb.main([str(tmp_path / run), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("qat.export:") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out").exists()
+
+
+@needs_shared
+def test_export_of_a_run(capsys, tmp_path, monkeypatch):
+    """Stories260k, converted without training: the verb writes, reads back in a subprocess, and prints both."""
+    monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
+    source = SHARED / "models/stories260k"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    record = qat.convert(model)
+    qat.pack(model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    packed.save(model, tmp_path / "run/packed", record, tokenizer, {"card": {"recipe": "stories260k"}})
+    (tmp_path / "run/result.json").write_text(json.dumps({"perplexity": {"packed": 1500.0}}))
+    text = str(SHARED / "data/tinystories/valid.txt")
+    arguments = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--text", text, "--max-tokens", "4096"]
+    assert verb.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "read back by stock transformers: perplexity 1" in printed and "520,064 in bf16" in printed
+    readme = (tmp_path / "out/README.md").read_text()
+    assert "| packed | 1500 |" in readme and "| recipe | stories260k |" in readme
