@@ -104,6 +104,7 @@ class PackedBitLinear(nn.Module):
         check_group_size(in_features, config.group_size)
         self.in_features, self.out_features = in_features, out_features
         self.config, self.layout = replace(config), layout
+        self._version = f"layout {layout}, in_features={in_features}"  # type: ignore[assignment]  # state_dict keeps it
         scales = scale_shape(out_features, in_features, config.granularity, config.group_size)
         row_bytes = get_layout(layout).row_bytes(in_features)
         self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
@@ -150,15 +151,18 @@ class PackedBitLinear(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
         """Refuse bytes and scales that no writer of ours produced, before they become garbage output."""
+        stored = metadata.get("version", self._version)
+        if stored != self._version:
+            raise ValueError(f"{prefix}packed was saved with {stored}, but this layer has {self._version}")
         name = prefix + "packed"
         if name in state_dict:
             check_packed(state_dict[name], self.in_features, self.layout, name)
         scale = state_dict.get(prefix + "weight_scale")
         if scale is not None and not bool(torch.isfinite(scale).all() and (scale > 0).all()):
             raise ValueError(f"{prefix}weight_scale holds values that are not finite and above 0")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def extra_repr(self) -> str:
         return (

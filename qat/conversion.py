@@ -7,10 +7,13 @@ precision is the trap of this field (GPT-2's Conv1D, 3-D expert weights, torch's
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import nn
@@ -283,6 +286,8 @@ class _Context:
             return _ROUTER_REASON
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads this weight itself and never calls the layer"
+        if parent is not None and re.search(_READS_WEIGHT.format(re.escape(leaf)), _forward_source(type(parent))):
+            return f"{type(parent).__name__} reads this weight itself"
         if "forward" in vars(module):
             return "its forward was replaced by another"
         if not _is_conv1d(module) and type(module).forward is not nn.Linear.forward:
@@ -292,6 +297,19 @@ class _Context:
         if not isinstance(module.weight, nn.Parameter):
             return "its weight is computed from other parameters (weight_norm, prune)"
         return None
+
+
+_READS_WEIGHT = r"(?<!isinstance\()\bself\.{}\.weight\b(?!\.(?:dtype|device|shape|requires_grad)\b)"
+
+
+@cache
+def _forward_source(kind: type[nn.Module]) -> str:
+    """Source of a class's forward methods: a weight read there (Mamba's dt_proj) is a layer that is never called."""
+    methods = [method for name, method in vars(kind).items() if "forward" in name and inspect.isfunction(method)]
+    try:
+        return "\n".join(map(inspect.getsource, methods))
+    except (OSError, TypeError):
+        return ""
 
 
 def _is_conv1d(module: nn.Module) -> bool:

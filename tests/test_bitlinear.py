@@ -229,6 +229,15 @@ def test_a_corrupt_state_dict_is_refused(key: str, value: torch.Tensor, message:
         model.load_state_dict({**model.state_dict(), f"0.{key}": value})
 
 
+@pytest.mark.parametrize(("k", "layout"), [(8, "base3"), (7, "2bit")])
+def test_bytes_saved_for_another_layout_or_width_are_refused(k: int, layout: str) -> None:
+    file, fresh = io.BytesIO(), nn.Sequential(PackedBitLinear(k, 4, True, QuantConfig(), layout))
+    torch.save(nn.Sequential(PackedBitLinear.from_bitlinear(BitLinear(8, 4))).state_dict(), file)
+    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    with pytest.raises(ValueError, match=r"0.packed was saved with layout 2bit, in_features=8, but this layer has layout"):
+        fresh.load_state_dict(state)
+
+
 @pytest.mark.parametrize("build", [BitLinear, lambda k, n, config: PackedBitLinear(k, n, True, config)])
 def test_a_group_size_that_does_not_divide_is_refused(build: object) -> None:
     with pytest.raises(ValueError, match="in_features=10 is not a multiple of quant.group_size=4"):

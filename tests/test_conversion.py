@@ -82,7 +82,9 @@ def test_patterns_choose(include: object, exclude: object, expected: list[str]) 
 @pytest.mark.parametrize("patterns", [{"include": "typo"}, {"exclude": "*"}, {"include": "lm_head", "exclude": "lm_head"}])
 def test_zero_matches_is_an_error_that_lists_the_reasons(patterns: dict[str, str]) -> None:
     model = Model()
-    with pytest.raises(ValueError, match="nothing to convert: 0 of 5 linear layers converted; skipped .* in Model; check include"):
+    with pytest.raises(
+        ValueError, match="nothing to convert: 0 of 5 linear layers converted; skipped .* in Model; check include"
+    ):
         qat.convert(model, **patterns)
     assert_untouched(model)
 
@@ -220,6 +222,21 @@ def test_layers_that_a_walker_cannot_take_are_skipped_with_a_reason() -> None:
     assert record.skipped["parametrized"] == "its weight is parametrized"
     assert record.skipped["conv.weight"] == "Conv1d is neither nn.Linear nor Conv1D"
     assert record.skipped["lstm.weight_ih_l0"] == "LSTM is neither nn.Linear nor Conv1D"
+
+
+def test_a_layer_whose_weight_the_parent_reads_itself_is_skipped() -> None:
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read, self.checked = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            nn.init.zeros_(self.called.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.checked(self.called(x).to(self.checked.weight.dtype))
+            return nn.functional.linear(x, self.read.weight)
+
+    record = qat.convert(Parent())
+    assert record.converted == ["called", "checked"] and record.skipped == {"read": "Parent reads this weight itself"}
 
 
 def test_forward_hooks_survive_and_can_be_removed() -> None:
@@ -414,7 +431,7 @@ def test_the_fused_encoder_path_does_not_bypass_quantization(stack: bool, masked
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if masked else None
 
     def outputs(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """As a user gets it, and with torch's fused path forbidden; padded positions are arbitrary."""
+        """As a user gets it, and with torch's fused path forbidden; padded positions are left out."""
         with torch.no_grad():
             found = model(x, src_key_padding_mask=mask)
             torch.backends.mha.set_fastpath_enabled(False)
@@ -426,15 +443,16 @@ def test_the_fused_encoder_path_does_not_bypass_quantization(stack: bool, masked
         return found[keep], plain[keep]
 
     full = outputs(model)[1]
-    record = qat.convert(model)
+    record = qat.convert(model, QuantConfig(act_bits=None))
     assert all(name.endswith(("linear1", "linear2")) for name in record.converted)
     assert len(record.converted) == (4 if stack else 2)
     found, plain = outputs(model)
-    assert torch.equal(found, plain) and (found - full).abs().max() > 1e-3
+    torch.testing.assert_close(found, plain)
+    assert (found - full).abs().max() > 1e-2
     again = outputs(copy.deepcopy(model))[0]
     qat.pack(model)
     packed, packed_plain = outputs(model)
-    assert torch.equal(again, found) and torch.equal(packed, found) and torch.equal(packed_plain, found)
+    assert torch.equal(again, found) and torch.equal(packed, found) and torch.equal(packed_plain, plain)
     qat.unpack(model)
     assert outputs(model)[0].shape == found.shape
 
