@@ -123,17 +123,19 @@ def convert(
     Args:
         model: any module; itself a linear layer too. GPT-2's Conv1D counts as one.
         config: how to quantize; default b1.58.
-        include: shell patterns of module names. Default: all but output heads, tied weights and MoE routers. A head or
-            a router is converted when a pattern without wildcards names it.
-        exclude: shell patterns of modules to leave alone; wins over `include`.
+        include: shell patterns of module names, which stand for everything inside, too. Default: all but output heads,
+            tied weights and MoE routers. A head or a router is converted when a pattern without wildcards names it.
+        exclude: the same for modules to leave alone; wins over `include`.
 
     Raises:
-        ValueError: no layer matches; the model is already quantized; a weight is not finite; a group size does not fit;
-            expert weights stored as one 3-D parameter, which no walker could convert (exclude them knowingly).
+        ValueError: a pattern matches no module; no layer is left to convert; the model is already quantized; a weight
+            is not finite; a group size does not fit; expert weights stored as one 3-D parameter, which no walker could
+            convert (exclude them knowingly).
     """
     config = config or QuantConfig()
     selection = _Selection(_patterns(include), _patterns(exclude))
     _refuse_quantized(model)
+    selection.refuse_typos(model)
     _refuse_experts(model, selection)
     record = Conversion("bitlinear", config)
     layers: dict[str, nn.Module] = {}
@@ -238,17 +240,31 @@ class _Selection:
     exclude: tuple[str, ...]
 
     def excludes(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        return _matches(name, self.exclude)
 
     def skip_reason(self, name: str) -> str | None:
         if self.excludes(name):
             return "matches exclude"
-        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+        if self.include and not _matches(name, self.include):
             return "no match in include"
         return None
 
+    def refuse_typos(self, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        for key, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"{key}={pattern!r} matches no module of {type(model).__name__}")
+
     def names_exactly(self, name: str, reason: str) -> bool:
         return reason in (_HEAD_REASON, _ROUTER_REASON) and name in self.include and not self.excludes(name)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits the name or a module that contains it."""
+    parts = name.split(".")
+    above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return any(fnmatchcase(part, pattern) for part in above for pattern in patterns)
 
 
 _HEAD_REASON = "output head, kept in full precision"
@@ -286,7 +302,7 @@ class _Context:
             return _ROUTER_REASON
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads this weight itself and never calls the layer"
-        if parent is not None and re.search(_READS_WEIGHT.format(re.escape(leaf)), _forward_source(type(parent))):
+        if _reads_weight(parent, leaf):
             return f"{type(parent).__name__} reads this weight itself"
         if "forward" in vars(module):
             return "its forward was replaced by another"
@@ -302,10 +318,18 @@ class _Context:
 _READS_WEIGHT = r"(?<!isinstance\()\bself\.{}\.weight\b(?!\.(?:dtype|device|shape|requires_grad)\b)"
 
 
+def _reads_weight(parent: nn.Module | None, leaf: str) -> bool:
+    """Whether the parent's forward multiplies by the weight itself, so that BitLinear's forward would not be called."""
+    if parent is None or isinstance(parent, nn.TransformerEncoderLayer):  # its fused path is disabled instead
+        return False
+    source = _forward_source(type(parent))  # type: ignore[arg-type]
+    return re.search(_READS_WEIGHT.format(re.escape(leaf)), source) is not None
+
+
 @cache
 def _forward_source(kind: type[nn.Module]) -> str:
-    """Source of a class's forward methods: a weight read there (Mamba's dt_proj) is a layer that is never called."""
-    methods = [method for name, method in vars(kind).items() if "forward" in name and inspect.isfunction(method)]
+    """Source of a class's forward methods; Mamba's, for one, read `self.dt_proj.weight`."""
+    methods = [method for name, method in inspect.getmembers(kind, inspect.isfunction) if "forward" in name]
     try:
         return "\n".join(map(inspect.getsource, methods))
     except (OSError, TypeError):

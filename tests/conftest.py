@@ -33,7 +33,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 13,000 parameters with a character tokenizer, as a transformers folder; MLP width 43 is odd on purpose."""
+    """A random Llama with a character tokenizer, as a transformers folder; the MLP width 43 is odd on purpose."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

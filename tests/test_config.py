@@ -114,6 +114,8 @@ def test_wrong_value_names_key_value_and_what_is_allowed(cls: Any, values: dict[
 
 
 def test_free_keys_pass_the_key_check() -> None:
-    check_keys(["callbacks.mine._target_=x", "logger.wandb.offline=true", "optim.optimizer.fused=true", "hydra.verbose=true", "-m"])
+    check_keys(
+        ["callbacks.mine._target_=x", "logger.wandb.offline=true", "optim.optimizer.fused=true", "hydra.verbose=true", "-m"]
+    )
     with pytest.raises(ValueError, match="there is no key 'dta.train'; did you mean data"):
         check_keys(["dta.train=x"])

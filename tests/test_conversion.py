@@ -79,7 +79,7 @@ def test_patterns_choose(include: object, exclude: object, expected: list[str]) 
     assert set(record.converted) | set(record.skipped) == {*BLOCKS, "lm_head"}
 
 
-@pytest.mark.parametrize("patterns", [{"include": "typo"}, {"exclude": "*"}, {"include": "lm_head", "exclude": "lm_head"}])
+@pytest.mark.parametrize("patterns", [{"include": "embed"}, {"exclude": "*"}, {"include": "lm_head", "exclude": "lm_head"}])
 def test_zero_matches_is_an_error_that_lists_the_reasons(patterns: dict[str, str]) -> None:
     model = Model()
     with pytest.raises(
@@ -504,3 +504,16 @@ def test_the_core_works_with_torch_alone() -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_a_pattern_stands_for_everything_inside() -> None:
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "b": nn.Linear(4, 4)})
+    assert qat.convert(model, exclude="a").converted == ["b"]
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(key: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=rf"{key}=.*typo' matches no module of Sequential"):
+        qat.convert(model, **{key: ["0", "*.typo"]})
+    assert type(model[0]) is nn.Linear

@@ -93,7 +93,14 @@ def test_a_whole_run(config: TrainConfig) -> None:
     assert len(saved["conversion"]["converted"]) == 14 and "tied" in saved["conversion"]["skipped"]["lm_head"]
     assert saved["bytes"]["packed_linears"] < saved["bytes"]["packed_model"] < saved["bytes"]["full_precision_bf16"]
     assert saved["status"] == "done" and saved["versions"]["torch"] == torch.__version__
-    for name in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "packed/packed.safetensors", "model/config.json", "samples.md"):
+    for name in (
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/last.ckpt",
+        "packed/packed.safetensors",
+        "model/config.json",
+        "samples.md",
+    ):
         assert (folder / name).is_file(), name
     content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert content["global_step"] == 60
