@@ -76,7 +76,6 @@ def _load_full(path: str) -> Loaded:
 
 def _load_stock(folder: Path) -> Loaded:
     """With stock transformers, as a user would, but its warnings about keys are errors."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its unpacking is compiled at the first call: 19 s on a CPU
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -177,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after a user's error, which is one line on stderr."""
     args = vars(_parser().parse_args(arguments))
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # stock unpacking is compiled at its first call: 19 s on a CPU
     as_json, path = args.pop("json"), args.pop("model")
     return run_verb("evaluate", lambda: _show(evaluate(path, **args), as_json))
 

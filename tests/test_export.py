@@ -2,15 +2,14 @@
 
 import importlib.util
 import json
-import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # transformers compiles its bitnet unpacking otherwise: 19 s
-
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
@@ -34,6 +33,15 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_dynamo() -> Iterator[None]:
+    """transformers compiles its bitnet unpacking otherwise: 19 s at the first call on a CPU."""
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
 IDS = torch.randint(64, (512,), generator=torch.Generator().manual_seed(0))
 WINDOWS = list(windows(IDS, 64))
 
