@@ -11,7 +11,7 @@ from typing import Any
 
 STAGES = {
     "full_precision": "full precision",
-    "control": "control: full precision, fine-tuned",
+    "control": "control, fine-tuned",
     "converted": "converted, not trained",
     "trained": "after QAT",
     "packed": "packed",
@@ -106,7 +106,7 @@ def _perplexity_table(result: RunResult) -> Any:
 
     about = result.perplexity
     table = Table(title=f"{result.recipe}: perplexity, context {about.get('context')}, stride {about.get('stride')}")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     texts = {str(about.get("text")): about, **{str(value["text"]): value for value in result.further.values()}}
     for name, values in texts.items():
         table.add_column(f"{name}\n{values['tokens']:,} tokens", justify="right")
