@@ -79,7 +79,7 @@ class BitLinear(nn.Linear):
     def _mixed_activation(self, x: Tensor) -> Tensor:
         if self.config.act_bits is None:
             return x
-        codes, scale = ops.quantize_activation(x.detach(), self.config.act_granularity, self.config.eps)
+        codes, scale = ops.quantize_activation(x.detach(), self.config.act_granularity, self.config.eps, self.config.kernels)
         return mix(x, (codes * scale).to(x.dtype), self.lam).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -146,6 +146,7 @@ class PackedBitLinear(nn.Module):
             act_bits=self.config.act_bits,
             act_granularity=self.config.act_granularity,
             eps=self.config.eps,
+            kernels=self.config.kernels,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:

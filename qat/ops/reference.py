@@ -77,10 +77,11 @@ def bitlinear(
     act_bits: int | None,
     act_granularity: str,
     eps: float,
+    backward: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, x_q, x_scale, t, w_scale): the output and what the backward pass needs, one byte an element.
 
-    With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
+    With act_bits None, x_q and x_scale are empty and the backward pass reads x itself. `backward` is for that pass only.
     """
     t, w_scale = quantizers.quantize_weight(weight, scheme, scale, granularity, group_size, scale_dtype, eps)
     if act_bits is None:
@@ -88,3 +89,9 @@ def bitlinear(
         return integer_linear(x, None, t, w_scale, bias, x.dtype), empty.to(torch.int8), empty.float(), t, w_scale
     x_q, x_scale = quantize_activation(x, act_granularity, eps)
     return integer_linear(x_q, x_scale, t, w_scale, bias, x.dtype), x_q, x_scale, t, w_scale
+
+
+def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
+    """x @ t for x [M, N], quantized to int8 by rows, and codes t [N, K]: the backward pass of `backward=int8`."""
+    codes, scale = quantizers.quantize_activation(x, "token", eps)
+    return integer_linear(codes, scale, t.t(), x.new_ones(1, 1, dtype=torch.float32), None, x.dtype)
