@@ -33,6 +33,10 @@ def _check_input(x: Tensor, k: int) -> None:
     _need(x.shape[-1] == k, f"x has {x.shape[-1]} features in its last dimension, but the layer has in_features={k}")
 
 
+def _check_granularity(name: str, value: str) -> None:
+    _need(value in ("token", "tensor"), f"{name}={value!r} is not allowed; choose token or tensor")
+
+
 def _check_bias(bias: Tensor | None, n: int) -> None:
     _need(bias is None or (bias.is_floating_point() and bias.shape == (n,)), f"bias must be floating point [{n}]" + ("" if bias is None else f", not {_describe(bias)}"))
 
@@ -87,7 +91,7 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
         ValueError: x is not floating point or has no dimension; unknown granularity.
     """
     _need(x.is_floating_point() and x.ndim >= 1, f"x must be a floating-point tensor [..., K], not {_describe(x)}")
-    _need(granularity in ("token", "tensor"), f"granularity={granularity!r} is not allowed; choose token or tensor")
+    _check_granularity("granularity", granularity)
     return _op("quantize_activation", kernels, x)(x, granularity, eps)
 
 
@@ -179,6 +183,8 @@ def packed_linear(
         f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {_describe(scale)}",
     )
     _check_bias(bias, n)
+    _need(act_bits in (8, None), f"act_bits={act_bits!r} is not allowed; choose 8 or None")
+    _check_granularity("act_granularity", act_granularity)
     _check_device(x, packed=packed, scale=scale, bias=bias)
     return _op("packed_linear", kernels, x)(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
 

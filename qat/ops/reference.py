@@ -17,11 +17,21 @@ from qat import packing, quantizers
 EXACT_FLOAT32_WIDTH = 2**24 // 128
 
 
-def integer_linear(x: Tensor, x_scale: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def integer_linear(
+    x: Tensor, x_scale: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """(x @ t^T) * x_scale * w_scale + bias in `dtype`: bias after rescaling, as every deployed format has it.
 
     x [..., K] holds int8 codes (or floats, with x_scale None), t int8 [N, K], w_scale [1 | N, 1 | G].
+    Autocast, which reaches into ops, would round the integer sums to its dtype: it is off here.
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _integer_linear(x, x_scale, t, w_scale, bias, dtype)
+
+
+def _integer_linear(
+    x: Tensor, x_scale: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     n, k = t.shape
     groups = w_scale.shape[1]
     compute = torch.float32 if k <= EXACT_FLOAT32_WIDTH else torch.float64
