@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat import ops
 from qat.config import QuantConfig
+from qat.ops.cpu import PreparedLinear, prepare
 from qat.packing import check_packed, get_layout
 from qat.quantizers import dequantize_weight, mix
 
@@ -106,6 +107,7 @@ class PackedBitLinear(nn.Module):
         ops.check_kernels(config.kernels)
         self.in_features, self.out_features = in_features, out_features
         self.config, self.layout = replace(config), layout
+        self._prepared: PreparedLinear | None = None
         rows = 1 if config.granularity == "tensor" else out_features
         groups = in_features // config.group_size if config.group_size else 1
         row_bytes = get_layout(layout).row_bytes(in_features)
@@ -134,6 +136,10 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
+        if not torch.compiler.is_compiling():
+            prepared = self._current()
+            if prepared is not None and prepared.serves(x):
+                return prepared(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return ops.packed_linear(
@@ -148,6 +154,25 @@ class PackedBitLinear(nn.Module):
             eps=self.config.eps,
             kernels=self.config.kernels,
         )
+
+    def _current(self) -> PreparedLinear | None:
+        """What runs this layer without detours: made at the first call, and again when a buffer was changed."""
+        buffers, prepared = self._buffers, self._prepared
+        packed, scale = buffers["packed"], buffers["weight_scale"]
+        bias = buffers["bias"] if "bias" in buffers else self._parameters["bias"]
+        if prepared is not None and prepared.unchanged(packed, scale, bias):
+            return prepared
+        self._prepared = None
+        if self.config.kernels != "reference":
+            config = self.config
+            self._prepared = prepare(
+                packed, scale, bias, self.in_features, self.layout, config.act_bits, config.act_granularity, config.eps
+            )
+        return self._prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without what was prepared for this machine."""
+        return {**self.__dict__, "_prepared": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
         scale = self.weight_scale

@@ -239,6 +239,60 @@ def packed_linear(
     return y.to(x.dtype)
 
 
+class PreparedLinear:
+    """A packed linear ready to run: for one token the checks and look-ups above would cost as much as the arithmetic.
+
+    It holds the tensors that it was made from and serves a call only while they are the same objects, unchanged.
+    """
+
+    def __init__(
+        self, packed: Tensor, scale: Tensor, bias: Tensor | None, k: int, layout: str, act_granularity: str, eps: float
+    ) -> None:
+        tiles, tile_scale, base3 = packed_tiles(packed, scale, k, layout)
+        self.k, self.sources = k, (packed, scale, bias)
+        self.versions = packed._version, scale._version, 0 if bias is None else bias._version
+        self.arguments = tiles, tile_scale, _bias(bias), packed.shape[0], k, scale.shape[1], base3, act_granularity == "tensor", eps
+        self.run = torch.ops.qat.cpu_linear.default
+
+    def unchanged(self, packed: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
+        """Whether these are the tensors it was made from, unmodified since."""
+        sources, versions = self.sources, self.versions
+        return (
+            packed is sources[0]
+            and scale is sources[1]
+            and bias is sources[2]
+            and packed._version == versions[0]
+            and scale._version == versions[1]
+            and (bias is None or bias._version == versions[2])
+        )
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether x needs nothing but the kernel: no gradient, no autocast, no conversion and no error message."""
+        return (
+            x.dtype in _DTYPES
+            and x.is_cpu
+            and x.ndim > 0
+            and x.shape[-1] == self.k
+            and not torch.is_autocast_enabled("cpu")
+            and not (torch.is_grad_enabled() and (x.requires_grad or (self.sources[2] is not None and self.sources[2].requires_grad)))
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, *self.arguments)
+
+
+def prepare(
+    packed: Tensor, scale: Tensor, bias: Tensor | None, k: int, layout: str, act_bits: int | None, act_granularity: str, eps: float
+) -> PreparedLinear | None:
+    """A `PreparedLinear`, or None where the compiled kernels do not serve or a tensor does not count its versions."""
+    tensors = [t for t in (packed, scale, bias) if t is not None]
+    if act_bits is None or any(type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu or t.is_inference() for t in tensors):
+        return None
+    if k > MAX_WIDTH or not compiled():
+        return None
+    return PreparedLinear(packed, scale, bias, k, layout, act_granularity, eps)
+
+
 def _latent_codes(w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(t, scale, tiles, scale as the kernels read it) of a latent weight, kept until the weight changes."""
     found, token = _latent_weights.get((w,), *arguments)
