@@ -91,13 +91,10 @@ Tensor cpu_tile_codes(const Tensor& t, int64_t groups) { return make_tiles(t, qa
 void quantize(qat::Linear& p, bool per_tensor) {
   const int64_t step = grain(p.k);
   if (per_tensor) {
-    float most = 0.0f;
-    for (int64_t row = 0; row < p.m; ++row) {
-      const float one = qat::tokens_absmax(p, row, row + 1);
-      if (one > most || one != one) most = one;
-      if (most != most) break;
-    }
-    p.absmax = most;
+    torch::stable::parallel_for(0, p.m, step, [&](int64_t begin, int64_t end) { qat::measure_tokens(p, begin, end); });
+    p.absmax = 0.0f;
+    for (int64_t row = 0; row < p.m; ++row)
+      if (p.absmax == p.absmax && !(p.x_scale[row] <= p.absmax)) p.absmax = p.x_scale[row];  // takes a NaN, and keeps it
   }
   torch::stable::parallel_for(0, p.m, step, [&](int64_t begin, int64_t end) { qat::quantize_tokens(p, begin, end); });
 }
@@ -109,6 +106,7 @@ struct Result {
 Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n, int64_t k,
            int64_t groups, bool base3, bool per_tensor, double eps, bool keep) {
   check_width(k, groups);
+  STD_TORCH_CHECK(!base3 || isa().dot_base3, "tiles in base3 need another path than ", isa().name);
   const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
   const auto sizes = x.sizes();
   STD_TORCH_CHECK(sizes.size() >= 1 && sizes[sizes.size() - 1] == k, "x must be [..., ", k, "]");
@@ -223,6 +221,8 @@ int64_t cpu_isa(int64_t request) {
   return best;
 }
 
+bool cpu_base3_tiles() { return isa().dot_base3 != nullptr; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
@@ -238,6 +238,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cpu_codes(Tensor rows, Tensor value, bool binary) -> Tensor");
   m.def("cpu_fingerprint(Tensor x) -> int");
   m.def("cpu_isa(int request) -> int");
+  m.def("cpu_base3_tiles() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
@@ -250,4 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_fingerprint", TORCH_BOX(&cpu_fingerprint));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_base3_tiles", TORCH_BOX(&cpu_base3_tiles));
+}

@@ -160,6 +160,7 @@ class PackedBitLinear(nn.Module):
         buffers, prepared = self._buffers, self._prepared
         packed, scale = buffers["packed"], buffers["weight_scale"]
         bias = buffers["bias"] if "bias" in buffers else self._parameters["bias"]
+        assert packed is not None and scale is not None
         if prepared is not None and prepared.unchanged(packed, scale, bias):
             return prepared
         self._prepared = None

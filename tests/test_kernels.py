@@ -82,7 +82,10 @@ def test_groups(m, k, groups, layout, threads):
     x, packed, scale = inputs(m, k, torch.float32), ops.pack_ternary(codes(70, k), layout), scales(70, k, "group", groups)
     for weight_scale, bias in ((scale, torch.randn(70)), (scale[:1].contiguous(), None)):
         options = {"in_features": k, "layout": layout}
-        same(ops.packed_linear(x, packed, weight_scale, bias, **options), ops.packed_linear(x, packed, weight_scale, bias, **options, kernels="reference"))
+        same(
+            ops.packed_linear(x, packed, weight_scale, bias, **options),
+            ops.packed_linear(x, packed, weight_scale, bias, **options, kernels="reference"),
+        )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -90,7 +93,9 @@ def test_groups(m, k, groups, layout, threads):
 def test_quantize_activation(granularity, dtype, threads):
     for m, k in ((1, 1), (5, 37), (9, 256), (0, 8), (3, 1000)):
         x = inputs(m, k, dtype)
-        for a, b in zip(ops.quantize_activation(x, granularity), ops.quantize_activation(x, granularity, kernels="reference"), strict=True):
+        for a, b in zip(
+            ops.quantize_activation(x, granularity), ops.quantize_activation(x, granularity, kernels="reference"), strict=True
+        ):
             same(a, b)
 
 
@@ -117,7 +122,12 @@ def test_every_16_bit_float(dtype):
         same(a, b)
     packed = ops.pack_ternary(torch.ones(x.numel(), 1, dtype=torch.int8))
     y = ops.packed_linear(torch.ones(1, 1, dtype=dtype), packed, x.reshape(-1, 1).float(), in_features=1)
-    same(y.nan_to_num(), ops.packed_linear(torch.ones(1, 1, dtype=dtype), packed, x.reshape(-1, 1).float(), in_features=1, kernels="reference").nan_to_num())
+    same(
+        y.nan_to_num(),
+        ops.packed_linear(
+            torch.ones(1, 1, dtype=dtype), packed, x.reshape(-1, 1).float(), in_features=1, kernels="reference"
+        ).nan_to_num(),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,7 +186,11 @@ def test_gradients(backward, limit, granularity, threads):
         pytest.skip("refused by QuantConfig")
     config = QuantConfig(granularity=granularity, group_size=32 if granularity == "group" else None, backward=backward)
     torch.manual_seed(0)
-    x, weight, grad = torch.randn(150, 128, requires_grad=True), torch.randn(96, 128, requires_grad=True), torch.randn(150, 96) * 1e-4
+    x, weight, grad = (
+        torch.randn(150, 128, requires_grad=True),
+        torch.randn(96, 128, requires_grad=True),
+        torch.randn(150, 96) * 1e-4,
+    )
     ops.bitlinear(x, weight, None, config).backward(grad)
     for found, wanted in zip((x.grad, weight.grad), float64_gradients(x.detach(), weight.detach(), grad, config), strict=True):
         error = ((found.double() - wanted).norm() / wanted.norm()).item()
@@ -223,9 +237,15 @@ def test_packed_tiles_follow_the_buffer():
     x, k = torch.randn(3, 64), 64
     for seed in range(20):  # freed tensors whose memory is used again
         packed, scale = ops.pack_ternary(codes(8, k, seed)), torch.rand(1, 1)
-        same(ops.packed_linear(x, packed, scale, in_features=k), ops.packed_linear(x, packed, scale, in_features=k, kernels="reference"))
+        same(
+            ops.packed_linear(x, packed, scale, in_features=k),
+            ops.packed_linear(x, packed, scale, in_features=k, kernels="reference"),
+        )
         packed.copy_(ops.pack_ternary(codes(8, k, seed + 100)))
-        same(ops.packed_linear(x, packed, scale, in_features=k), ops.packed_linear(x, packed, scale, in_features=k, kernels="reference"))
+        same(
+            ops.packed_linear(x, packed, scale, in_features=k),
+            ops.packed_linear(x, packed, scale, in_features=k, kernels="reference"),
+        )
         del packed, scale
     ops.packed_linear(x, ops.pack_ternary(codes(8, k)), torch.rand(1, 1), in_features=k)
     assert len(cpu._packed_weights.entries) < 10
@@ -235,7 +255,10 @@ def test_inference_tensors():
     with torch.inference_mode():
         packed, scale, x = ops.pack_ternary(codes(8, 64)), torch.rand(1, 1), torch.randn(3, 64)
         for _ in range(2):
-            same(ops.packed_linear(x, packed, scale, in_features=64), ops.packed_linear(x, packed, scale, in_features=64, kernels="reference"))
+            same(
+                ops.packed_linear(x, packed, scale, in_features=64),
+                ops.packed_linear(x, packed, scale, in_features=64, kernels="reference"),
+            )
             packed.copy_(ops.pack_ternary(codes(8, 64, 7)))
 
 
@@ -248,7 +271,9 @@ def test_opcheck():
     for name in ("packed_linear", "packed_linear_reference"):
         torch.library.opcheck(getattr(torch.ops.qat, name).default, (x, packed, scale, bias, 16, "2bit", 8, "token", 1e-5))
     torch.library.opcheck(torch.ops.qat.quantize_activation.default, (x.detach(), "token", 1e-5))
-    torch.library.opcheck(torch.ops.qat.quantize_weight.default, (weight.detach(), "ternary", "absmean", "channel", None, "float32", 1e-5))
+    torch.library.opcheck(
+        torch.ops.qat.quantize_weight.default, (weight.detach(), "ternary", "absmean", "channel", None, "float32", 1e-5)
+    )
     torch.library.opcheck(torch.ops.qat.quantized_matmul.default, (torch.randn(3, 8), codes(8, 16), 1e-5))
 
 
@@ -355,8 +380,13 @@ class TestChoice:
         assert done.stdout.startswith("[[8.0") and "reference" in done.stdout and "no C++ compiler" in done.stderr
         layer = "import qat; qat.BitLinear(8, 8, config=qat.QuantConfig(kernels='compiled'))"
         assert "quant.kernels=compiled, but cpu has none: no C++ compiler" in run(layer, **options).stderr
-        built = subprocess.run([sys.executable, "-m", "qat.ops.build"], capture_output=True, text=True, check=False,
-                               env={"PATH": "", "PYTHONPATH": str(Path(qat.__file__).parent.parent), "QAT_BUILD_DIR": str(tmp_path)})
+        built = subprocess.run(
+            [sys.executable, "-m", "qat.ops.build"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": "", "PYTHONPATH": str(Path(qat.__file__).parent.parent), "QAT_BUILD_DIR": str(tmp_path)},
+        )
         assert built.returncode == 1 and built.stderr.startswith("qat: no compiled kernels: no C++ compiler")
 
     def test_importing_is_lazy(self):

@@ -124,30 +124,5 @@ QAT_TARGET void binary(const float* w, int64_t n, float threshold, int8_t* t) {
   for (int64_t i = 0; i < n; ++i) t[i] = static_cast<int8_t>(w[i] > threshold ? 1 : -1);
 }
 
-// c < 81 as four 2-bit fields.
-QAT_TARGET inline uint32_t base3_fields(uint32_t c) { return (c % 3) | (c / 3 % 3) << 2 | (c / 9 % 3) << 4 | (c / 27 % 3) << 6; }
-
-QAT_TARGET void expand_base3(const uint32_t* tiles, int64_t supers, uint32_t* out) {
-  uint16_t digits[256] = {};
-  for (uint32_t c = 0; c < 81; ++c)
-    for (uint32_t d = 0; d < 3; ++d) digits[base3_store(c, d)] = static_cast<uint16_t>(base3_fields(c) | d << 8);
-  for (int64_t s = 0; s < supers; ++s, tiles += 4 * kPanel, out += 5 * kPanel) {
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      uint32_t fifth = 0;
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t word = tiles[i * kPanel + lane];
-        uint32_t low = 0;
-        for (int b = 0; b < 4; ++b) {
-          const uint32_t d = digits[word >> (8 * b) & 255];
-          low |= (d & 255) << (8 * b);
-          fifth |= (d >> 8) << (8 * b + 2 * i);
-        }
-        out[i * kPanel + lane] = low;
-      }
-      out[4 * kPanel + lane] = fifth;
-    }
-  }
-}
-
 }  // namespace
 }  // namespace qat

@@ -51,8 +51,9 @@ struct Isa {
   // Codes of one row, in words' order, with one sum a group; `codes` [K], in natural order, may be null.
   void (*quantize)(const float* x, const Segments& s, float inverse, int8_t* words, int32_t* sums, int8_t* codes);
   void (*dot)(const uint32_t* tiles, const int8_t* words, int64_t stride, int64_t blocks, int tokens, int32_t* acc);
-  void (*dot_base3)(const uint32_t* tiles, const int8_t* words, int64_t supers, int32_t* acc);  // one token; may be null
-  void (*expand_base3)(const uint32_t* tiles, int64_t supers, uint32_t* out);  // one panel's tiles, base3 to 2bit
+  // Null where base-3 tiles do not pay (weights in base3 then get 2bit tiles): one token, and one panel's tiles to 2bit.
+  void (*dot_base3)(const uint32_t* tiles, const int8_t* words, int64_t supers, int32_t* acc);
+  void (*expand_base3)(const uint32_t* tiles, int64_t supers, uint32_t* out);
   // y = (acc - sum) * scale [+ bias], or y += (acc - sum) * scale for one group among several.
   void (*rescale)(const int32_t* acc, int32_t sum, const float* scale, float* y);
   void (*accumulate)(const int32_t* acc, int32_t sum, const float* scale, float* y);
@@ -104,7 +105,7 @@ struct Linear {
   int64_t items() const;  // units of work of `multiply`
 };
 
-float tokens_absmax(const Linear& p, int64_t begin, int64_t end);
+void measure_tokens(const Linear& p, int64_t begin, int64_t end);  // max|x| of each token into x_scale
 void quantize_tokens(const Linear& p, int64_t begin, int64_t end);
 void multiply(const Linear& p, int64_t begin, int64_t end);
 

@@ -102,11 +102,9 @@ int64_t Linear::items() const {
   return panels() * ((m + chunk - 1) / chunk);
 }
 
-float tokens_absmax(const Linear& p, int64_t begin, int64_t end) {
+void measure_tokens(const Linear& p, int64_t begin, int64_t end) {
   auto buffer = float_buffer(p);
-  float most = 0.0f;
-  for (int64_t row = begin; row < end; ++row) most = larger(most, p.isa->absmax(float_row(p, row, buffer.data()), p.k));
-  return most;
+  for (int64_t row = begin; row < end; ++row) p.x_scale[row] = p.isa->absmax(float_row(p, row, buffer.data()), p.k);
 }
 
 void quantize_tokens(const Linear& p, int64_t begin, int64_t end) {
@@ -124,7 +122,7 @@ void quantize_tokens(const Linear& p, int64_t begin, int64_t end) {
 void multiply(const Linear& p, int64_t begin, int64_t end) {
   const Segments& s = p.segments;
   const int64_t panels = p.panels(), chunk = p.chunk_tokens(), panel_words = s.count * s.words(p.base3);
-  const bool direct = !p.base3 || (p.m == 1 && p.isa->dot_base3);
+  const bool direct = !p.base3 || p.m == 1;
   std::vector<uint32_t> expanded(direct ? 0 : static_cast<std::size_t>(s.row() / kBlock * kPanel));
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item % panels, first = item / panels * chunk;

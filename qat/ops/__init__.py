@@ -38,12 +38,18 @@ def _check_granularity(name: str, value: str) -> None:
 
 
 def _check_bias(bias: Tensor | None, n: int) -> None:
-    _need(bias is None or (bias.is_floating_point() and bias.shape == (n,)), f"bias must be floating point [{n}]" + ("" if bias is None else f", not {_describe(bias)}"))
+    _need(
+        bias is None or (bias.is_floating_point() and bias.shape == (n,)),
+        f"bias must be floating point [{n}]" + ("" if bias is None else f", not {_describe(bias)}"),
+    )
 
 
 def _check_device(x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
-        _need(tensor is None or tensor.device == x.device, f"{name} is on {tensor.device if tensor is not None else ''}, but x is on {x.device}")
+        _need(
+            tensor is None or tensor.device == x.device,
+            f"{name} is on {tensor.device if tensor is not None else ''}, but x is on {x.device}",
+        )
 
 
 def backend() -> dict[str, dict[str, str]]:
@@ -179,7 +185,11 @@ def packed_linear(
     )
     n = packed.shape[0]
     _need(
-        scale.dtype == torch.float32 and scale.ndim == 2 and scale.shape[0] in (1, n) and scale.shape[1] >= 1 and in_features % scale.shape[1] == 0,
+        scale.dtype == torch.float32
+        and scale.ndim == 2
+        and scale.shape[0] in (1, n)
+        and scale.shape[1] >= 1
+        and in_features % scale.shape[1] == 0,
         f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {_describe(scale)}",
     )
     _check_bias(bias, n)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 _NAME = "qat_kernels"
-_FLAGS = ["-O3", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+_FLAGS = ["-O3", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 _SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -117,7 +117,9 @@ def _compile_and_load(folder: Path, compiler: str) -> None:
     link = ["-fsanitize=address,undefined"] if sanitizing() else []
     try:
         with _ninja_on_path():
-            cpp_extension.load(_NAME, sources, _flags(), extra_ldflags=link, build_directory=str(folder), with_cuda=False, is_python_module=False)
+            cpp_extension.load(
+                _NAME, sources, _flags(), extra_ldflags=link, build_directory=str(folder), with_cuda=False, is_python_module=False
+            )
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         log = folder / "build.log"
         log.write_text(str(error))
@@ -155,7 +157,9 @@ def load() -> Path:
 def main() -> None:
     """Build ahead of the first use."""
     parser = argparse.ArgumentParser(prog="python -m qat.ops.build", description=main.__doc__)
-    parser.add_argument("--sanitize", action="store_true", help="build with AddressSanitizer and UBSan (used where QAT_SANITIZE=1)")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="build with AddressSanitizer and UBSan (used where QAT_SANITIZE=1)"
+    )
     if parser.parse_args().sanitize:
         _build_sanitized()
         return
@@ -167,7 +171,9 @@ def main() -> None:
     except BuildError as error:
         raise SystemExit(f"qat: no compiled kernels: {error}") from None
     sources = " ".join(file.name for file in _files() if file.suffix == ".cpp")
-    print(f"compiled  {sources}\nwith      {_folder()[1]}, torch {torch.__version__}\nISA       {path} of {', '.join(cpu.paths())}\nlibrary   {library}")
+    print(
+        f"compiled  {sources}\nwith      {_folder()[1]}, torch {torch.__version__}\nISA       {path} of {', '.join(cpu.paths())}\nlibrary   {library}"
+    )
 
 
 def _build_sanitized() -> None:
@@ -183,8 +189,12 @@ def _build_sanitized() -> None:
                 if not (folder / f"{_NAME}.so").exists():
                     raise
                 (folder / "done").write_text(compiler)
-    runtime = [subprocess.run([os.environ.get("CXX", "g++"), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
-               for name in ("asan", "ubsan")]
+    runtime = [
+        subprocess.run(
+            [os.environ.get("CXX", "g++"), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
     print(f"LD_PRELOAD='{' '.join(runtime)}' ASAN_OPTIONS=detect_leaks=0 QAT_SANITIZE=1")
 
 

@@ -64,6 +64,7 @@ def select_isa(name: str) -> None:
     if name not in paths():
         raise ValueError(f"QAT_CPU_ISA={name!r} is not possible here; choose one of {', '.join(paths())}")
     torch.ops.qat.cpu_isa(_PATHS.index(name))
+    clear_caches()
 
 
 def isa() -> str:
@@ -92,7 +93,9 @@ def _find() -> Status:
         if wish == "compiled":
             raise RuntimeError(f"QAT_KERNELS=compiled, but there are no compiled CPU kernels: {error}") from error
         return Status("reference", str(error))
-    return Status("compiled", f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch")
+    return Status(
+        "compiled", f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
+    )
 
 
 def status() -> Status:
@@ -131,8 +134,10 @@ class _Cache:
         key = (*[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors], *options)
         versions = tuple([_version(t, self.thorough) for t in tensors])
         entry = self.entries.get(key)
-        if entry is not None and entry[1] == versions and all(
-            ref.cdata == t.untyped_storage()._cdata for ref, t in zip(entry[0], tensors, strict=True)
+        if (
+            entry is not None
+            and entry[1] == versions
+            and all(ref.cdata == t.untyped_storage()._cdata for ref, t in zip(entry[0], tensors, strict=True))
         ):
             return entry[2], None
         return None, (key, tensors, versions)
@@ -184,7 +189,7 @@ def packed_tiles(packed: Tensor, scale: Tensor, k: int, layout: str) -> tuple[Te
         return found
     packing.check_packed(packed, k, layout)
     groups = scale.shape[1]
-    base3 = layout == "base3" and _base3_is_smaller(k, groups)
+    base3 = layout == "base3" and torch.ops.qat.cpu_base3_tiles() and _base3_is_smaller(k, groups)
     tiles = torch.ops.qat.cpu_tile(packed.contiguous(), k, groups, layout == "base3", base3)
     return _packed_weights.put(token, (tiles, _tile_scale(scale, packed.shape[0]), base3))
 
@@ -234,7 +239,16 @@ def packed_linear(
         return reference.packed_linear(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
     tiles, tile_scale, base3 = packed_tiles(packed, scale, in_features, layout)
     y = torch.ops.qat.cpu_linear(
-        _narrow(x), tiles, tile_scale, _bias(bias), packed.shape[0], in_features, scale.shape[1], base3, act_granularity == "tensor", eps
+        _narrow(x),
+        tiles,
+        tile_scale,
+        _bias(bias),
+        packed.shape[0],
+        in_features,
+        scale.shape[1],
+        base3,
+        act_granularity == "tensor",
+        eps,
     )
     return y.to(x.dtype)
 
@@ -251,7 +265,17 @@ class PreparedLinear:
         tiles, tile_scale, base3 = packed_tiles(packed, scale, k, layout)
         self.k, self.sources = k, (packed, scale, bias)
         self.versions = packed._version, scale._version, 0 if bias is None else bias._version
-        self.arguments = tiles, tile_scale, _bias(bias), packed.shape[0], k, scale.shape[1], base3, act_granularity == "tensor", eps
+        self.arguments = (
+            tiles,
+            tile_scale,
+            _bias(bias),
+            packed.shape[0],
+            k,
+            scale.shape[1],
+            base3,
+            act_granularity == "tensor",
+            eps,
+        )
         self.run = torch.ops.qat.cpu_linear.default
 
     def unchanged(self, packed: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
@@ -274,7 +298,9 @@ class PreparedLinear:
             and x.ndim > 0
             and x.shape[-1] == self.k
             and not torch.is_autocast_enabled("cpu")
-            and not (torch.is_grad_enabled() and (x.requires_grad or (self.sources[2] is not None and self.sources[2].requires_grad)))
+            and not (
+                torch.is_grad_enabled() and (x.requires_grad or (self.sources[2] is not None and self.sources[2].requires_grad))
+            )
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -282,7 +308,14 @@ class PreparedLinear:
 
 
 def prepare(
-    packed: Tensor, scale: Tensor, bias: Tensor | None, k: int, layout: str, act_bits: int | None, act_granularity: str, eps: float
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    k: int,
+    layout: str,
+    act_bits: int | None,
+    act_granularity: str,
+    eps: float,
 ) -> PreparedLinear | None:
     """A `PreparedLinear`, or None where the compiled kernels do not serve or a tensor does not count its versions."""
     tensors = [t for t in (packed, scale, bias) if t is not None]

@@ -217,4 +217,6 @@ for _name, (_schema, _reference, _fake) in _OPS.items():
 
 for _twin in ("", "_reference"):
     torch.library.register_autograd(f"qat::bitlinear{_twin}", _backward_bitlinear, setup_context=_save_bitlinear, lib=_LIBRARY)
-    torch.library.register_autograd(f"qat::packed_linear{_twin}", _backward_packed_linear, setup_context=_save_packed_linear, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"qat::packed_linear{_twin}", _backward_packed_linear, setup_context=_save_packed_linear, lib=_LIBRARY
+    )
