@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from qat.ops import cpu
 if not cpu.compiled():
     pytest.skip(f"no compiled kernels: {cpu.status().why}", allow_module_level=True)
 
+ROOT = str(Path(qat.__file__).parent.parent)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # M, N, K: one token, a few, many; N around the panel of 64 rows; K around blocks of 16 and superblocks of 80
 SHAPES = [(1, 1, 1), (1, 64, 16), (1, 130, 80), (2, 63, 81), (3, 65, 79), (5, 17, 33), (6, 128, 160), (7, 64, 161), (8, 200, 96)]
@@ -345,9 +349,7 @@ def test_bad_input(change, message):
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    env = {**os.environ, "PYTHONPATH": str(Path(qat.__file__).parent.parent), **environment}
+    env = {**os.environ, "PYTHONPATH": ROOT, **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300, check=False)
 
 
@@ -385,9 +387,33 @@ class TestChoice:
             capture_output=True,
             text=True,
             check=False,
-            env={"PATH": "", "PYTHONPATH": str(Path(qat.__file__).parent.parent), "QAT_BUILD_DIR": str(tmp_path)},
+            env={"PATH": "", "PYTHONPATH": ROOT, "QAT_BUILD_DIR": str(tmp_path)},
         )
         assert built.returncode == 1 and built.stderr.startswith("qat: no compiled kernels: no C++ compiler")
+
+    def test_two_processes_and_a_killed_build(self, tmp_path):
+        """A build killed half way leaves a folder without `done` and torch's lock file; two processes then build at once."""
+        environment = {**os.environ, "PYTHONPATH": ROOT, "QAT_BUILD_DIR": str(tmp_path), "OMP_WAIT_POLICY": "passive"}
+
+        def start() -> subprocess.Popen[str]:
+            return subprocess.Popen(
+                [sys.executable, "-c", CALL],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+
+        killed = start()
+        while not list(tmp_path.glob("*/lock")) and killed.poll() is None:
+            time.sleep(0.05)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+        assert list(tmp_path.glob("*/lock")) and not list(tmp_path.glob("*/done"))
+        outputs = [process.communicate(timeout=200) for process in [start(), start()]]
+        assert all(out.startswith("[[8.0") and "compiled" in out for out, _ in outputs)
+        assert sum("compiling" in err for _, err in outputs) == 1 and len(list(tmp_path.glob("*/done"))) == 1
 
     def test_importing_is_lazy(self):
         assert run("import qat.ops", CXX="/nowhere/g++").stderr == ""

@@ -1,5 +1,8 @@
 """Compiles csrc/ once and loads it: `python -m qat.ops.build` does it ahead and prints what was built, and where.
 
+`--sanitize` builds with AddressSanitizer and UBSan and prints the environment that uses it:
+    env $(python -m qat.ops.build --sanitize) python -m pytest tests/test_kernels.py -k "not TestChoice and not fullgraph"
+
 The library lies in $QAT_BUILD_DIR (~/.cache/qat/build) in a folder named after the content of the sources, torch's
 version, the machine and the compiler, so nothing stale is ever loaded. A file lock of the operating system guards the
 build: it ends with the process that holds it (torch's own lock file outlives a killed build for ever), and a folder
@@ -177,25 +180,17 @@ def main() -> None:
 
 
 def _build_sanitized() -> None:
-    """A library that needs the sanitizers' runtime cannot be loaded here, so only build it; `load` finds it."""
-    os.environ["QAT_SANITIZE"] = "1"
-    folder, compiler = _folder()
-    build_root().mkdir(parents=True, exist_ok=True)
-    with _locked(build_root() / f"{folder.name}.lock"):
-        if not (folder / "done").exists():
-            try:
-                _compile_and_load(folder, compiler)
-            except BuildError:
-                if not (folder / f"{_NAME}.so").exists():
-                    raise
-                (folder / "done").write_text(compiler)
-    runtime = [
-        subprocess.run(
-            [os.environ.get("CXX", "g++"), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("asan", "ubsan")
-    ]
-    print(f"LD_PRELOAD='{' '.join(runtime)}' ASAN_OPTIONS=detect_leaks=0 QAT_SANITIZE=1")
+    """Build in a process that starts with the sanitizers' runtime, and print the environment that uses the library."""
+    compiler = _compiler()
+    if compiler is None:
+        raise SystemExit("qat: no C++ compiler, so nothing to sanitize")
+    names = [[compiler[0], f"-print-file-name=lib{name}.so"] for name in ("asan", "ubsan")]
+    runtime = [subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip() for name in names]
+    environment = {"LD_PRELOAD": ":".join(runtime), "ASAN_OPTIONS": "detect_leaks=0", "QAT_SANITIZE": "1"}
+    code = "from qat.ops import build; build.load()"
+    if subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=False).returncode:
+        raise SystemExit("qat: the sanitized build failed")
+    print(" ".join(f"{key}={value}" for key, value in environment.items()))
 
 
 if __name__ == "__main__":
