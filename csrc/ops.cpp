@@ -221,6 +221,32 @@ int64_t cpu_isa(int64_t request) {
   return best;
 }
 
+// For qat.bench: read x once, and run so many rounds of dot products on every thread, giving the operations done.
+int64_t cpu_read(const Tensor& x) {
+  const int64_t words = x.numel() * x.element_size() / 8, slice = 1 << 17, slices = (words + slice - 1) / slice;
+  const auto* data = static_cast<const uint64_t*>(x.const_data_ptr());
+  std::vector<uint64_t> sums(static_cast<size_t>(slices));
+  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      sums[static_cast<size_t>(i)] = isa().read(data + i * slice, words - i * slice < slice ? words - i * slice : slice);
+  });
+  uint64_t sum = 0;
+  for (uint64_t part : sums) sum += part;
+  return static_cast<int64_t>(sum);
+}
+
+int64_t cpu_peak(int64_t rounds) {
+  if (!isa().peak) return 0;
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<int64_t> operations(static_cast<size_t>(threads));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) operations[static_cast<size_t>(i)] = isa().peak(rounds);
+  });
+  int64_t sum = 0;
+  for (int64_t part : operations) sum += part;
+  return sum;
+}
+
 bool cpu_base3_tiles() { return isa().dot_base3 != nullptr; }
 
 }  // namespace
@@ -239,6 +265,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cpu_fingerprint(Tensor x) -> int");
   m.def("cpu_isa(int request) -> int");
   m.def("cpu_base3_tiles() -> bool");
+  m.def("cpu_read(Tensor x) -> int");
+  m.def("cpu_peak(int rounds) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
@@ -249,9 +277,11 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_quantize_activation", TORCH_BOX(&cpu_quantize_activation));
   m.impl("cpu_codes", TORCH_BOX(&cpu_codes));
   m.impl("cpu_fingerprint", TORCH_BOX(&cpu_fingerprint));
+  m.impl("cpu_read", TORCH_BOX(&cpu_read));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_peak", TORCH_BOX(&cpu_peak));
   m.impl("cpu_base3_tiles", TORCH_BOX(&cpu_base3_tiles));
 }

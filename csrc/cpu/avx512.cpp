@@ -218,9 +218,21 @@ QAT_TARGET void expand_base3_64(const uint32_t* tiles, int64_t supers, uint32_t*
   }
 }
 
+QAT_TARGET int64_t peak(int64_t rounds) {
+  constexpr int kChains = 12;
+  __m512i acc[kChains], one = _mm512_set1_epi8(1);
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) acc[i] = one;
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) asm volatile("vpdpbusd %1, %1, %0" : "+v"(acc[i]) : "v"(one));
+  }
+  return rounds * kChains * 128;
+}
+
 }  // namespace
 
-const Isa avx512 = {"avx512", kTokens, to_float16, from_float16, absmax16, quantize16, dot, dot_base3, expand_base3_64, rescale, accumulate, ternary, binary};
+const Isa avx512 = {"avx512", kTokens, to_float16, from_float16, absmax16, quantize16, dot, dot_base3, expand_base3_64, rescale, accumulate, ternary, binary, read, peak};
 
 }  // namespace qat
 #endif

@@ -124,5 +124,17 @@ QAT_TARGET void binary(const float* w, int64_t n, float threshold, int8_t* t) {
   for (int64_t i = 0; i < n; ++i) t[i] = static_cast<int8_t>(w[i] > threshold ? 1 : -1);
 }
 
+QAT_TARGET uint64_t read(const uint64_t* words, int64_t n) {
+  uint64_t sum[4][8] = {};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (int j = 0; j < 4; ++j)
+      for (int lane = 0; lane < 8; ++lane) sum[j][lane] += words[i + 8 * j + lane];
+  for (; i < n; ++i) sum[0][0] += words[i];
+  for (int j = 0; j < 4; ++j)
+    for (int lane = j ? 0 : 1; lane < 8; ++lane) sum[0][0] += sum[j][lane];
+  return sum[0][0];
+}
+
 }  // namespace
 }  // namespace qat

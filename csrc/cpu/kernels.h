@@ -60,6 +60,9 @@ struct Isa {
   // t = clip(round(w / scale), -1, 1), or w > threshold ? 1 : -1.
   void (*ternary)(const float* w, int64_t n, float scale, int8_t* t);
   void (*binary)(const float* w, int64_t n, float threshold, int8_t* t);
+  // For qat.bench: a sum that reads n words, and `rounds` of nothing but dot products, giving the number of operations.
+  uint64_t (*read)(const uint64_t* words, int64_t n);
+  int64_t (*peak)(int64_t rounds);  // null where there is no such instruction
 };
 
 // A base-3 byte is 64 d + f, d the fifth digit: [0, 85) has d = 0, [85, 170) d = 1 and the rest d = 2, so two rounding
