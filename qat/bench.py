@@ -11,6 +11,8 @@ quantization of the activations, rescaling and the call itself included.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import platform
@@ -64,15 +66,24 @@ def median_seconds(call: Call, seconds: float, least: int = 5) -> float:
     return statistics.median(times)
 
 
-def rotated(calls: list[Call]) -> Call:
-    """A call that makes the next of `calls` each time."""
-    state = iter(_forever(calls))
-    return lambda: next(state)()
+def take_turns(runs: dict[str, Iterator[Call]], seconds: float, untimed: int) -> dict[str, float]:
+    """Median seconds of each run's calls. The runs take turns in short blocks, so a busy neighbour meets them all.
 
-
-def _forever(calls: list[Call]) -> Iterator[Call]:
-    while True:
-        yield from calls
+    A block begins with `untimed` calls, after which a hot weight is in the cache again.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    stop = time.perf_counter() + seconds * len(runs)
+    for rounds in itertools.count():
+        if rounds >= 3 and time.perf_counter() > stop:
+            break
+        for name, calls in runs.items():
+            for _ in range(untimed):
+                next(calls)()
+            for call in itertools.islice(calls, 10):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 @dataclass
@@ -111,16 +122,16 @@ def _dynamic_int8(n: int, k: int) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(linear, {nn.Linear}, dtype=torch.qint8)
 
 
-def _int_mm(n: int, k: int) -> Call:
+def _int_mm(n: int, k: int) -> Callable[[Tensor], Tensor]:
     weight = torch.randint(-1, 2, (k, n), dtype=torch.int8)
-    return lambda x: torch._int_mm(x, weight)  # type: ignore[misc]
+    return lambda x: torch._int_mm(x, weight)
 
 
-def _int4(n: int, k: int) -> Call:
+def _int4(n: int, k: int) -> Callable[[Tensor], Tensor]:
     quantized = torch.randint(0, 16, (n, k), dtype=torch.int32)
     weight = torch._convert_weight_to_int4pack_for_cpu(quantized, 1)
     scales = torch.ones(k // 128, n, 2, dtype=torch.bfloat16)
-    return lambda x: torch._weight_int4pack_mm_for_cpu(x, weight, 128, scales)  # type: ignore[misc]
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x, weight, 128, scales)
 
 
 # name -> (makes a callable of x, dtype of x, bytes a weight takes)
@@ -140,24 +151,34 @@ def _input(m: int, k: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-127, 128, (m, k), dtype=torch.int8) if dtype == torch.int8 else torch.randn(m, k).to(dtype)
 
 
+def _calls(name: str, n: int, k: int, m: int, cold: bool) -> Iterator[Call]:
+    """Endless calls of a peer, cold ones over enough weights to outrun the caches."""
+    make, dtype, weight_bytes = PEERS[name]
+    x, copies = _input(m, k, dtype), COLD_BYTES // int(n * k * weight_bytes) + 1 if cold else 1
+    calls = [functools.partial(make(n, k), x) for _ in range(copies)]
+    for call in calls:
+        call()
+    return itertools.cycle(calls)
+
+
 def measure_linear(n: int, k: int, m: int, cold: bool, threads: int, limits: Limits, seconds: float) -> list[Row]:
     """Every peer at one shape and number of tokens."""
-    rows = []
-    for name, (make, dtype, weight_bytes) in PEERS.items():
-        size, x, operations = int(n * k * weight_bytes), _input(m, k, dtype), 2.0 * m * n * k / 1e9
-        try:
-            layers = [make(n, k) for _ in range(COLD_BYTES // size + 1 if cold else 1)]
-            with torch.inference_mode():
-                taken = median_seconds(rotated([lambda run=run: run(x) for run in layers]), seconds, 2 * len(layers))
-        except (RuntimeError, AttributeError) as error:
-            print(f"{name} failed: {str(error).splitlines()[0]}", file=sys.stderr)
-            continue
-        limit = limits.gops(operations, size / 1e9, cold) if name.startswith("qat") else 0.0
-        share = operations / taken / limit if limit else None
-        rows.append(Row("cold" if cold else "hot", f"{n}x{k}", m, threads, name, taken * 1e6, operations / taken, share))
-    base = next((row.gops for row in rows if row.what == BASELINE), None)
-    for row in rows:
-        row.ratio = row.gops / base if base else None
+    runs: dict[str, Iterator[Call]] = {}
+    rows, operations = [], 2.0 * m * n * k / 1e9
+    with torch.no_grad():
+        for name in PEERS:
+            try:
+                runs[name] = _calls(name, n, k, m, cold)
+            except (RuntimeError, AttributeError) as error:
+                print(f"{name} failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        taken = take_turns(runs, seconds, 0 if cold else 2)
+    for name, duration in taken.items():
+        limit = limits.gops(operations, n * k * PEERS[name][2] / 1e9, cold) if name.startswith("qat") else 0.0
+        share = operations / duration / limit if limit else None
+        ratio = taken[BASELINE] / duration if BASELINE in taken else None
+        rows.append(
+            Row("cold" if cold else "hot", f"{n}x{k}", m, threads, name, duration * 1e6, operations / duration, share, ratio)
+        )
     return rows
 
 

@@ -110,7 +110,8 @@ def _check_weight(w: Tensor, config: QuantConfig) -> None:
     group = config.group_size
     _need(
         group is None or w.shape[1] % group == 0,
-        f"in_features={w.shape[1]} is not a multiple of quant.group_size={group}; choose a divisor, or leave the layer out with exclude",
+        f"in_features={w.shape[1]} is not a multiple of quant.group_size={group};"
+        " choose a divisor, or leave the layer out with exclude",
     )
 
 

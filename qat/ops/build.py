@@ -174,9 +174,10 @@ def main() -> None:
     except BuildError as error:
         raise SystemExit(f"qat: no compiled kernels: {error}") from None
     sources = " ".join(file.name for file in _files() if file.suffix == ".cpp")
-    print(
-        f"compiled  {sources}\nwith      {_folder()[1]}, torch {torch.__version__}\nISA       {path} of {', '.join(cpu.paths())}\nlibrary   {library}"
-    )
+    print(f"compiled  {sources}")
+    print(f"with      {_folder()[1]}, torch {torch.__version__}")
+    print(f"ISA       {path} of {', '.join(cpu.paths())}")
+    print(f"library   {library}")
 
 
 def _build_sanitized() -> None:
