@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +17,12 @@ from qat.config import QuantConfig
 from qat.ops.cpu import PreparedLinear, prepare
 from qat.packing import check_packed, get_layout
 from qat.quantizers import dequantize_weight, mix
+
+
+@cache
+def _say_float_form() -> None:
+    """Once a process."""
+    print("qat: while lambda is below 1, BitLinear computes in floating point, without the integer kernels", file=sys.stderr)
 
 
 class BitLinear(nn.Linear):
@@ -63,6 +71,7 @@ class BitLinear(nn.Linear):
         if value == 1:
             self.lam = None
         elif self.lam is None:
+            _say_float_form()
             self.lam = torch.tensor(value, dtype=torch.float32, device=self.weight.device)
         else:
             self.lam.fill_(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -313,6 +315,42 @@ def test_autocast_and_checkpointing():
     assert outputs[0][0].dtype == torch.bfloat16
     for a, b in zip(*outputs, strict=True):
         same(a, b)
+
+
+def test_saved_activations_are_a_byte_an_element():
+    saved: list[Tensor] = []
+    x = torch.randn(512, 64, requires_grad=True)
+    layer = qat.BitLinear(64, 64, bias=False, config=QuantConfig(kernels="compiled"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    activations = sum(t.nbytes for t in saved if t.shape[0] == 512)
+    assert activations == 512 * (64 + 4) < 0.4 * x.nbytes
+
+
+def test_prepared_layer_follows_its_buffers() -> None:
+    layer = qat.PackedBitLinear.from_bitlinear(qat.BitLinear(48, 32))
+    x = torch.randn(2, 48)
+
+    def check() -> None:
+        wanted = ops.packed_linear(x, layer.packed, layer.weight_scale, layer.bias, in_features=48, kernels="reference")
+        same(layer(x).detach(), wanted.detach())
+
+    with torch.no_grad():
+        check()
+        layer.packed.copy_(ops.pack_ternary(codes(32, 48)))
+        check()
+        layer.weight_scale.mul_(2)
+        check()
+        layer.bias.add_(1)
+        check()
+        layer.load_state_dict(qat.PackedBitLinear.from_bitlinear(qat.BitLinear(48, 32)).state_dict())
+        check()
+        copy.deepcopy(layer).packed.copy_(ops.pack_ternary(codes(32, 48, 9)))
+        check()
+        assert pickle.loads(pickle.dumps(layer))._prepared is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer(x.requires_grad_()).requires_grad
 
 
 def test_packed_layer_equals_trained_layer(threads):
