@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +14,15 @@ from torch import Tensor, nn
 
 from qat import ops
 from qat.config import QuantConfig
+from qat.ops.cpu import PreparedLinear, prepare
 from qat.packing import check_packed, get_layout
 from qat.quantizers import check_group_size, dequantize_weight, mix, scale_shape
+
+
+@cache
+def _say_float_form() -> None:
+    """Once a process."""
+    print("qat: while lambda is below 1, BitLinear computes in floating point, without the integer kernels", file=sys.stderr)
 
 
 class BitLinear(nn.Linear):
@@ -59,6 +68,7 @@ class BitLinear(nn.Linear):
             if value == 1:
                 self.lam = None
             elif self.lam is None:
+                _say_float_form()
                 self.lam = torch.tensor(value, dtype=torch.float32, device=self.weight.device)
             else:
                 self.lam.fill_(value)
@@ -76,7 +86,8 @@ class BitLinear(nn.Linear):
     def _mixed_activation(self, x: Tensor, lam: Tensor) -> Tensor:
         if self.config.act_bits is None:
             return x
-        codes, scale = ops.quantize_activation(x.detach(), self.config.act_granularity, self.config.eps)
+        config = self.config
+        codes, scale = ops.quantize_activation(x.detach(), config.act_granularity, config.eps, config.kernels)
         return mix(x, (codes * scale).to(x.dtype), lam).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -105,6 +116,7 @@ class PackedBitLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.config, self.layout = replace(config), layout
         self._version = f"layout {layout}, in_features={in_features}"  # type: ignore[assignment]  # state_dict keeps it
+        self._prepared: PreparedLinear | None = None
         scales = scale_shape(out_features, in_features, config.granularity, config.group_size)
         row_bytes = get_layout(layout).row_bytes(in_features)
         self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
@@ -132,6 +144,10 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
+        if not torch.compiler.is_compiling():
+            prepared = self._current()
+            if prepared is not None and prepared.serves(x):
+                return prepared(x)
         return ops.packed_linear(
             ops.cast_for_autocast(x),
             self.packed,
@@ -142,7 +158,28 @@ class PackedBitLinear(nn.Module):
             act_bits=self.config.act_bits,
             act_granularity=self.config.act_granularity,
             eps=self.config.eps,
+            kernels=self.config.kernels,
         )
+
+    def _current(self) -> PreparedLinear | None:
+        """What runs this layer without detours: made at the first call, and again when a buffer was changed."""
+        buffers, prepared = self._buffers, self._prepared
+        packed, scale = buffers["packed"], buffers["weight_scale"]
+        bias = buffers["bias"] if "bias" in buffers else self._parameters["bias"]
+        assert packed is not None and scale is not None
+        if prepared is not None and prepared.unchanged(packed, scale, bias):
+            return prepared
+        self._prepared = None
+        if self.config.kernels != "reference":
+            config = self.config
+            self._prepared = prepare(
+                packed, scale, bias, self.in_features, self.layout, config.act_bits, config.act_granularity, config.eps
+            )
+        return self._prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without what was prepared for this machine."""
+        return {**self.__dict__, "_prepared": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
         scale = self.weight_scale

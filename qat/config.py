@@ -52,6 +52,8 @@ class QuantConfig:
     """Lower bound of every scale."""
     kernels: str = "auto"
     """`auto` takes compiled kernels where they exist, `compiled` insists on them, `reference` is pure torch."""
+    backward: str = "input"
+    """The backward matmuls' precision: `input` is the gradient's own; `bf16` and `int8` are faster and less exact."""
 
     def __post_init__(self) -> None:
         _choose("quant.weight", self.weight, ("ternary", "binary"))
@@ -61,7 +63,18 @@ class QuantConfig:
         _choose("quant.act_granularity", self.act_granularity, ("token", "tensor"))
         _choose("quant.scale_dtype", self.scale_dtype, ("float32", "bfloat16", "float16"))
         _choose("quant.kernels", self.kernels, ("auto", "compiled", "reference"))
+        _choose("quant.backward", self.backward, ("input", "bf16", "int8"))
         _at_least("quant.eps", self.eps, 0, open_end=True)
+        if self.act_bits is None and self.backward != "input":
+            raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
+        if self.act_bits is None and self.kernels == "compiled":
+            raise ValueError(
+                "quant.kernels=compiled needs quant.act_bits=8; activations in floating point have no compiled kernels"
+            )
+        if self.backward == "int8" and self.granularity == "group":
+            raise ValueError(
+                "quant.backward=int8 does not fit quant.granularity=group; choose tensor or channel, or backward=bf16"
+            )
         if self.weight == "binary" and self.scale != "absmean":
             raise ValueError(f"quant.scale={self.scale!r} does not fit quant.weight=binary; only absmean does")
         if self.granularity == "group":

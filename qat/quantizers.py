@@ -77,16 +77,24 @@ def quantize_weight(
     Raises:
         ValueError: w is not a floating-point matrix, or its width is not a multiple of the group size.
     """
+    rows, value, shape = weight_scale(w, scale, granularity, group_size, scale_dtype, eps)
+    if w.numel() == 0:
+        return torch.zeros_like(w, dtype=torch.int8), value.reshape(shape)
+    return SCHEMES[weight](rows, value).to(torch.int8).reshape(w.shape), value.reshape(shape)
+
+
+def weight_scale(
+    w: Tensor, scale: str, granularity: str, group_size: int | None, scale_dtype: str, eps: float
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """w as float32 [R, L], each row sharing one scale; the scales [R, 1]; and the shape they are returned in."""
     if w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"w must be a floating-point matrix [N, K], not {w.dtype} {list(w.shape)}")
     shape = scale_shape(w.shape[0], w.shape[1], granularity, group_size)
-    if w.numel() == 0:
-        return torch.zeros_like(w, dtype=torch.int8), w.new_full(shape, eps, dtype=torch.float32)
     rows = _scale_rows(w.float(), granularity, group_size)
+    if w.numel() == 0:
+        return rows, w.new_full((shape[0] * shape[1], 1), eps, dtype=torch.float32), shape
     value = _REDUCE[scale](rows.abs()).clamp_min(eps)
-    value = _round_scale(value, _SCALE_DTYPES[scale_dtype])
-    codes = SCHEMES[weight](rows, value)
-    return codes.to(torch.int8).reshape(w.shape), value.reshape(shape)
+    return rows, _round_scale(value, _SCALE_DTYPES[scale_dtype]), shape
 
 
 def activation_codes(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,13 @@ Each wrapper checks its arguments and calls `torch.ops.qat.<name>`; `library` ho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qat.config import QuantConfig
+from qat.ops import cpu
 from qat.ops import library as library
 from qat.packing import get_layout
 
@@ -55,33 +58,52 @@ def cast_for_autocast(x: Tensor) -> Tensor:
 
 
 def backend() -> dict[str, dict[str, str]]:
-    """Which kernels serve which device, and why: {"cpu": {"kernels": ..., "why": ...}, ...}."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {device: {"kernels": "reference", "why": "this version has no compiled kernels"} for device in devices}
+    """Which kernels serve which device, and why: {"cpu": {"kernels": ..., "why": ...}, ...}. Builds them if need be."""
+    found = cpu.status()
+    devices = {"cpu": {"kernels": found.kernels, "why": found.why}}
+    if torch.cuda.is_available():
+        devices["cuda"] = {"kernels": "reference", "why": "this version has no compiled kernels for CUDA"}
+    return devices
 
 
-def check_kernels(kernels: str) -> None:
-    """Raise ValueError when `quant.kernels=compiled` cannot be honoured."""
-    if kernels == "compiled":
-        for device, found in backend().items():
-            why = f"quant.kernels=compiled, but {device} has none: {found['why']}; use auto or reference"
-            _need(found["kernels"] == "compiled", why)
+def check_kernels(kernels: str, device: str | None = None) -> None:
+    """Raise ValueError when `quant.kernels=compiled` cannot be honoured on the device, or on any if None."""
+    if kernels != "compiled":
+        return
+    for name, found in backend().items():
+        _need(
+            found["kernels"] == "compiled" or name != (device or name),
+            f"quant.kernels=compiled, but {name} has none: {found['why']}; use auto or reference",
+        )
 
 
-def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def _op(name: str, kernels: str, x: Tensor) -> Any:
+    """The op, or its pure-torch twin."""
+    if kernels == "auto":
+        return getattr(torch.ops.qat, name)
+    _need(kernels in ("compiled", "reference"), f"kernels={kernels!r} is not allowed; choose one of auto, compiled, reference")
+    if kernels == "reference":
+        return getattr(torch.ops.qat, name + "_reference")
+    if not torch.compiler.is_compiling():
+        check_kernels(kernels, x.device.type)
+    return getattr(torch.ops.qat, name)
+
+
+def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5, kernels: str = "auto") -> tuple[Tensor, Tensor]:
     """int8 codes [..., K] and float32 scale [..., 1] with x ~ x_q * scale (BitNet b1.58, arXiv:2402.17764, section 2).
 
     Args:
         x: floating point [..., K].
         granularity: `token` (one scale a row) or `tensor` (the same scale in every row).
         eps: lower bound of max|x|; an all-zero row gives zeros.
+        kernels: `auto`, `compiled` or `reference`.
 
     Raises:
         ValueError: x is not floating point or has no dimension; unknown granularity.
     """
     _need(x.is_floating_point() and x.ndim >= 1, f"x must be a floating-point tensor [..., K], not {_describe(x)}")
     _check_activation("granularity", granularity, eps)
-    return torch.ops.qat.quantize_activation(x, granularity, eps)
+    return _op("quantize_activation", kernels, x)(x, granularity, eps)
 
 
 def _weight_arguments(config: QuantConfig) -> tuple[str, str, str, int | None, str]:
@@ -106,7 +128,7 @@ def quantize_weight(w: Tensor, config: QuantConfig = _DEFAULT) -> tuple[Tensor, 
         ValueError: w is not a floating-point matrix; K is not a multiple of the group size.
     """
     _check_weight(w, config)
-    return torch.ops.qat.quantize_weight(w, *_weight_arguments(config), config.eps)
+    return _op("quantize_weight", config.kernels, w)(w, *_weight_arguments(config), config.eps)
 
 
 def pack_ternary(t: Tensor, layout: str = "2bit") -> Tensor:
@@ -140,17 +162,19 @@ def packed_linear(
     act_bits: int | None = 8,
     act_granularity: str = "token",
     eps: float = 1e-5,
+    kernels: str = "auto",
 ) -> Tensor:
     """One call for: quantize x to int8, integer matmul with packed codes, rescale, add bias.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
-        packed: uint8 [N, ceil(K / 4)] or [N, ceil(K / 5)], as `pack_ternary` gives it. Its bytes are not checked here.
+        packed: uint8 [N, ceil(K / 4)] or [N, ceil(K / 5)], as `pack_ternary` gives it.
         scale: float32 [1 | N, 1 | G], multiplies.
         bias: [N], added after rescaling.
         in_features: K.
         layout: `2bit` or `base3`.
-        act_bits: 8, or None to leave x in floating point.
+        act_bits: 8, or None to leave x in floating point (always in pure torch).
+        kernels: `auto`, `compiled` or `reference`.
 
     Returns:
         [..., N] in x's dtype. Differentiable in x and bias.
@@ -174,7 +198,7 @@ def packed_linear(
     _need(act_bits in (8, None), f"act_bits={act_bits!r} is not allowed; choose 8 or None")
     _check_activation("act_granularity", act_granularity, eps)
     _check_device(x, packed=packed, scale=scale, bias=bias)
-    return torch.ops.qat.packed_linear(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
+    return _op("packed_linear", kernels, x)(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
 
 
 def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: QuantConfig = _DEFAULT) -> Tensor:
@@ -193,6 +217,7 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Qua
     _check_input(x, weight.shape[1])
     _check_bias(bias, weight.shape[0])
     _check_device(x, weight=weight, bias=bias)
-    return torch.ops.qat.bitlinear(
-        cast_for_autocast(x), weight, bias, *_weight_arguments(config), config.act_bits, config.act_granularity, config.eps
+    x = cast_for_autocast(x)
+    return _op("bitlinear", config.kernels, x)(
+        x, weight, bias, *_weight_arguments(config), config.act_bits, config.act_granularity, config.eps, config.backward
     )[0]

@@ -81,10 +81,11 @@ def bitlinear(
     act_bits: int | None,
     act_granularity: str,
     eps: float,
+    backward: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, x_q, x_scale, t, w_scale): the output and what the backward pass needs, one byte an element.
 
-    With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
+    With act_bits None, x_q and x_scale are empty and the backward pass reads x itself. `backward` is for that pass only.
     """
     t, w_scale = quantizers.quantize_weight(weight, scheme, scale, granularity, group_size, scale_dtype, eps)
     if act_bits is None:
@@ -93,3 +94,9 @@ def bitlinear(
     x_q, divisor = quantizers.activation_codes(x, act_granularity, eps)
     y = integer_linear(x_q, divisor, t, w_scale, bias, x.dtype)
     return y, x_q, (1 / divisor).contiguous(), t, w_scale
+
+
+def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
+    """x @ t for x [M, N], quantized to int8 by rows, and codes t [N, K]: the backward pass of `backward=int8`."""
+    codes, divisor = quantizers.activation_codes(x, "token", eps)
+    return integer_linear(codes, divisor, t.t(), x.new_ones(1, 1, dtype=torch.float32), None, x.dtype)

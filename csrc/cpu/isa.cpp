@@ -1,0 +1,28 @@
+// Which paths this machine has.
+#include "kernels.h"
+
+namespace qat {
+namespace {
+
+#if defined(__x86_64__)
+const Isa* const kPaths[] = {&portable, &avx2, &avx512};
+#else
+const Isa* const kPaths[] = {&portable};
+#endif
+
+}  // namespace
+
+const Isa& isa_at(int index) { return *kPaths[index]; }
+
+int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+  return 0;
+}
+
+}  // namespace qat

@@ -1,0 +1,27 @@
+"""The benchmark runs, and its rows say what they must."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from qat import bench
+from qat.ops import cpu
+
+if not cpu.compiled():
+    pytest.skip(f"no compiled kernels: {cpu.status().why}", allow_module_level=True)
+
+
+def test_rows(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    monkeypatch.setattr(bench, "COLD_BYTES", 1 << 16)
+    options = "--shapes 64x128 --tokens 1 3 --seconds 0.01 --train-tokens 8 --rounds 2 --threads 1 --json"
+    monkeypatch.setattr(sys, "argv", ["bench", *options.split(), str(file)])
+    bench.main()
+    result = json.loads(file.read_text())
+    assert result["environment"]["isa"] == cpu.isa()
+    found = {(row["regime"], row["what"]) for row in result["rows"]}
+    assert {("cold", "qat 2bit"), ("hot", "qat base3"), ("hot", bench.BASELINE), ("train fp32", "qat backward=int8")} <= found
+    assert all(row["microseconds"] > 0 and row["gops"] > 0 for row in result["rows"])
