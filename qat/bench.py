@@ -161,12 +161,14 @@ def _calls(name: str, n: int, k: int, m: int, cold: bool) -> Iterator[Call]:
     return itertools.cycle(calls)
 
 
-def measure_linear(n: int, k: int, m: int, cold: bool, threads: int, limits: Limits, seconds: float) -> list[Row]:
-    """Every peer at one shape and number of tokens."""
+def measure_linear(
+    n: int, k: int, m: int, cold: bool, threads: int, limits: Limits, seconds: float, peers: list[str]
+) -> list[Row]:
+    """The peers at one shape and number of tokens."""
     runs: dict[str, Iterator[Call]] = {}
     rows, operations = [], 2.0 * m * n * k / 1e9
     with torch.no_grad():
-        for name in PEERS:
+        for name in peers:
             try:
                 runs[name] = _calls(name, n, k, m, cold)
             except (RuntimeError, AttributeError) as error:
@@ -297,7 +299,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             n, k = (int(part) for part in shape.split("x"))
             for m in arguments.tokens if "linear" in arguments.regimes else []:
                 for cold in [True, False] if m <= COLD_TOKENS else [False]:
-                    found = measure_linear(n, k, m, cold, threads, limits, arguments.seconds)
+                    found = measure_linear(n, k, m, cold, threads, limits, arguments.seconds, arguments.peers)
                     print_rows(found)
                     rows += found
             if "train" in arguments.regimes:
@@ -314,6 +316,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 512], help="up to 32 tokens are measured cold too")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="torch threads")
     parser.add_argument("--regimes", nargs="+", default=["linear", "train"], choices=["linear", "train"])
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="NAME", help=", ".join(PEERS))
     parser.add_argument("--train-tokens", type=int, default=2048, help="tokens of a training step")
     parser.add_argument("--rounds", type=int, default=5, help="training steps a layer")
     parser.add_argument("--seconds", type=float, default=0.3, help="least time a row")
