@@ -68,13 +68,9 @@ class QuantConfig:
         if self.act_bits is None and self.backward != "input":
             raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
         if self.act_bits is None and self.kernels == "compiled":
-            raise ValueError(
-                "quant.kernels=compiled needs quant.act_bits=8; activations in floating point have no compiled kernels"
-            )
+            raise ValueError("quant.kernels=compiled needs quant.act_bits=8; float activations have no compiled kernels")
         if self.backward == "int8" and self.granularity == "group":
-            raise ValueError(
-                "quant.backward=int8 does not fit quant.granularity=group; choose tensor or channel, or backward=bf16"
-            )
+            raise ValueError("quant.backward=int8 does not fit quant.granularity=group; choose another granularity, or bf16")
         if self.weight == "binary" and self.scale != "absmean":
             raise ValueError(f"quant.scale={self.scale!r} does not fit quant.weight=binary; only absmean does")
         if self.granularity == "group":

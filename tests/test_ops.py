@@ -76,7 +76,7 @@ def test_opcheck_packed_linear(config: QuantConfig) -> None:
 def test_opcheck_bitlinear(config: QuantConfig, bias: bool) -> None:
     x, w = torch.randn(2, 3, K, requires_grad=True), torch.randn(N, K, requires_grad=True)
     b = torch.randn(N, requires_grad=True) if bias else None
-    rest = (*weight_arguments(config), config.act_bits, config.act_granularity, 1e-5)
+    rest = (*weight_arguments(config), config.act_bits, config.act_granularity, 1e-5, config.backward)
     torch.library.opcheck(torch.ops.qat.bitlinear.default, (x, w, b, *rest))
 
 

@@ -220,7 +220,6 @@ def test_dry_run_writes_nothing(config: TrainConfig, capsys: pytest.CaptureFixtu
         ({"trainer": {"accelerator": "gpu"}}, "no CUDA GPU"),
         ({"model": {"teacher": "off"}}, "needs a teacher"),
         ({"optim": {"lambda_steps": 100}}, "lambda_steps=100 is above trainer.max_steps=12"),
-        ({"quant": {"kernels": "compiled"}}, "compiled"),
         ({"quant": {"granularity": "group", "group_size": 5}}, "model.layers.0.self_attn.q_proj.*not a multiple"),
         ({"model": {"exclude": ["*"]}}, "check include and exclude"),
         ({"optim": {"optimizer": {"_target_": "torch.optim.Nothing"}}}, "torch.optim.Nothing"),
