@@ -4,11 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart test lint help clean
+.PHONY: quickstart test lint sanitize bench help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
 	@echo "make lint         ruff and mypy"
+	@echo "make sanitize     the op tests on kernels built with AddressSanitizer and UBSan"
+	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
 
 # torch first and by exact version: an open range would fetch gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +29,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(READY)
+	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/test_kernels.py -k "not TestChoice and not fullgraph"
+
+bench: $(READY)
+	$(BIN)/python -m qat.bench
 
 clean:
 	rm -rf $(VENV) build *.egg-info
