@@ -371,6 +371,15 @@ class TrainConfig:
             )
         if self.distill.kl > 0 and self.model.teacher == "off":
             raise ValueError(f"distill.kl={self.distill.kl} needs a teacher, but model.teacher=off; set one of them")
+        if self.optim.lambda_steps > self.trainer.max_steps:
+            raise ValueError(
+                f"optim.lambda_steps={self.optim.lambda_steps} is above trainer.max_steps={self.trainer.max_steps},"
+                " so training would end before the model is quantized"
+            )
+        for key in ("train", "valid"):
+            name = getattr(self.data, key)
+            if name and Path(name).suffix in (".txt", ".jsonl", ".parquet") and not Path(name).expanduser().is_file():
+                raise ValueError(f"data.{key}={name!r}: there is no such file")
         if self.data.kind != "selfgen" and not self.data.train:
             raise ValueError(
                 f"data.train is missing; data={self.data.kind} needs a .txt, .jsonl or .parquet file or a hub data set"
@@ -407,6 +416,7 @@ def check_keys(arguments: list[str]) -> None:
     """
     for argument in arguments:
         key, equals, _ = argument.partition("=")
+        key = key.lstrip("+~")
         if equals and key.replace(".", "").replace("_", "").isalnum() and not key.startswith(("hydra.", "recipe")):
             _check_key(key)
 
@@ -421,9 +431,9 @@ def _check_key(key: str) -> None:
         if part not in names:
             where = ".".join(walked)
             near = get_close_matches(part, names, n=1)
-            hint = f"; did you mean {'.'.join([*walked, near[0]])}?" if near else ""
+            hint = f"; did you mean {'.'.join([*walked, near[0]])}" if near else ""
             allowed = ", ".join([*names, "recipe"] if not walked else names)
-            raise ValueError(f"there is no key {key!r}{hint} Allowed{f' in {where}' if where else ''}: {allowed}")
+            raise ValueError(f"there is no key {key!r}{hint}. Allowed{f' in {where}' if where else ''}: {allowed}")
         node = getattr(node, part)
         walked.append(part)
 

@@ -49,12 +49,12 @@ def load(path: str) -> Loaded:
     Raises:
         ValueError: it cannot be loaded, or a stock folder's keys do not fit its model.
     """
-    from qat.export.packed import is_packed
+    from qat.export.folder import PACKED_WEIGHTS
 
     folder = Path(path).expanduser()
-    if is_packed(folder / "packed"):
+    if (folder / "packed" / PACKED_WEIGHTS).exists():  # where it is damaged, loading names the file
         return _load_packed(folder / "packed", f"packed model of the run {folder}")
-    if is_packed(folder):
+    if (folder / PACKED_WEIGHTS).exists():
         return _load_packed(folder, "packed model of qat")
     if _quant_method(folder) == "bitnet":
         return _load_stock(folder)
@@ -143,6 +143,8 @@ def evaluate(
     found = load(path)
     context = _context(found.model, context)
     stride = context if stride is None else stride
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
     tokens = text_tokens(text, found.tokenizer, DataConfig(), max_tokens)
     total, scored = log_likelihood(found.model, windows(tokens, context, stride, batch_size))
     name = Path(text).name if Path(text).expanduser().exists() else text

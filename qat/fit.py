@@ -76,7 +76,7 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
             val_check_interval=config.val_every * accumulate if config.val_every else None,
             limit_val_batches=config.val_batches if config.val_every else 0,
             num_sanity_val_steps=0,
-            log_every_n_steps=config.log_every_n_steps,
+            log_every_n_steps=min(config.log_every_n_steps, config.max_steps),
             callbacks=callbacks,
             logger=loggers,
             enable_checkpointing=False,
@@ -105,7 +105,7 @@ def read_step(checkpoint: Path) -> int:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         return int(content["global_step"])
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
         raise ValueError(f"{checkpoint} is damaged or no checkpoint of qat: {reason}") from error
 
 
@@ -128,7 +128,14 @@ def _rows_until(file: Path, step: int) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if v not in ("", None)} for row in rows if int(row["step"]) < step]
 
 
-_NOISE = ("does not have many workers", "Experiment logs directory", "treespec", "`isinstance", "Checkpoint directory")
+_NOISE = (
+    "does not have many workers",
+    "Experiment logs directory",
+    "treespec",
+    "`isinstance",
+    "Checkpoint directory",
+    "smaller than the logging interval",
+)
 
 
 class _quiet(warnings.catch_warnings):

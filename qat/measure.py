@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,7 @@ class Measure:
             value = perplexity(model, tokens, context=self.context, stride=self.stride, batch_size=self.batch_size)
             (self.result.further[name] if name else self.result.perplexity)[stage] = value
         model.cpu()
+        self.result.save(Path(self.result.folder))
         print(f"perplexity {stage.replace('_', ' ')}: {self.result.perplexity[stage]:.3f}", flush=True)
 
     def probe(self) -> Tensor:

@@ -31,9 +31,12 @@ class QATModule(pl.LightningModule):
         optimizer: OptimizerFactory,
         total_steps: int,
         teacher: nn.Module | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
+        # In a tuple, so that it is no submodule. The student itself stays eager: it is what is evaluated and packed.
+        self._forward = (torch.compile(student) if compile else student,)
         self.distill, self.optim, self.total_steps = distill_config, optim_config, total_steps
         self._optimizer = optimizer
         # In a tuple, so that it is neither saved nor optimized.
@@ -47,7 +50,7 @@ class QATModule(pl.LightningModule):
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss` and its parts `ce` and `kl`, nats a token."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        rows, targets = distill.predicted(self.student(**inputs, use_cache=False).logits, batch["labels"])
+        rows, targets = distill.predicted(self._forward[0](**inputs, use_cache=False).logits, batch["labels"])
         parts = {"ce": distill.cross_entropy(rows, targets)}
         loss = self.distill.ce * parts["ce"]
         for teacher in self._teacher:

@@ -51,7 +51,8 @@ def export_all(
 def _export_hf(
     config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
 ) -> dict[str, float]:
-    card = {**models.describe_source(config.model), "recipe": config.run.name, "results": _card_results(result)}
+    card: dict[str, Any] = {**models.describe_source(config.model), "recipe": config.run.name, "name": config.run.name}
+    card["results"] = _card_results(result)
     batches = list(windows(measure.texts[""], measure.context, measure.stride, measure.batch_size))
     info = hf.save(
         model,

@@ -96,6 +96,8 @@ def print_table(result: RunResult) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
+    about = result.perplexity
+    console.print(f"{result.recipe}: perplexity, context {about.get('context')}, stride {about.get('stride')}")
     console.print(_perplexity_table(result))
     for line in _lines(result):
         console.print(line, soft_wrap=True, markup=False)
@@ -105,7 +107,7 @@ def _perplexity_table(result: RunResult) -> Any:
     from rich.table import Table
 
     about = result.perplexity
-    table = Table(title=f"{result.recipe}: perplexity, context {about.get('context')}, stride {about.get('stride')}")
+    table = Table()
     table.add_column("model", no_wrap=True)
     texts = {str(about.get("text")): about, **{str(value["text"]): value for value in result.further.values()}}
     for name, values in texts.items():
@@ -120,7 +122,9 @@ def _lines(result: RunResult) -> list[str]:
     lines = []
     shares = recovered(result.perplexity)
     if "recovered_share" in shares:
-        lines.append(f"recovered  {shares['recovered_share']:.1%} of the log-perplexity lost by conversion;")
+        lines.append(
+            f"recovered  {shares['recovered_share']:.1%} of the log-perplexity lost by conversion on {result.perplexity['text']};"
+        )
         lines[-1] += f" ln(trained / full precision) = {shares['log_ratio_trained']:.3f}"
     if "packed_model" in result.bytes:
         lines.append(_size_line(result.bytes))

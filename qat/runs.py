@@ -20,7 +20,7 @@ from qat.callbacks import LambdaWarmup, Samples
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
 from qat.conversion import Conversion
 from qat.data import QATData
-from qat.fit import FitResult, fit
+from qat.fit import FitResult, fit, read_step
 from qat.module import OptimizerFactory, QATModule
 from qat.report import RunResult, write_text
 
@@ -52,11 +52,18 @@ def open_folder(config: TrainConfig) -> Path:
     if config.resume:
         return Path(config.resume)
     folder = Path(config.run.dir or f"runs/{config.run.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    if (folder / "config.yaml").exists():
+    if (folder / "config.yaml").exists() and ((folder / "metrics.csv").exists() or (folder / "checkpoints").exists()):
         raise ValueError(f"{folder} already holds a run; continue it with resume={folder}, or choose another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     return folder
+
+
+def check_resume(folder: str) -> None:
+    """Raise ValueError for a damaged checkpoint before anything else is done."""
+    checkpoint = Path(folder) / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        read_step(checkpoint)
 
 
 def new_result(config: TrainConfig, folder: Path, base: nn.Module, record: Conversion) -> RunResult:
@@ -98,6 +105,7 @@ def config_hash(config: TrainConfig) -> str:
 def recording(result: RunResult, folder: Path) -> Iterator[None]:
     """Keep result.json readable whatever ends the run: it says `failed: ...` when an error does."""
     start = time.perf_counter()
+    result.save(folder)
     try:
         yield
     except BaseException as error:
@@ -137,11 +145,6 @@ def train_student(
     loggers, callbacks = plugins
     callbacks = [*callbacks]
     if config.optim.lambda_steps:
-        if config.optim.lambda_steps > config.trainer.max_steps:
-            raise ValueError(
-                f"optim.lambda_steps={config.optim.lambda_steps} is above trainer.max_steps={config.trainer.max_steps},"
-                " so training would end before the model is quantized"
-            )
         callbacks.append(LambdaWarmup(config.optim.lambda_steps))
     if config.trainer.samples and config.trainer.val_every:
         callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
@@ -168,10 +171,8 @@ def _module(
 ) -> QATModule:
     model.train()
     if config.trainer.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.trainer.compile:
-        model.compile()
-    return QATModule(model, distill, config.optim, optimizer, config.trainer.max_steps, teacher)
+        model.activation_checkpointing_enable()
+    return QATModule(model, distill, config.optim, optimizer, config.trainer.max_steps, teacher, compile=config.trainer.compile)
 
 
 def _prompts(config: TrainConfig, data: QATData) -> torch.Tensor:

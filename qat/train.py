@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qat.config import TrainConfig
 
@@ -35,6 +35,9 @@ def run(config: TrainConfig) -> RunResult:
     config = load_config(config.resume) if config.resume and not config.model.path else config
     config.check()
     fit.check_precision(config.trainer)
+    optimizer = _optimizer(config)
+    if config.resume:
+        runs.check_resume(config.resume)
     runs.set_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
 
@@ -59,7 +62,7 @@ def run(config: TrainConfig) -> RunResult:
         measure("full_precision", base)
         measure("converted", student)
 
-        optimizer, plugins = _optimizer(config), _plugins(config, folder)
+        plugins = _plugins(config, folder)
         outcome = runs.train_student(config, student, teacher, data, tokenizer, folder, optimizer, plugins)
         result.count(outcome)
         if outcome.interrupted:
@@ -96,6 +99,7 @@ def load_config(folder: str, overrides: list[str] | None = None) -> TrainConfig:
 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     file = Path(folder) / "config.yaml"
     if not file.is_file():
@@ -104,8 +108,8 @@ def load_config(folder: str, overrides: list[str] | None = None) -> TrainConfig:
         saved = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file), OmegaConf.from_dotlist(overrides or []))
         saved.resume = folder
         return OmegaConf.to_object(saved)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise ValueError(f"resume={folder}: {error}") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"resume={folder}: {file.name} or an override is damaged: {_first_lines(error)}") from error
 
 
 def _instantiate(node: dict[str, Any], **more: Any) -> Any:
@@ -115,7 +119,7 @@ def _instantiate(node: dict[str, Any], **more: Any) -> Any:
     try:
         return instantiate(node, _convert_="all", **more)
     except InstantiationException as error:
-        raise ValueError(f"{node.get('_target_')}: {error}") from error
+        raise ValueError(f"{node.get('_target_')}: {error.__cause__ or str(error).partition(', set env')[0]}") from error
 
 
 def _optimizer(config: TrainConfig) -> Any:
@@ -154,8 +158,10 @@ def _show(build: Any) -> None:
 
     try:
         result = run(build())
-    except (ValueError, OSError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        _exit(error)
+    except OmegaConfBaseException as error:
+        _exit(_first_lines(error))
     if result.perplexity:
         print_table(result)
     if result.status.startswith("interrupted"):
@@ -181,6 +187,33 @@ def _help() -> str:
     return HELP + "\n".join(f"  {group + '=':<11}{', '.join(names)}" for group, names in options().items())
 
 
+def _check_composition(folder: str, arguments: list[str]) -> None:
+    """Compose once before Hydra does: its own report of a wrong choice or type is a page. Sweeps are left to it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    try:
+        with initialize_config_dir(folder, version_base="1.3"):
+            compose("train", arguments, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit(_first_lines(error))
+
+
+def _first_lines(error: Exception) -> str:
+    """What a person needs of an error of Hydra, OmegaConf or YAML, on one line."""
+    text = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("full_key", "reference_type", "object_type")))
+
+
+def _exit(error: object) -> NoReturn:
+    print(f"qat.train: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line. `--dry-run` is short for dry_run=true; resume=DIR takes the configuration of that run."""
     from qat.config import check_keys, config_folder, register
@@ -193,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_keys(arguments)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        _exit(error)
     resume = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
     if resume:
         overrides = [a for a in arguments if not a.startswith("resume=")]
@@ -202,8 +235,10 @@ def main(arguments: list[str] | None = None) -> None:
     import hydra
 
     register()
+    folder = str(config_folder("conf"))
+    _check_composition(folder, arguments)
     sys.argv = [sys.argv[0], *arguments]
-    hydra.main(config_path=str(config_folder("conf")), config_name="train", version_base="1.3")(_task)()
+    hydra.main(config_path=folder, config_name="train", version_base="1.3")(_task)()
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_help_is_quick_and_lists_the_recipes() -> None:
     ("arguments", "words"),
     [
         (["recipe=typo"], ["recipe/typo", "quickstart"]),
-        (["trainer.max_stepz=3"], ["trainer.max_stepz", "did you mean trainer.max_steps?"]),
+        (["trainer.max_stepz=3"], ["trainer.max_stepz", "did you mean trainer.max_steps"]),
         (["quant=ternery"], ["quant/ternery", "ternary"]),
         (["trainer.max_steps=abc"], ["trainer.max_steps", "abc", "Integer"]),
         (["quant.weight=quaternary", "model.path=x", "data.train=y"], ["quant.weight", "quaternary", "ternary, binary"]),

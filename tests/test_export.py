@@ -370,6 +370,6 @@ def test_export_of_a_run(capsys, tmp_path, monkeypatch):
     arguments = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--text", text, "--max-tokens", "4096"]
     assert verb.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "read back by stock transformers: perplexity 1" in printed and "520,064 in bf16" in printed
+    assert "on the first 4,096 tokens of valid.txt: perplexity 1" in printed and "520,064 in bf16" in printed
     readme = (tmp_path / "out/README.md").read_text()
     assert "| packed | 1500 |" in readme and "| recipe | stories260k |" in readme

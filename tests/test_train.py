@@ -320,3 +320,15 @@ def test_recovered_share() -> None:
 
     shares = recovered({"full_precision": math.e, "converted": math.e**5, "trained": math.e**2})
     assert shares["recovered_share"] == pytest.approx(0.75) and shares["log_ratio_trained"] == pytest.approx(1.0)
+
+
+def test_compiled_training_packs_the_eager_student(config: TrainConfig) -> None:
+    config.trainer = replace(TRAINER, max_steps=2, compile=True)
+    result = run(config)
+    assert result.perplexity["packed"] == result.perplexity["trained"]
+
+
+def test_damaged_config_of_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("foo: [1")
+    with pytest.raises(ValueError, match=r"config.yaml or an override is damaged"):
+        load_config(str(tmp_path))

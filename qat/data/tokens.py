@@ -50,7 +50,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def tokenize(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path, max_tokens: int | None = None) -> np.ndarray:
     """All tokens of a source (the first `max_tokens`) as a read-only array [T], uint16 or uint32, cached."""
-    name = key("text", source.fingerprint(), tokenizer_hash(tokenizer), max_tokens)
+    name = key("text 2", source.fingerprint(), tokenizer_hash(tokenizer), max_tokens)
     found = read(folder, name)
     if found is not None:
         return found
@@ -68,16 +68,28 @@ def _limited(blocks: Iterable[list[int]], most: int | None) -> Iterator[list[int
 
 
 def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    """Token ids, document after document, encoded in batches because the tokenizer uses all cores for a batch."""
+    """Token ids, document after document, encoded in batches because the tokenizer uses all cores for a batch.
+
+    A document begins as the tokenizer itself begins a text (with BOS, or with nothing), and EOS stands between documents,
+    so that a text of one document has exactly the ids of `tokenizer(text)`: anyone can measure the same perplexity.
+    """
+    prefix = _prefix(tokenizer)
+    between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    opening = prefix
     for batch in _batches(read_documents(source)):
         encoded = tokenizer(
             [text for text, _ in batch], add_special_tokens=False, padding=False, truncation=False, verbose=False
         )["input_ids"]
         for ids, (_, ends) in zip(encoded, batch, strict=True):
-            if ends and ids and tokenizer.eos_token_id is not None:
-                yield [*ids, tokenizer.eos_token_id]
-            else:
-                yield ids
+            if ids:
+                yield [*opening, *ids]
+                opening = [*between, *prefix] if ends else []
+
+
+def _prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the tokenizer puts before a text: BOS or nothing. A suffix is left out: no document has ended yet."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def _batches(pieces: Iterable[tuple[str, bool]], characters: int = 1 << 22) -> Iterator[list[tuple[str, bool]]]:

@@ -58,7 +58,8 @@ def export(
     info = writer.save(
         model, out, tokenizer, linear_class=linear_class, card=facts, check=lambda new: writer.verify(new, model, probes, windows)
     )
-    return {**info, "sizes": packed.sizes(folder)}
+    about = f"the first {max_tokens:,} tokens of {Path(text).name}"
+    return {**info, "text": about, "sizes": packed.sizes(folder)}
 
 
 def packed_folder(run: str) -> Path:
@@ -118,7 +119,8 @@ def _show(info: dict[str, Any]) -> None:
     if "padding" in info:
         print(info["padding"])
     print(
-        f"read back by stock transformers: perplexity {found['perplexity']:.6g}, packed {found['perplexity_packed']:.6g}"
+        f"read back by stock transformers, on {info['text']}:"
+        f" perplexity {found['perplexity']:.6g}, packed {found['perplexity_packed']:.6g}"
         f" (relative difference {found['perplexity_difference']:.1e}); logits differ by {found['logits_difference']:.1e},"
         f" single layers by {found['layers_difference']:.1e}"
     )
