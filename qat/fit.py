@@ -43,7 +43,7 @@ def fit(
     Raises:
         ValueError: a damaged checkpoint; a precision that the device lacks; a loss or a weight that is not finite.
     """
-    check_precision(config)
+    check_hardware(config)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     resumed_step = read_step(checkpoint) if checkpoint.exists() else None
     throughput, interrupt = Throughput(), GracefulInterrupt()
@@ -86,11 +86,16 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
         )
 
 
-def check_precision(config: TrainerConfig) -> None:
-    """lightning silently turns 16-mixed into bf16-mixed on a CPU; here it is an error."""
+def check_hardware(config: TrainerConfig) -> None:
+    """Refuse what lightning would change silently (16-mixed on a CPU becomes bf16-mixed) or what a run cannot do yet."""
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     if config.precision == "16-mixed" and not on_gpu:
         raise ValueError("trainer.precision=16-mixed needs a CUDA GPU; on a CPU use bf16-mixed or 32-true")
+    if config.devices * config.num_nodes > 1:
+        raise ValueError(
+            f"trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes}: a run uses one device for now;"
+            " runs on several are neither written nor tested"
+        )
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator=gpu, but torch finds no CUDA GPU; use trainer=cpu, or a CUDA build of torch")
 

@@ -34,7 +34,7 @@ def run(config: TrainConfig) -> RunResult:
 
     config = load_config(config.resume) if config.resume and not config.model.path else config
     config.check()
-    fit.check_precision(config.trainer)
+    fit.check_hardware(config.trainer)
     optimizer = _optimizer(config)
     if config.resume:
         runs.check_resume(config.resume)
