@@ -7,13 +7,9 @@ precision is the trap of this field (GPT-2's Conv1D, 3-D expert weights, torch's
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
-from functools import cache
 
 import torch
 from torch import nn
@@ -21,10 +17,9 @@ from torch import nn
 from qat.bitlinear import BitLinear, PackedBitLinear
 from qat.config import QuantConfig
 from qat.packing import get_layout
+from qat.selection import Context, Selection, is_conv1d, is_linear, other_matrices, patterns, refuse_experts, refuse_quantized
 
 VERSION = 1
-HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
-ROUTERS = ("gate", "router", "shared_expert_gate")
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -35,7 +30,6 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-_OWN_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, BitLinear, PackedBitLinear)
 
 
 @dataclass
@@ -83,7 +77,7 @@ class Conversion:
         transposed: dict[int, nn.Parameter] = {}
         for name in self.converted:
             linear = modules.get(name)
-            if linear is None or not _is_linear(linear):
+            if linear is None or not is_linear(linear):
                 found = "missing" if linear is None else f"a {type(linear).__name__}"
                 raise ValueError(f"the record converts {name!r}, which is {found} in this {type(model).__name__}")
             fresh[name] = self._build(linear, transposed)
@@ -133,18 +127,18 @@ def convert(
             convert (exclude them knowingly).
     """
     config = config or QuantConfig()
-    selection = _Selection(_patterns(include), _patterns(exclude))
-    _refuse_quantized(model)
+    selection = Selection(patterns(include), patterns(exclude))
+    refuse_quantized(model)
     selection.refuse_typos(model)
-    _refuse_experts(model, selection)
+    refuse_experts(model, selection)
     record = Conversion("bitlinear", config)
     layers: dict[str, nn.Module] = {}
     seen: dict[int, str] = {}
     transposed: dict[int, nn.Parameter] = {}
-    context = _Context.of(model)
+    context = Context.of(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _is_linear(module):
-            record.skipped.update({} if id(module) in seen else _other_matrices(name, module))
+        if not is_linear(module):
+            record.skipped.update({} if id(module) in seen else other_matrices(name, module))
             continue
         if id(module) in seen:
             record.skipped[name] = f"the same module as {seen[id(module)]}"
@@ -228,129 +222,12 @@ def _exchange(
     return Conversion(done, config, list(layers), {}, layout)
 
 
-def _patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """The user's shell patterns."""
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-
-    def excludes(self, name: str) -> bool:
-        return _matches(name, self.exclude)
-
-    def skip_reason(self, name: str) -> str | None:
-        if self.excludes(name):
-            return "matches exclude"
-        if self.include and not _matches(name, self.include):
-            return "no match in include"
-        return None
-
-    def refuse_typos(self, model: nn.Module) -> None:
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        for key, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(f"{key}={pattern!r} matches no module of {type(model).__name__}")
-
-    def names_exactly(self, name: str, reason: str) -> bool:
-        return reason in (_HEAD_REASON, _ROUTER_REASON) and name in self.include and not self.excludes(name)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern fits the name or a module that contains it."""
-    parts = name.split(".")
-    above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(fnmatchcase(part, pattern) for part in above for pattern in patterns)
-
-
-_HEAD_REASON = "output head, kept in full precision"
-_ROUTER_REASON = "MoE router, kept in full precision"
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What a layer's surroundings say about it."""
-
-    modules: dict[str, nn.Module]
-    owners: dict[int, str]
-    head: nn.Module | None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Context:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        tied = {
-            id(weight): f"the embedding {name}" if isinstance(module, nn.Embedding) else f"{type(module).__name__} {name}"
-            for name, module in modules.items()
-            if not _is_linear(module)
-            for weight in module.parameters(recurse=False)
-        }
-        get_head = getattr(model, "get_output_embeddings", None)
-        return cls(modules, tied, get_head() if callable(get_head) else None)
-
-    def skip_reason(self, name: str, module: nn.Module) -> str | None:
-        parent_name, _, leaf = name.rpartition(".")
-        parent = self.modules.get(parent_name)
-        if id(module.weight) in self.owners:
-            return f"tied to {self.owners[id(module.weight)]}"
-        if module is self.head or (leaf in HEADS and name):
-            return _HEAD_REASON
-        if leaf in ROUTERS and hasattr(parent, "experts"):
-            return _ROUTER_REASON
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads this weight itself and never calls the layer"
-        if _reads_weight(parent, leaf):
-            return f"{type(parent).__name__} reads this weight itself"
-        if "forward" in vars(module):
-            return "its forward was replaced by another"
-        if not _is_conv1d(module) and type(module).forward is not nn.Linear.forward:
-            return f"{type(module).__name__} has a forward of its own"
-        if hasattr(module, "parametrizations"):
-            return "its weight is parametrized"
-        if not isinstance(module.weight, nn.Parameter):
-            return "its weight is computed from other parameters (weight_norm, prune)"
-        return None
-
-
-_READS_WEIGHT = r"(?<!isinstance\()\bself\.{}\.weight\b(?!\.(?:dtype|device|shape|requires_grad)\b)"
-
-
-def _reads_weight(parent: nn.Module | None, leaf: str) -> bool:
-    """Whether the parent's forward multiplies by the weight itself, so that BitLinear's forward would not be called."""
-    if parent is None or isinstance(parent, nn.TransformerEncoderLayer):  # its fused path is disabled instead
-        return False
-    source = _forward_source(type(parent))  # type: ignore[arg-type]
-    return re.search(_READS_WEIGHT.format(re.escape(leaf)), source) is not None
-
-
-@cache
-def _forward_source(kind: type[nn.Module]) -> str:
-    """Source of a class's forward methods; Mamba's, for one, read `self.dt_proj.weight`."""
-    methods = [method for name, method in inspect.getmembers(kind, inspect.isfunction) if "forward" in name]
-    try:
-        return "\n".join(map(inspect.getsource, methods))
-    except (OSError, TypeError):
-        return ""
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's Conv1D, told by name and shape, so that transformers need not be installed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return (isinstance(module, nn.Linear) and not isinstance(module, BitLinear)) or _is_conv1d(module)
-
-
 def _as_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Linear:
     """The layer itself, or Conv1D's [in, out] weight as a linear's [out, in].
 
     `transposed` remembers what a parameter became, so that one shared by two layers stays shared.
     """
-    if not _is_conv1d(module):
+    if not is_conv1d(module):
         assert isinstance(module, nn.Linear)
         return module
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
@@ -369,43 +246,6 @@ def _convert_layer(name: str, module: nn.Module, config: QuantConfig, transposed
         return BitLinear.from_linear(_as_linear(module, transposed), config)
     except ValueError as error:
         raise ValueError(f"{name or type(module).__name__}: {error}") from error
-
-
-def _other_matrices(name: str, module: nn.Module) -> dict[str, str]:
-    """Matrices that a module multiplies by itself: convolutions, recurrent layers, fused projections, routers."""
-    if isinstance(module, _OWN_MATRIX):
-        return {}
-    why = f"{type(module).__name__} is neither nn.Linear nor Conv1D"
-    return {
-        f"{name}.{key}".lstrip("."): why
-        for key, weight in module.named_parameters(recurse=False)
-        if weight.ndim >= 2 and weight.shape[0] > 1 and weight.shape[1] > 1 and weight.is_floating_point()
-    }
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, BitLinear | PackedBitLinear):
-            raise ValueError(f"already converted: {name or 'the model'} is a {type(module).__name__}")
-        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and (not weight.is_floating_point() or weight.itemsize < 2):
-            raise ValueError(f"already quantized: {name or 'the model'} holds {weight.dtype} weights; load it in full precision")
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise ValueError("already quantized: the model's config has a quantization_config; load it in full precision")
-
-
-def _refuse_experts(model: nn.Module, selection: _Selection) -> None:
-    conv = nn.modules.conv._ConvNd
-    for name, module in model.named_modules():
-        if selection.skip_reason(name) or isinstance(module, (conv, nn.Bilinear)):
-            continue
-        for key, weight in module.named_parameters(recurse=False):
-            if weight.ndim == 3 and min(weight.shape) > 1:
-                raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) stores {weight.shape[0]} expert matrices as the one"
-                    f" 3-D parameter {key!r} {list(weight.shape)}, which cannot become BitLinear layers;"
-                    f" to leave it in full precision knowingly, pass exclude='*{name.rpartition('.')[2]}'"
-                )
 
 
 def _refuse_nonfinite(name: str, weight: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: ["config"],
     1: ["quantizers", "packing", "ops"],
-    2: ["bitlinear", "conversion"],
+    2: ["bitlinear", "selection", "conversion"],
     3: ["distill", "schedule", "perplexity"],
     4: ["export"],
     5: ["models", "glass", "provenance", "data", "module", "callbacks", "fit"],
