@@ -15,8 +15,8 @@ _LOAD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")  # float32, as the config says
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")  # float32, as the config says
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```
 
 Stock `transformers` (with `accelerate`) reads this folder. On a CPU, set `TORCHDYNAMO_DISABLE=1`: its unpacking is compiled
