@@ -68,7 +68,7 @@ struct Isa {
 // A base-3 byte is 64 d + f, d the fifth digit: [0, 85) has d = 0, [85, 170) d = 1 and the rest d = 2, so two rounding
 // averages find 64 d, and a table of 128 finds the other four digits, c < 81, from f. c = 0..42 has one f that fits all
 // three ranges; c = 43..63 and 64..80 have two.
-inline uint32_t base3_store(uint32_t c, uint32_t d) {
+constexpr uint32_t base3_store(uint32_t c, uint32_t d) {
   if (c < 43) return 64 * d + 42 + c;
   if (c < 64) return 64 * d + (d < 2 ? 21 : 106) + (c - 43);
   return 64 * d + (d < 1 ? 0 : 85) + (c - 64);
