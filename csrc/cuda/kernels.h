@@ -70,37 +70,44 @@ int unpack(const uint8_t* packed, int64_t n, int64_t k, Layout layout, int8_t* t
 // base3 bytes -> 2-bit bytes: the linear kernels read 2bit only, so base-3 weights are repacked once and kept.
 int repack(const uint8_t* base3, int64_t n, int64_t k, uint8_t* bits, uint64_t* bad, cudaStream_t stream);
 
-// y = x_q . t^T, rescaled.
+// What becomes of the sums: y = acc, rescaled.
+struct Output {
+  void* y;                  // [M, N] in dtype
+  Dtype dtype;
+  const float* scale;       // multiplies. Element (n, g) is scale[n * scale_stride + g]
+  int64_t scale_stride;     // 0 (one row for all outputs: [1] or [1, G]) or G
+  const float* bias;        // [N], or null
+};
+
+// The training forward, from what quantize_activation and quantize_weight gave.
 struct Linear {
   const int8_t* codes;      // [M, K], x_q
-  const float* divisor;     // [M]; null if raw
-  const void* weight;       // packed: 2-bit bytes [N, ceil(K / 4)]; else int8 t [N, K]
-  bool packed;
-  const float* scale;       // multiplies. Element (n, g) is scale[n * scale_stride + g]; null if raw
-  int64_t scale_stride;     // 0 (one row for all outputs: [1] or [1, G]) or G
-  int64_t groups;           // G >= 1, divides K
-  const float* bias;        // [N], or null
-  void* y;                  // [M, N] in dtype; int32 [M, N] if raw
-  Dtype dtype;
-  bool raw;                 // y = acc: no rescaling, G = 1 (the int8 backward, and tests)
-  int64_t m, n, k;
-  bool overlap;             // see PackedLinear
+  const float* divisor;     // [M]
+  const int8_t* t;          // [N, K]
+  int64_t m, n, k, groups;
+  Output out;
+  bool raw;                 // y is int32 [M, N] = acc: G = 1, and divisor, scale and bias are not read
 };
 int linear(const Linear& p, cudaStream_t stream);
 
-// quantize_activation and linear in one call; few tokens take one launch, in which each block quantizes x itself.
+// Inference: quantize and multiply with 2-bit weights. One token takes one launch, in which each block quantizes x itself.
 struct PackedLinear {
-  const void* x;            // [M, K] in linear.dtype
+  const void* x;            // [M, K] in out.dtype
   bool per_tensor;
   float eps;
-  int8_t* codes;            // [M, K] and
-  float* divisor;           // [M]: scratch, null where packed_linear_fused() is true
-  void* workspace;          // needed if per_tensor and not fused
-  Linear linear;            // `codes` and `divisor` are ignored, `packed` must be true and `raw` false. `overlap` promises that
-                            // the kernel right before on the stream does not write weight, scale or bias: on sm_90 and later
-                            // the launch then starts fetching weights before that kernel has ended (programmatic launch)
+  const uint8_t* packed;    // [N, ceil(K / 4)] in layout `bits`
+  int64_t m, n, k, groups;
+  Output out;
+  int8_t* codes;            // scratch [M, padded_width(K, G)], 16-byte aligned; null where packed_linear_fused
+  float* divisor;           // scratch [M]; null where packed_linear_fused
+  void* workspace;          // needed if per_tensor and not packed_linear_fused
+  bool overlap;             // promises that the kernel right before on the stream writes none of packed, scale and bias: on
+                            // sm_90 and later weights are then fetched before that kernel has ended (programmatic launch)
 };
-bool packed_linear_fused(const PackedLinear& p);  // from the shapes and alignment in p
 int packed_linear(const PackedLinear& p, cudaStream_t stream);
+bool packed_linear_fused(const PackedLinear& p);  // from m, n, k, groups, and the alignment of packed
+
+// K with every group padded to blocks of 64 codes.
+constexpr int64_t padded_width(int64_t k, int64_t groups) { return groups * ((k / groups + 63) / 64 * 64); }
 
 }  // namespace qat::cuda
