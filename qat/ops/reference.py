@@ -9,11 +9,14 @@ Legend: N out_features, K in_features, G groups along K.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qat import packing, quantizers
+from qat.ops.options import PackedOptions, TrainingOptions
 
 EXACT_FLOAT32_WIDTH = 2**24 // 128
 
@@ -50,48 +53,27 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
     return quantizers.quantize_activation(x, granularity, eps)
 
 
-def packed_linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    layout: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-) -> Tensor:
-    """See `qat.ops.packed_linear`."""
-    t = packing.decode(packed, in_features, layout)
-    if act_bits is None:
+def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """See `qat.ops.packed_linear`; `options` are PackedOptions."""
+    o = PackedOptions(*options)
+    t = packing.decode(packed, o.in_features, o.layout)
+    if o.act_bits is None:
         return integer_linear(x, None, t, scale, bias, x.dtype)
-    x_q, divisor = quantizers.activation_codes(x, act_granularity, eps)
+    x_q, divisor = quantizers.activation_codes(x, o.act_granularity, o.eps)
     return integer_linear(x_q, divisor, t, scale, bias, x.dtype)
 
 
-def bitlinear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    scale: str,
-    granularity: str,
-    group_size: int | None,
-    scale_dtype: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-    backward: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, x_q, x_scale, t, w_scale): the output and what the backward pass needs, one byte an element.
 
-    With act_bits None, x_q and x_scale are empty and the backward pass reads x itself. `backward` is for that pass only.
+    `options` are TrainingOptions. With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
     """
-    t, w_scale = quantizers.quantize_weight(weight, scheme, scale, granularity, group_size, scale_dtype, eps)
-    if act_bits is None:
+    o = TrainingOptions(*options)
+    t, w_scale = quantizers.quantize_weight(weight, *o.weight)
+    if o.act_bits is None:
         empty = x.new_empty(0)
         return integer_linear(x, None, t, w_scale, bias, x.dtype), empty.to(torch.int8), empty.float(), t, w_scale
-    x_q, divisor = quantizers.activation_codes(x, act_granularity, eps)
+    x_q, divisor = quantizers.activation_codes(x, o.act_granularity, o.eps)
     y = integer_linear(x_q, divisor, t, w_scale, bias, x.dtype)
     return y, x_q, (1 / divisor).contiguous(), t, w_scale
 
@@ -100,3 +82,10 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     """x @ t for x [M, N], quantized to int8 by rows, and codes t [N, K]: the backward pass of `backward=int8`."""
     codes, divisor = quantizers.activation_codes(x, "token", eps)
     return integer_linear(codes, divisor, t.t(), x.new_ones(1, 1, dtype=torch.float32), None, x.dtype)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in int32 for int8 matrices [M, K] and [K, N], exact: the weight's gradient of `backward=int8`."""
+    if a.is_cpu:
+        return torch._int_mm(a, b)
+    return (a.double() @ b.double()).to(torch.int32)  # CUDA's _int_mm refuses most shapes
