@@ -42,6 +42,7 @@ struct Decode {
   int tokens;            // of a thread block
   int splits;            // warps that share a row tile
   float eps;
+  bool wide;             // x can be read 16 bytes at a time
 };
 
 // Parts of shared memory, in bytes from its start. Row tiles' sums reuse the ring.
@@ -81,12 +82,12 @@ __device__ void take_codes(const Decode& p, int64_t token0, int tokens, unsigned
   if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = p.divisor[token0 + threadIdx.x];
 }
 
-template <class T>
-__device__ float absmax_of(const T* x, int64_t k, bool wide) {
+template <bool WIDE, class T>
+__device__ float absmax_of(const T* x, int64_t k) {
   constexpr int kSize = Chunk<T>::kSize;
   float most = 0.0f;
   for (int64_t begin = static_cast<int64_t>(threadIdx.x) * kSize; begin < k; begin += kBlock * kSize) {
-    const Chunk<T> chunk = load_chunk(x, begin, k, wide);
+    const Chunk<T> chunk = load_chunk<WIDE>(x, begin, k);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) most = max_nan(most, bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu));
   }
@@ -94,16 +95,15 @@ __device__ float absmax_of(const T* x, int64_t k, bool wide) {
 }
 
 // The same for one token that is not quantized yet; groups are whole blocks of 64, so only the end of x is padded.
-template <class T>
+template <class T, bool WIDE>
 __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
   const T* x = static_cast<const T*>(p.x);
-  const bool wide = reinterpret_cast<uintptr_t>(x) % 16 == 0 && p.k * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  const float divisor = divisor_of(reduce_threads<kBlock>(absmax_of(x, p.k, wide), MaxNan(), slots), p.eps);
+  const float divisor = divisor_of(reduce_threads<kBlock>(absmax_of<WIDE>(x, p.k), MaxNan(), slots), p.eps);
   for (int i = static_cast<int>(threadIdx.x); i < p.blocks64 * 4; i += kBlock) {
     uint32_t words[4];
 #pragma unroll
     for (int w = 0; w < 4; w += Chunk<T>::kSize / 4) {
-      const Chunk<T> chunk = load_chunk(x, int64_t{i} * 16 + w * 4, p.k, wide);
+      const Chunk<T> chunk = load_chunk<WIDE>(x, int64_t{i} * 16 + w * 4, p.k);
 #pragma unroll
       for (int j = 0; j < Chunk<T>::kSize; j += 4)
         words[w + j / 4] = gather_bytes(code_bits(chunk[j], divisor), code_bits(chunk[j + 1], divisor), code_bits(chunk[j + 2], divisor),
@@ -112,6 +112,15 @@ __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* 
     *reinterpret_cast<uint4*>(x_shared + i * 16) = interleave({words[0], words[1], words[2], words[3]});
   }
   if (threadIdx.x == 0) divisors[0] = divisor;
+}
+
+template <class T>
+__device__ __forceinline__ void quantize_any_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
+  if (p.wide) {
+    quantize_token<T, true>(p, x_shared, divisors, slots);
+  } else {
+    quantize_token<T, false>(p, x_shared, divisors, slots);
+  }
 }
 
 // A warp's scales [16][G], as its float sums need them in every group.
@@ -185,9 +194,9 @@ __global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
   let_next_start();
   if constexpr (FUSED) {
     switch (p.out.dtype) {
-      case Dtype::f32: quantize_token<float>(p, x_shared, divisors, slots); break;
-      case Dtype::bf16: quantize_token<Bf16>(p, x_shared, divisors, slots); break;
-      case Dtype::f16: quantize_token<F16>(p, x_shared, divisors, slots); break;
+      case Dtype::f32: quantize_any_token<float>(p, x_shared, divisors, slots); break;
+      case Dtype::bf16: quantize_any_token<Bf16>(p, x_shared, divisors, slots); break;
+      case Dtype::f16: quantize_any_token<F16>(p, x_shared, divisors, slots); break;
     }
   } else {
     take_codes(p, token0, tokens, x_shared, divisors);
@@ -220,8 +229,7 @@ __global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
     }
   }
 
-  wait_copies<0>();
-  __syncwarp();  // the ring is free
+  // All copies have been waited for, and what the lanes read of the ring went into an mma, where the warp has met.
   uint32_t* sums = reinterpret_cast<uint32_t*>(own);
 #pragma unroll
   for (int nt = 0; nt < NT; ++nt)
@@ -275,6 +283,7 @@ int decode(const PackedLinear& p, cudaStream_t stream) {
   d.groups = static_cast<int>(p.groups);
   d.group_blocks = d.blocks64 / d.groups;
   d.eps = p.eps;
+  d.wide = wide_rows(p.x, p.k, size_of(p.out.dtype));
   const int most = tokens_that_fit(p), slices = static_cast<int>(ceil_div<int64_t>(p.m, most));
   d.tokens = static_cast<int>(ceil_div<int64_t>(p.m, slices));
   const int64_t row_tiles = ceil_div<int64_t>(p.n, kRows);
