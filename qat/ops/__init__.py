@@ -6,6 +6,7 @@ Each wrapper checks its arguments and calls `torch.ops.qat.<name>`; `library` ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from qat.packing import get_layout
 _DEFAULT = QuantConfig()
 
 
-def _need(condition: bool, message: str) -> None:
+def _need(condition: bool, message: Callable[[], str]) -> None:
+    """The message is made only where it is needed: describing a tensor takes longer than checking it."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def _describe(x: Tensor) -> str:
@@ -30,24 +32,26 @@ def _describe(x: Tensor) -> str:
 
 
 def _check_input(x: Tensor, k: int) -> None:
-    _need(x.is_floating_point() and x.ndim >= 1, f"x must be a floating-point tensor [..., {k}], not {_describe(x)}")
-    _need(x.shape[-1] == k, f"x has {x.shape[-1]} features in its last dimension, but the layer has in_features={k}")
+    _need(x.is_floating_point() and x.ndim >= 1, lambda: f"x must be a floating-point tensor [..., {k}], not {_describe(x)}")
+    _need(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features in its last dimension, but the layer has in_features={k}")
 
 
 def _check_activation(name: str, granularity: str, eps: float) -> None:
-    _need(granularity in ("token", "tensor"), f"{name}={granularity!r} is not allowed; choose token or tensor")
-    _need(eps > 0, f"eps={eps} is not allowed; it must be above 0")
+    _need(granularity in ("token", "tensor"), lambda: f"{name}={granularity!r} is not allowed; choose token or tensor")
+    _need(eps > 0, lambda: f"eps={eps} is not allowed; it must be above 0")
 
 
 def _check_bias(bias: Tensor | None, n: int) -> None:
     if bias is not None:
-        _need(bias.is_floating_point() and bias.shape == (n,), f"bias must be floating point [{n}], not {_describe(bias)}")
+        _need(
+            bias.is_floating_point() and bias.shape == (n,), lambda: f"bias must be floating point [{n}], not {_describe(bias)}"
+        )
 
 
 def _check_device(x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
-        if tensor is not None:
-            _need(tensor.device == x.device, f"{name} is on {tensor.device}, but x is on {x.device}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
@@ -74,14 +78,17 @@ def check_kernels(kernels: str, device: str | None = None) -> None:
     found = {name: status for name, status in backend().items() if name == (device or name)}
     reasons = "; ".join(f"{name} has none: {status['why']}" for name, status in found.items())
     compiled = any(status["kernels"] == "compiled" for status in found.values())
-    _need(compiled, f"quant.kernels=compiled, but {reasons or f'there are none for {device}'}; use auto or reference")
+    _need(compiled, lambda: f"quant.kernels=compiled, but {reasons or f'there are none for {device}'}; use auto or reference")
 
 
 def _op(name: str, kernels: str, x: Tensor) -> Any:
     """The op, or its pure-torch twin."""
     if kernels == "auto":
         return getattr(torch.ops.qat, name)
-    _need(kernels in ("compiled", "reference"), f"kernels={kernels!r} is not allowed; choose one of auto, compiled, reference")
+    _need(
+        kernels in ("compiled", "reference"),
+        lambda: f"kernels={kernels!r} is not allowed; choose one of auto, compiled, reference",
+    )
     if kernels == "reference":
         return getattr(torch.ops.qat, name + "_reference")
     check_kernels(kernels, x.device.type)
@@ -100,7 +107,7 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
     Raises:
         ValueError: x is not floating point or has no dimension; unknown granularity.
     """
-    _need(x.is_floating_point() and x.ndim >= 1, f"x must be a floating-point tensor [..., K], not {_describe(x)}")
+    _need(x.is_floating_point() and x.ndim >= 1, lambda: f"x must be a floating-point tensor [..., K], not {_describe(x)}")
     _check_activation("granularity", granularity, eps)
     return _op("quantize_activation", kernels, x)(x, granularity, eps)
 
@@ -116,11 +123,11 @@ def _training_options(c: QuantConfig) -> TrainingOptions:
 
 
 def _check_weight(w: Tensor, config: QuantConfig) -> None:
-    _need(w.is_floating_point() and w.ndim == 2, f"weight must be a floating-point matrix [N, K], not {_describe(w)}")
+    _need(w.is_floating_point() and w.ndim == 2, lambda: f"weight must be a floating-point matrix [N, K], not {_describe(w)}")
     group = config.group_size
     _need(
         group is None or w.shape[1] % group == 0,
-        f"in_features={w.shape[1]} is not a multiple of quant.group_size={group}; choose a divisor, or exclude the layer",
+        lambda: f"in_features={w.shape[1]} is not a multiple of quant.group_size={group}; choose a divisor, or exclude the layer",
     )
 
 
@@ -191,16 +198,18 @@ def packed_linear(
     _check_input(x, in_features)
     _need(
         packed.dtype == torch.uint8 and packed.ndim == 2 and packed.shape[1] == row_bytes,
-        f"packed must be uint8 [N, {row_bytes}] for in_features={in_features} in layout {layout}, not {_describe(packed)}",
+        lambda: (
+            f"packed must be uint8 [N, {row_bytes}] for in_features={in_features} in layout {layout}, not {_describe(packed)}"
+        ),
     )
     n = packed.shape[0]
     fits = scale.ndim == 2 and scale.shape[0] in (1, n) and scale.shape[1] >= 1 and in_features % scale.shape[1] == 0
     _need(
         scale.dtype == torch.float32 and fits,
-        f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {_describe(scale)}",
+        lambda: f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {_describe(scale)}",
     )
     _check_bias(bias, n)
-    _need(act_bits in (8, None), f"act_bits={act_bits!r} is not allowed; choose 8 or None")
+    _need(act_bits in (8, None), lambda: f"act_bits={act_bits!r} is not allowed; choose 8 or None")
     _check_activation("act_granularity", act_granularity, eps)
     _check_device(x, packed=packed, scale=scale, bias=bias)
     return _op("packed_linear", kernels, x)(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)

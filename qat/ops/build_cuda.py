@@ -84,7 +84,8 @@ def archs_of(library: Path) -> list[str]:
 def sources() -> list[Path]:
     """What is compiled, headers included."""
     folder = source_folder()
-    return [folder / "ops_cuda.cpp", *(file for kind in ("cu", "cuh", "h") for file in sorted(folder.glob(f"cuda/*.{kind}")))]
+    files = [*sorted(folder.glob("cuda/*.cu")), *sorted(folder.glob("cuda/*.h"))]
+    return [folder / "ops_cuda.cpp", *(file for file in files if file.name != "emulation.h")]  # which only tests include
 
 
 def _torch_folder() -> Path:

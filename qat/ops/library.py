@@ -2,8 +2,7 @@
 
 Every op exists twice. `qat::NAME` takes compiled kernels where a device has them (`cpu` and `cuda` decide, at the
 first call); `qat::NAME_reference` is pure torch on every device: what `kernels=reference` calls.
-The gradients are straight-through (arXiv:1308.3432): the identity through round, sign and clip, so the backward
-pass is two matmuls on the quantized operands.
+`gradients` holds the backward passes.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qat import packing, quantizers
 from qat.ops import cpu, cuda, reference
+from qat.ops.gradients import GRADIENTS, with_gradient
 from qat.ops.options import ActivationOptions, PackedOptions, TrainingOptions, WeightOptions, schema
 
 _LIBRARY = torch.library.Library("qat", "DEF")
@@ -58,121 +57,6 @@ def _fake_quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
 
 def _fake_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-
-
-def _bias_gradient(grad: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
-
-
-def _save_bitlinear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, *options = inputs
-    _, x_q, x_scale, t, w_scale = output
-    o = TrainingOptions(*options)
-    ctx.quantized, ctx.matmuls = o.act_bits is not None, _MATMULS[o.backward]
-    ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(x_q if ctx.quantized else x, x_scale, t, w_scale)
-    ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)
-    ctx.set_materialize_grads(False)
-
-
-def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(codes * scale).to(dtype), computed in float32, in one pass over the memory of a GPU."""
-    return torch.mul(codes, scale, out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
-
-
-def _dequantized(t: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    (n, k), groups = t.shape, w_scale.shape[1]
-    if groups <= 1:
-        return _scaled(t, w_scale, dtype)
-    return _scaled(t.reshape(n, groups, k // groups), w_scale[..., None], dtype).reshape(n, k)
-
-
-def _input_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
-    return grad @ _dequantized(t, w_scale, grad.dtype)
-
-
-def _input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    return _weight_gradient(grad, _scaled(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype))
-
-
-def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
-    """The codes are exact in bfloat16; scales are applied outside of the matmul where their shape allows."""
-    if w_scale.shape[1] > 1:
-        return grad.bfloat16() @ _dequantized(t, w_scale, torch.bfloat16)
-    if w_scale.shape[0] > 1:
-        return (grad * w_scale.t()).bfloat16() @ t.bfloat16()
-    return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())
-
-
-def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    return _weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
-
-
-def _int8_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
-    """Rows of the gradient (times the channels' scales) in int8, each with its own scale; exact integer sums."""
-    if w_scale.shape[0] > 1:
-        return torch.ops.qat.quantized_matmul(grad * w_scale.t(), t, _TINY)
-    return torch.ops.qat.quantized_matmul(grad, t, _TINY) * w_scale.reshape(())
-
-
-def _int8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    """The gradient (times the tokens' scales) in int8 with one scale an output row, which the sum over tokens allows."""
-    rows = (grad.float() * x_scale).reshape(-1, grad.shape[-1]).t().contiguous()
-    codes, scale = torch.ops.qat.quantize_activation(rows, "token", _TINY)
-    return torch.ops.qat.int8_matmul(codes, x.reshape(-1, x.shape[-1])) * scale
-
-
-_TINY = 1e-30
-"""Lower bound of a gradient's scale: gradients may be far below the eps of activations."""
-
-_MATMULS = {
-    "input": (_input_gradient, _input_weight_gradient),
-    "bf16": (_bf16_gradient, _bf16_weight_gradient),
-    "int8": (_int8_gradient, _int8_weight_gradient),
-}
-
-
-@once_differentiable
-def _backward_bitlinear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Matmuls on the quantized operands, by default in the precision of the gradient that arrives."""
-    rest = (None,) * len(TrainingOptions._fields)
-    if grad is None:
-        return None, None, None, *rest
-    x, x_scale, t, w_scale = ctx.saved_tensors
-    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    input_gradient, weight_gradient = ctx.matmuls
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = input_gradient(grad, t, w_scale).to(x_dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = weight_gradient(grad, x, x_scale).to(weight_dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = _bias_gradient(grad).to(bias_dtype)
-    return grad_x, grad_weight, grad_bias, *rest
-
-
-def _save_packed_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, scale, bias, *options = inputs
-    ctx.options = PackedOptions(*options)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(packed, scale)
-
-
-@once_differentiable
-def _backward_packed_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """For adapters trained on top: gradients of the input and the bias; packed codes and their scale are frozen."""
-    packed, scale = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        t = packing.decode(packed, ctx.options.in_features, ctx.options.layout)
-        grad_x = grad @ quantizers.dequantize_weight(t, scale).to(grad.dtype)
-    if ctx.needs_input_grad[3]:
-        grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, *(None,) * len(ctx.options)
 
 
 # name -> arguments and results, reference, fake
@@ -220,9 +104,6 @@ for _name, (_schema, _reference, _fake) in _OPS.items():
     for _key, _kernels in (("CPU", cpu.KERNELS), ("CUDA", cuda.KERNELS)):
         if _name in _kernels:
             _LIBRARY.impl(_name, _kernels[_name], _key)
-
-for _twin in ("", "_reference"):
-    torch.library.register_autograd(f"qat::bitlinear{_twin}", _backward_bitlinear, setup_context=_save_bitlinear, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"qat::packed_linear{_twin}", _backward_packed_linear, setup_context=_save_packed_linear, lib=_LIBRARY
-    )
+for _name, _gradient in GRADIENTS.items():
+    for _twin in (_name, f"{_name}_reference"):
+        _LIBRARY.impl(_twin, with_gradient(getattr(torch.ops.qat, _twin).default, *_gradient), "Autograd")

@@ -1,0 +1,162 @@
+"""The backward passes: straight-through (arXiv:1308.3432), the identity through round, sign and clip, so that they are
+matmuls on the quantized operands.
+
+The ops call them through autograd.Function themselves. torch.library.register_autograd would do the same, but reads the
+op's schema at every call, and a small model makes hundreds of calls a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qat import packing
+from qat.ops.options import PackedOptions, TrainingOptions
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
+
+
+def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(codes * scale).to(dtype), computed in float32, in one pass over the memory of a GPU."""
+    return torch.mul(codes, scale, out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
+
+
+def _dequantized(t: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    (n, k), groups = t.shape, w_scale.shape[1]
+    if groups <= 1:
+        return _scaled(t, w_scale, dtype)
+    return _scaled(t.reshape(n, groups, k // groups), w_scale[..., None], dtype).reshape(n, k)
+
+
+def _input_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
+    return grad @ _dequantized(t, w_scale, grad.dtype)
+
+
+def _input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+    return _weight_gradient(grad, _scaled(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype))
+
+
+def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
+    """The codes are exact in bfloat16; scales are applied outside of the matmul where their shape allows."""
+    if w_scale.shape[1] > 1:
+        return grad.bfloat16() @ _dequantized(t, w_scale, torch.bfloat16)
+    if w_scale.shape[0] > 1:
+        return (grad * w_scale.t()).bfloat16() @ t.bfloat16()
+    return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())
+
+
+def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+    return _weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
+
+
+def _int8_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
+    """Rows of the gradient (times the channels' scales) in int8, each with its own scale; exact integer sums."""
+    if w_scale.shape[0] > 1:
+        return torch.ops.qat.quantized_matmul(grad * w_scale.t(), t, _TINY)
+    return torch.ops.qat.quantized_matmul(grad, t, _TINY) * w_scale.reshape(())
+
+
+def _int8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+    """The gradient (times the tokens' scales) in int8 with one scale an output row, which the sum over tokens allows."""
+    rows = (grad.float() * x_scale).reshape(-1, grad.shape[-1]).t().contiguous()
+    codes, scale = torch.ops.qat.quantize_activation(rows, "token", _TINY)
+    return torch.ops.qat.int8_matmul(codes, x.reshape(-1, x.shape[-1])) * scale
+
+
+_TINY = 1e-30
+"""Lower bound of a gradient's scale: gradients may be far below the eps of activations."""
+
+_MATMULS = {
+    "input": (_input_gradient, _input_weight_gradient),
+    "bf16": (_bf16_gradient, _bf16_weight_gradient),
+    "int8": (_int8_gradient, _int8_weight_gradient),
+}
+
+
+def _below(op: Any, *arguments: Any) -> Any:
+    """The op without autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+class _BitLinear(torch.autograd.Function):
+    """Matmuls on the quantized operands, by default in the precision of the gradient that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, options: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        output = _below(op, x, weight, bias, *options)
+        _, x_q, x_scale, t, w_scale = output
+        o = TrainingOptions(*options)
+        ctx.matmuls = _MATMULS[o.backward]
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, t, w_scale)
+        ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        x, x_scale, t, w_scale = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        input_gradient, weight_gradient = ctx.matmuls
+        _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_x = input_gradient(grad, t, w_scale).to(x_dtype) if needs_x else None
+        grad_weight = weight_gradient(grad, x, x_scale).to(weight_dtype) if needs_weight else None
+        grad_bias = _bias_gradient(grad).to(bias_dtype) if needs_bias else None
+        return None, None, grad_x, grad_weight, grad_bias
+
+
+class _PackedLinear(torch.autograd.Function):
+    """For adapters trained on top: gradients of the input and the bias; packed codes and their scale are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, options: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.options = PackedOptions(*options)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(packed, scale)
+        return _below(op, x, packed, scale, bias, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed, scale = ctx.saved_tensors
+        _, _, needs_x, _, _, needs_bias = ctx.needs_input_grad
+        grad_x = grad_bias = None
+        if needs_x:
+            t = packing.decode(packed, ctx.options.in_features, ctx.options.layout)
+            grad_x = _input_gradient(grad, t, scale)
+        if needs_bias:
+            grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
+        return None, None, grad_x, None, None, grad_bias
+
+
+# name -> function, number of tensors before the op's options
+GRADIENTS: dict[str, tuple[type[torch.autograd.Function], int]] = {
+    "bitlinear": (_BitLinear, 3),
+    "packed_linear": (_PackedLinear, 4),
+}
+
+
+def with_gradient(op: Any, function: type[torch.autograd.Function], count: int) -> Callable[..., Any]:
+    """What the op does where autograd is: record `function` if one of its first `count` arguments needs a gradient."""
+
+    def call(*arguments: Any) -> Any:
+        tensors = arguments[:count]
+        if torch.is_grad_enabled() and any([value is not None and value.requires_grad for value in tensors]):
+            return function.apply(op, arguments[count:], *tensors)  # type: ignore[no-untyped-call]
+        return _below(op, *arguments)
+
+    return call
