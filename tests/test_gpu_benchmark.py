@@ -76,7 +76,7 @@ def test_stack_quantizers_and_training(bench):
 def test_step(bench):
     size = llama.Size(vocabulary=50, hidden=32, layers=2, heads=4, kv_heads=2, mlp=48)
     found = measured(step.steps(bench, "tiny", size, batch=2, context=8))
-    assert len(found) == 2 * len(step.VARIANTS)
+    assert len(found) == len(step.WAYS) * len(step.VARIANTS)
     assert all(row.note.endswith("tokens/s") for row in found.values())
     ids = torch.randint(50, (2, 8))
     for name, change in step.VARIANTS.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.timing import Call, Ceilings, measure
+from benchmarks.gpu.timing import GRAPH_CALLS, Call, Ceilings, measure
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Bench:
         """So many copies of the data that a round over them is four times the cache, and at most 256."""
         return min(256, int(4 * self.l2_bytes / max(bytes_each, 1)) + 1)
 
-    def row(self, table: str, shape: str, tokens: int, what: str, peer: Peer, graph: bool = True) -> Row:
+    def row(self, table: str, shape: str, tokens: int, what: str, peer: Peer, in_graph: int = GRAPH_CALLS) -> Row:
         """One peer, measured; one that is not installed or fails is a row that says so."""
         row = Row(table, shape, tokens, what)
         try:
-            timing = measure(peer.make(), self.device, self.seconds, graph)
+            timing = measure(peer.make(), self.device, self.seconds, in_graph)
         except ImportError as error:
             row.note = f"not installed: {error.name}"
         except Exception as error:  # a peer's failure is a result
@@ -67,10 +67,17 @@ class Bench:
         return row
 
     def table(
-        self, table: str, shape: str, tokens: int, peers: dict[str, Peer], baseline: str, graph: bool = True, rate: bool = False
+        self,
+        table: str,
+        shape: str,
+        tokens: int,
+        peers: dict[str, Peer],
+        baseline: str,
+        in_graph: int = GRAPH_CALLS,
+        rate: bool = False,
     ) -> list[Row]:
         """All peers at one shape, the speed of each against the baseline's, printed; `rate` notes tokens a second."""
-        rows = [self.row(table, shape, tokens, what, peer, graph) for what, peer in peers.items()]
+        rows = [self.row(table, shape, tokens, what, peer, in_graph) for what, peer in peers.items()]
         base = next((row.microseconds for row in rows if row.what == baseline), None)
         for row in rows:
             if row.microseconds is not None:
@@ -82,7 +89,7 @@ class Bench:
 
 def line(row: Row) -> str:
     """The row for people."""
-    start = f"{row.table:12}{row.shape:14}{row.tokens:6} tok  {row.what:34}"
+    start = f"{row.table:12}{row.shape:14}{row.tokens:6} tok  {row.what:38}"
     if row.microseconds is None:
         return start + row.note
     share = f"{row.share:5.0%} of ceiling" if row.share is not None else " " * 16

@@ -19,6 +19,8 @@ from benchmarks.gpu.rows import Bench, Peer, Row
 from benchmarks.gpu.timing import Call
 
 PLAIN = "plain bf16"
+# name -> (torch.compile, steps in a CUDA graph): how training runs, from what everybody does to what a GPU can do
+WAYS = {"eager": (False, 0), "torch.compile": (True, 0), "CUDA graph": (False, 1), "torch.compile, CUDA graph": (True, 1)}
 
 
 def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
@@ -63,7 +65,8 @@ def step(size: Size, change: Callable[[nn.Module], nn.Module], ids: Tensor, comp
     with torch.device(device):
         model = Llama(size, ids.shape[1])
     model = change(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu, capturable=gpu)
     loss_of = torch.compile(model, dynamic=False) if compile else model
 
     def run() -> Tensor:
@@ -77,12 +80,11 @@ def step(size: Size, change: Callable[[nn.Module], nn.Module], ids: Tensor, comp
     return [run]
 
 
-def steps(bench: Bench, name: str, size: Size, batch: int, context: int, compiled: tuple[bool, ...] = (False, True)) -> list[Row]:
-    """The variants on one model, eager and under torch.compile; speed against the plain model that runs the same way."""
+def steps(bench: Bench, name: str, size: Size, batch: int, context: int) -> list[Row]:
+    """The variants on one model, run in each way; speed against the plain model that runs the same way."""
     ids = torch.randint(size.vocabulary, (batch, context), device=bench.device)
-    rows, tokens = [], batch * context
-    for compile in compiled:
-        how = ", torch.compile" if compile else ", eager"
-        made = {variant + how: Peer(partial(step, size, change, ids, compile)) for variant, change in VARIANTS.items()}
-        rows += bench.table("step", name, tokens, made, PLAIN + how, graph=False, rate=True)
+    rows = []
+    for way, (compile, in_graph) in WAYS.items():
+        made = {f"{variant}, {way}": Peer(partial(step, size, change, ids, compile)) for variant, change in VARIANTS.items()}
+        rows += bench.table("step", name, batch * context, made, f"{PLAIN}, {way}", in_graph, rate=True)
     return rows

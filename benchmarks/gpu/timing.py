@@ -27,16 +27,19 @@ class Timing:
     mode: str
 
 
-def measure(calls: Sequence[Call], device: torch.device, seconds: float, graph: bool = True) -> Timing:
-    """Median time of one of the calls, which take turns: many of them with their own data outrun a cache."""
+def measure(calls: Sequence[Call], device: torch.device, seconds: float, in_graph: int = GRAPH_CALLS) -> Timing:
+    """Median time of one of the calls, which take turns: many of them with their own data outrun a cache.
+
+    A graph holds `in_graph` calls or more; with 0, all run in a plain loop.
+    """
     if device.type != "cuda":
         return Timing(_clock(calls, seconds), "clock")
     for call in calls:  # compiles, loads and allocates
         call(), call()
     torch.cuda.synchronize(device)
-    if graph:
+    if in_graph:
         try:
-            return Timing(_replays(calls, seconds), "graph")
+            return Timing(_replays(calls, seconds, in_graph), "graph")
         except RuntimeError:  # what waits for the device or asks for memory of its own cannot be captured
             torch.cuda.synchronize(device)
     return Timing(_loop(calls, seconds), "eager")
@@ -53,14 +56,14 @@ def _clock(calls: Sequence[Call], seconds: float) -> float:
     return statistics.median(times) * 1e6
 
 
-def _replays(calls: Sequence[Call], seconds: float) -> float:
+def _replays(calls: Sequence[Call], seconds: float, in_graph: int) -> float:
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    rounds = -(-GRAPH_CALLS // len(calls))
+    rounds = -(-in_graph // len(calls))
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
