@@ -50,7 +50,7 @@ class Stream {
  public:
   explicit Stream(int32_t index) : guard_(index) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
   }
   cudaStream_t get() const { return static_cast<cudaStream_t>(stream_); }
 
@@ -76,14 +76,14 @@ struct Device {
     for (size_t i = sizes.size(); i-- > 0; step *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = step;
     const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
                                                            device_type(), index, &handle));
     return Tensor(handle);
   }
 
   void check(const Tensor& x, ScalarType dtype, const char* name) const {
     int32_t type = -1;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
     STD_TORCH_CHECK(type == device_type() && x.get_device_index() == index, name, " is not on CUDA device ", index);
     STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous(), name, " has a wrong dtype or is not contiguous");
   }
