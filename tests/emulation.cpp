@@ -61,7 +61,12 @@ int run_unpack(const uint8_t* packed, int64_t n, int64_t k, int64_t layout, int8
 int run_repack(const uint8_t* base3, int64_t n, int64_t k, uint8_t* bits, uint64_t* bad) { return repack(base3, n, k, bits, bad, nullptr); }
 
 int run_linear(const Linear* p) { return linear(*p, nullptr); }
-int run_gemm(const Linear* p, int64_t tile) { return gemm(*p, static_cast<Tile>(tile), nullptr); }
+// Tiles in the order of the enum, and one more for Hopper.
+constexpr int64_t kHopper = 3;
+int run_gemm(const Linear* p, int64_t tile) {
+  if (tile == kHopper) return hopper_serves(*p) ? hopper_gemm(*p, nullptr) : 1;
+  return gemm(*p, static_cast<Tile>(tile), nullptr);
+}
 int run_packed_linear(const PackedLinear* p) { return packed_linear(*p, nullptr); }
 bool run_packed_linear_fused(const PackedLinear* p) { return packed_linear_fused(*p); }
 bool run_decode_serves(const PackedLinear* p) { return decode_serves(*p); }
@@ -78,6 +83,7 @@ int run_packed_gemm(const PackedLinear* p, int64_t tile) {
   q.divisor = p->divisor;
   q.workspace = p->workspace;
   if (const int error = quantize_interleaved(q, p->groups, nullptr)) return error;
+  if (tile == kHopper) return hopper_serves(*p) ? hopper_packed_gemm(*p, nullptr) : 1;
   return packed_gemm(*p, static_cast<Tile>(tile), nullptr);
 }
 }

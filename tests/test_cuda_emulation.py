@@ -46,7 +46,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["2bit", "base3"]
 GRANULARITIES = ["tensor", "channel", "group"]
 REDUCES = ["absmean", "absmax"]
-TILES = ["small", "medium", "large"]
+TILES = ["small", "medium", "large", "hopper"]
 EPS = 1e-5
 
 
@@ -445,7 +445,7 @@ def test_packed_linear(gpu: Emulator, shape: tuple[int, int, int, int], scales: 
     same(packed_linear(gpu, p, granularity == "tensor"), expected_linear(p, granularity))
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", TILES[:3])
 @pytest.mark.parametrize("shape", [(130, 270, 320, 1), (66, 140, 256, 2), (3, 31, 75, 3)], ids=str)
 def test_packed_linear_of_many_tokens(gpu: Emulator, shape: tuple[int, int, int, int], tile: str) -> None:
     gpu.order = TILES.index(tile)
@@ -468,7 +468,7 @@ def linear(gpu: Emulator, p: Problem, tile: str | None = None, raw: bool = False
     return read()
 
 
-@pytest.mark.parametrize("tile", [None, *TILES])
+@pytest.mark.parametrize("tile", [None, *TILES[:3]])
 @pytest.mark.parametrize("shape", [(130, 270, 320, 1), (1, 1, 1, 1), (7, 33, 75, 3), (70, 40, 256, 4), (40, 150, 61, 1)], ids=str)
 def test_training_forward(gpu: Emulator, shape: tuple[int, int, int, int], tile: str | None) -> None:
     gpu.order = (shape[0] + len(tile or "")) % 3
@@ -478,9 +478,18 @@ def test_training_forward(gpu: Emulator, shape: tuple[int, int, int, int], tile:
 
 @pytest.mark.parametrize("tile", TILES)
 def test_integers_before_rescaling(gpu: Emulator, tile: str) -> None:
-    p = problem(37, 75, 150)
+    p = problem(37, 75, 160)
     codes, _ = quantizers.activation_codes(p.x, "token", EPS)
     same(linear(gpu, p, tile, raw=True), codes.int() @ p.t.int().t())
+
+
+@pytest.mark.parametrize("shape", [(300, 200, 832, 1), (1, 130, 64, 1), (260, 33, 576, 1)], ids=str)
+def test_hopper_products(gpu: Emulator, shape: tuple[int, int, int, int]) -> None:
+    gpu.order = shape[0] % 3
+    for scales, bias, dtype in [("row", True, torch.bfloat16), ("one", False, torch.float32)]:
+        p = problem(*shape, scales=scales, dtype=dtype, bias=bias)
+        same(packed_linear(gpu, p, tile="hopper"), expected_linear(p))
+        same(linear(gpu, p, "hopper"), expected_linear(p))
 
 
 def test_wrong_arguments_are_refused(gpu: Emulator) -> None:
@@ -533,6 +542,11 @@ def many_tokens(gpu: Emulator) -> None:
     same(packed_linear(gpu, p, tile="small"), expected_linear(p))
 
 
+def many_tokens_on_hopper(gpu: Emulator) -> None:
+    p = problem(140, 100, 768, dtype=torch.float32)
+    same(packed_linear(gpu, p, tile="hopper"), expected_linear(p))
+
+
 def long_token(gpu: Emulator) -> None:
     x = tokens(2, 4500, torch.float32)
     same(quantize_activation(gpu, x, per_tensor=False)[0], quantizers.activation_codes(x, "token", EPS)[0])
@@ -553,7 +567,7 @@ def weight_tensor(gpu: Emulator) -> None:
     same(found.t, torch.where(w > w.double().mean(), 1, -1).to(torch.int8))
 
 
-WORK = [decode_one, decode_few, decode_groups, many_tokens, long_token, long_norm, weight_tensor]
+WORK = [decode_one, decode_few, decode_groups, many_tokens, many_tokens_on_hopper, long_token, long_norm, weight_tensor]
 
 
 def test_every_barrier_matters(gpu: Emulator) -> None:
@@ -564,7 +578,7 @@ def test_every_barrier_matters(gpu: Emulator) -> None:
         work(gpu)
         for site in gpu.sites():
             reached.setdefault(site, []).append(work)
-    assert {site.partition(":")[0] for site in reached} == {"decode.cu", "gemm.cu", "reduce.h"}, sorted(reached)
+    assert {site.partition(":")[0] for site in reached} == {"decode.cu", "gemm.cu", "gemm_hopper.cu", "reduce.h"}, sorted(reached)
 
     def noticed(site: str, work: Callable[[Emulator], None]) -> bool:
         for order in range(3):

@@ -81,6 +81,13 @@ struct Copy {
   unsigned bytes, valid;  // the rest of the bytes becomes 0
 };
 
+// A thread's part of an asynchronous matrix product (wgmma.h): its accumulators, its fragment of A, and where B lies.
+struct Product {
+  int32_t (*acc)[4];
+  uint32_t a[4];
+  std::size_t b;  // offset in shared memory
+};
+
 enum class State { ready, block, warp, done };
 
 struct Fiber {
@@ -93,6 +100,8 @@ struct Fiber {
   void* slot = nullptr;                 // what it brings to a meeting of its warp
   std::vector<Copy> issued;             // asynchronous copies not yet in a group
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Product> products;          // asynchronous products not yet in a group
+  std::vector<std::vector<Product>> product_groups;
 };
 
 // All state of the emulation; one launch at a time.
@@ -136,23 +145,23 @@ inline bool in_force(const std::source_location& at) {
   return machine.skip == 0 || at.line() != machine.skip || name(at) != machine.skip_file + ":" + std::to_string(machine.skip);
 }
 
-// All 32 lanes meet; the last one runs `act` on what they bring.
-template <class Slot, class Act>
+// All threads of a warp (or of WIDTH, a warpgroup) meet; the last one runs `act` on what they bring.
+template <unsigned WIDTH = kWarp, class Slot, class Act>
 void meet(Slot& slot, Act act, const std::source_location& at) {
-  const unsigned first = machine.current / kWarp * kWarp;
+  const unsigned first = machine.current / WIDTH * WIDTH;
   Fiber& self = machine.fibers[machine.current];
   self.slot = &slot;
   self.at = at;
   self.state = State::warp;
   unsigned arrived = 0;
-  for (unsigned lane = 0; lane < kWarp; ++lane) arrived += machine.fibers[first + lane].state == State::warp;
-  if (arrived < kWarp) return leave(State::warp);
-  Slot* slots[kWarp];
-  for (unsigned lane = 0; lane < kWarp; ++lane) {
-    Fiber& other = machine.fibers[first + lane];
+  for (unsigned i = 0; i < WIDTH; ++i) arrived += machine.fibers[first + i].state == State::warp;
+  if (arrived < WIDTH) return leave(State::warp);
+  Slot* slots[WIDTH];
+  for (unsigned i = 0; i < WIDTH; ++i) {
+    Fiber& other = machine.fibers[first + i];
     if (other.at.line() != at.line() || std::strcmp(other.at.file_name(), at.file_name()) != 0)
       fail("a divergent warp: another lane is at " + name(other.at), at);
-    slots[lane] = static_cast<Slot*>(other.slot);
+    slots[i] = static_cast<Slot*>(other.slot);
     other.state = State::ready;
   }
   act(slots);
@@ -221,6 +230,8 @@ inline void run_block(std::size_t shared_bytes) {
     fiber.fresh = true;
     fiber.issued.clear();
     fiber.groups.clear();
+    fiber.products.clear();
+    fiber.product_groups.clear();
   }
   do {
     for (int next; (next = pick()) >= 0;) {

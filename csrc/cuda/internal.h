@@ -18,4 +18,11 @@ Tile gemm_tile(int64_t m, int64_t n, int64_t groups);
 int gemm(const Linear& p, Tile tile, cudaStream_t stream);
 int packed_gemm(const PackedLinear& p, Tile tile, cudaStream_t stream);
 
+// The same on Hopper (gemm_hopper.cu).
+bool hopper_wanted(int64_t m, int64_t n);
+bool hopper_serves(const Linear& p);
+bool hopper_serves(const PackedLinear& p);
+int hopper_gemm(const Linear& p, cudaStream_t stream);
+int hopper_packed_gemm(const PackedLinear& p, cudaStream_t stream);
+
 }  // namespace qat::cuda

@@ -14,6 +14,7 @@ bool wrong(int64_t m, int64_t n, int64_t k, int64_t groups) {
 int linear(const Linear& p, cudaStream_t stream) {
   if (wrong(p.m, p.n, p.k, p.groups) || (p.raw && p.groups != 1)) return kInvalidValue;
   if (p.m == 0 || p.n == 0) return 0;
+  if (hopper_wanted(p.m, p.n) && hopper_serves(p)) return hopper_gemm(p, stream);
   return gemm(p, gemm_tile(p.m, p.n, p.groups), stream);
 }
 
@@ -33,7 +34,9 @@ int packed_linear(const PackedLinear& p, cudaStream_t stream) {
   q.divisor = p.divisor;
   q.workspace = p.workspace;
   if (const int error = quantize_interleaved(q, p.groups, stream)) return error;
-  return decode_serves(p) ? decode(p, stream) : packed_gemm(p, gemm_tile(p.m, p.n, p.groups), stream);
+  if (decode_serves(p)) return decode(p, stream);
+  if (hopper_wanted(p.m, p.n) && hopper_serves(p)) return hopper_packed_gemm(p, stream);
+  return packed_gemm(p, gemm_tile(p.m, p.n, p.groups), stream);
 }
 
 }  // namespace qat::cuda

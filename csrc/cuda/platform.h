@@ -28,6 +28,8 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
 
 #if defined(QAT_EMULATE)
 
+inline int compute_capability() { return 90; }
+
 inline unsigned char* shared_memory() { return static_cast<unsigned char*>(emulation::machine.shared->get()); }
 
 template <class P>
@@ -38,14 +40,17 @@ int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_by
 #else
 
 __device__ inline unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char qat_shared[];
+  extern __shared__ __align__(1024) unsigned char qat_shared[];
   return qat_shared;
 }
 
-inline bool has_programmatic_launch() {
-  int device = 0, major = 0;
+// Of the current device, as in sm_90.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
   cudaGetDevice(&device);
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major * 10 + minor;
 }
 
 // `overlap`: the kernel may start before the one ahead of it on the stream has ended (it then calls wait_for_previous).
@@ -65,7 +70,7 @@ int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_by
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap && has_programmatic_launch() ? 1 : 0;
+  config.numAttrs = overlap && compute_capability() >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
