@@ -60,6 +60,7 @@ struct Isa {
   // t = clip(round(w / scale), -1, 1), or w > threshold ? 1 : -1.
   void (*ternary)(const float* w, int64_t n, float scale, int8_t* t);
   void (*binary)(const float* w, int64_t n, float threshold, int8_t* t);
+  void (*dequantize)(const int8_t* codes, int64_t n, float scale, float* out);
   // For qat.bench: a sum that reads n words, and `rounds` of nothing but dot products, giving the number of operations.
   uint64_t (*read)(const uint64_t* words, int64_t n);
   int64_t (*peak)(int64_t rounds);  // null where there is no such instruction
@@ -77,6 +78,8 @@ constexpr uint32_t base3_store(uint32_t c, uint32_t d) {
 extern const Isa portable;
 #if defined(__x86_64__)
 extern const Isa avx2, avx512;
+#elif defined(__aarch64__)
+extern const Isa neon;
 #endif
 
 // The paths this machine has, slowest first; `best_isa` is an index below `isa_count`.
