@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -73,6 +74,21 @@ class Scratch {
 
 int64_t grain(int64_t cost_of_one) { return kGrain / (cost_of_one > 0 ? cost_of_one : 1) + 1; }
 
+// Runs work(begin, end) over [0, items). Threads take small parts from a common counter, so that one that wakes late or
+// shares its core with another program delays nobody; an equal split waits for the slowest.
+template <class Work>
+void share(int64_t items, int64_t least, const Work& work) {
+  const int64_t most = (items + least - 1) / least, threads = torch::stable::get_num_threads();
+  const int64_t workers = threads < most ? threads : most;
+  if (workers <= 1) return work(0, items);
+  const int64_t step = items / (workers * 8) > 0 ? items / (workers * 8) : 1;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(step); begin < items; begin = next.fetch_add(step))
+      work(begin, begin + step < items ? begin + step : items);
+  });
+}
+
 void check_width(int64_t k, int64_t groups) {
   STD_TORCH_CHECK(k >= 0 && k <= kMaxWidth && groups >= 1 && k % groups == 0, "unsupported K = ", k, " in ", groups, " groups");
 }
@@ -121,7 +137,7 @@ void quantize(qat::Linear& p, bool per_tensor) {
     for (int64_t row = 0; row < p.m; ++row)
       if (p.absmax == p.absmax && !(p.divisor[row] <= p.absmax)) p.absmax = p.divisor[row];  // takes a NaN, and keeps it
   }
-  torch::stable::parallel_for(0, p.m, step, [&](int64_t begin, int64_t end) { qat::quantize_tokens(p, begin, end); });
+  share(p.m, step, [&](int64_t begin, int64_t end) { qat::quantize_tokens(p, begin, end); });
 }
 
 struct Result {
@@ -182,7 +198,7 @@ Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const 
   quantize(p, per_tensor);
   if (n == 0) return result;
   const int64_t items = p.items(), tokens = m < p.chunk_tokens() ? m : p.chunk_tokens();
-  torch::stable::parallel_for(0, items, grain(tokens * k * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p, begin, end); });
+  share(items, grain(tokens * k * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p, begin, end); });
   return result;
 }
 
@@ -223,6 +239,31 @@ Tensor cpu_codes(const Tensor& rows, const Tensor& value, bool binary) {
     }
   });
   return t;
+}
+
+// Floats codes * scale of int8 rows [R, L] with one scale a row, or one for all: float32 (0), bfloat16 (1) or float16 (2).
+Tensor cpu_dequantize(const Tensor& codes, const Tensor& scale, int64_t kind) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  const int64_t r = codes.size(0), length = codes.size(1), slice = 1024, slices = (length + slice - 1) / slice;
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && kind >= 0 && kind < 3, "wrong codes or kind");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && (scale.numel() == r || scale.numel() == 1), "wrong scale");
+  Tensor out = empty({r, length}, kTypes[kind]);
+  const qat::Dtype dtype = dtype_of(out);
+  const auto* in = static_cast<const int8_t*>(codes.const_data_ptr());
+  const auto* row_scale = static_cast<const float*>(scale.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t size = dtype == qat::Dtype::f32 ? 4 : 2, step = scale.numel() == 1 ? 0 : 1;
+  torch::stable::parallel_for(0, r * slices, grain(slice), [&](int64_t begin, int64_t end) {
+    float floats[slice];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / slices, first = i % slices * slice, count = length - first < slice ? length - first : slice;
+      const int64_t at = row * length + first;
+      float* target = size == 4 ? reinterpret_cast<float*>(to) + at : floats;
+      isa().dequantize(in + at, count, row_scale[row * step], target);
+      if (size == 2) isa().from_float(floats, count, dtype, to + at * size);
+    }
+  });
+  return out;
 }
 
 int64_t cpu_fingerprint(const Tensor& x) {
@@ -288,6 +329,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
       " -> (Tensor, Tensor, Tensor)");
   m.def("cpu_quantize_activation(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor)");
   m.def("cpu_codes(Tensor rows, Tensor value, bool binary) -> Tensor");
+  m.def("cpu_dequantize(Tensor codes, Tensor scale, int kind) -> Tensor");
   m.def("cpu_fingerprint(Tensor x) -> int");
   m.def("cpu_isa(int request) -> int");
   m.def("cpu_base3_tiles() -> bool");
@@ -302,6 +344,7 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_bitlinear", TORCH_BOX(&cpu_bitlinear));
   m.impl("cpu_quantize_activation", TORCH_BOX(&cpu_quantize_activation));
   m.impl("cpu_codes", TORCH_BOX(&cpu_codes));
+  m.impl("cpu_dequantize", TORCH_BOX(&cpu_dequantize));
   m.impl("cpu_fingerprint", TORCH_BOX(&cpu_fingerprint));
   m.impl("cpu_read", TORCH_BOX(&cpu_read));
 }

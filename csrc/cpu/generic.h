@@ -124,6 +124,10 @@ QAT_TARGET void binary(const float* w, int64_t n, float threshold, int8_t* t) {
   for (int64_t i = 0; i < n; ++i) t[i] = static_cast<int8_t>(w[i] > threshold ? 1 : -1);
 }
 
+QAT_TARGET void dequantize(const int8_t* codes, int64_t n, float scale, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]) * scale;
+}
+
 QAT_TARGET uint64_t read(const uint64_t* words, int64_t n) {
   uint64_t sum[4][8] = {};
   int64_t i = 0;
