@@ -51,6 +51,8 @@ class GgmlLinear:
     """y [M, N] = x [M, K] @ w^T for a random ternary w [N, K] in a ggml type; M is that of the first call."""
 
     def __init__(self, n: int, k: int, kind: str) -> None:
+        if k % 256:  # ggml ends the process otherwise
+            raise RuntimeError(f"{kind} holds rows of a multiple of 256 weights, not {k}")
         self.ggml, self.n, self.k = _library(), n, k
         self.weight_memory = self._context(n * k * (4 if kind == "F32" else 1) + (1 << 20))
         self.weight = self.ggml.ggml_new_tensor_2d(self.weight_memory, TYPES[kind], k, n)
@@ -88,5 +90,6 @@ class GgmlLinear:
             self.memory = None
 
     def __del__(self) -> None:
-        self._free()
-        self.ggml.ggml_free(self.weight_memory)
+        if hasattr(self, "memory"):
+            self._free()
+            self.ggml.ggml_free(self.weight_memory)
