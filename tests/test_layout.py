@@ -17,7 +17,7 @@ LAYERS = {
     3: ["distill", "schedule", "perplexity"],
     4: ["export"],
     5: ["models", "glass", "provenance", "data", "module", "callbacks", "fit"],
-    6: ["train", "runs", "measure", "outputs", "estimate", "report", "evaluate", "bench", "export.__main__"],
+    6: ["train", "runs", "measure", "outputs", "estimate", "report", "evaluate", "bench", "ggml", "export.__main__"],
 }
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 HOME = {name: layer for layer, names in LAYERS.items() for name in names}
