@@ -4,12 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart test lint sanitize bench help clean
+# GPUs to compile for in cuda-check; any list of compute capabilities from 80 on
+CUDA_ARCHS ?= 80 90a
+
+.PHONY: quickstart test lint sanitize cuda-check bench help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
 	@echo "make lint         ruff and mypy"
 	@echo "make sanitize     the op tests on kernels built with AddressSanitizer and UBSan"
+	@echo "make cuda-check   the CUDA kernels compiled, linked and loaded by nvcc, for CUDA_ARCHS; needs no GPU"
 	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
 
 # torch first and by exact version: an open range would fetch gigabytes of CUDA packages.
@@ -32,6 +36,9 @@ lint: $(READY)
 
 sanitize: $(READY)
 	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/test_kernels.py -k "not TestChoice and not fullgraph"
+
+cuda-check: $(READY)
+	$(BIN)/python -m qat.ops.build --check --cuda-arch $(CUDA_ARCHS)
 
 bench: $(READY)
 	$(BIN)/python -m qat.bench

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qat import ops
 from qat.config import QuantConfig
-from qat.ops.cpu import PreparedLinear, prepare
+from qat.ops.options import PackedOptions
+from qat.ops.prepared import PreparedLinear, prepare
 from qat.packing import check_packed, get_layout
 from qat.quantizers import check_group_size, dequantize_weight, mix, scale_shape
 
@@ -171,10 +172,9 @@ class PackedBitLinear(nn.Module):
             return prepared
         self._prepared = None
         if self.config.kernels != "reference":
-            config = self.config
-            self._prepared = prepare(
-                packed, scale, bias, self.in_features, self.layout, config.act_bits, config.act_granularity, config.eps
-            )
+            c = self.config
+            options = PackedOptions(self.in_features, self.layout, c.act_bits, c.act_granularity, c.eps)
+            self._prepared = prepare(packed, scale, bias, options)
         return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:

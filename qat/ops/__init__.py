@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qat.config import QuantConfig
-from qat.ops import cpu
+from qat.ops import cpu, cuda
 from qat.ops import library as library
+from qat.ops.options import TrainingOptions, WeightOptions
 from qat.packing import get_layout
 
 _DEFAULT = QuantConfig()
@@ -59,22 +60,21 @@ def cast_for_autocast(x: Tensor) -> Tensor:
 
 def backend() -> dict[str, dict[str, str]]:
     """Which kernels serve which device, and why: {"cpu": {"kernels": ..., "why": ...}, ...}. Builds them if need be."""
-    found = cpu.status()
-    devices = {"cpu": {"kernels": found.kernels, "why": found.why}}
+    found = {"cpu": cpu.status()}
     if torch.cuda.is_available():
-        devices["cuda"] = {"kernels": "reference", "why": "this version has no compiled kernels for CUDA"}
-    return devices
+        found["cuda"] = cuda.status()
+    return {device: {"kernels": status.kernels, "why": status.why} for device, status in found.items()}
 
 
+@torch.compiler.assume_constant_result
 def check_kernels(kernels: str, device: str | None = None) -> None:
-    """Raise ValueError when `quant.kernels=compiled` cannot be honoured on the device, or on any if None."""
-    if kernels != "compiled":
+    """Raise ValueError when `quant.kernels=compiled` cannot be honoured on the device, or on none of all if None."""
+    if kernels != "compiled" or device == "meta":
         return
-    for name, found in backend().items():
-        _need(
-            found["kernels"] == "compiled" or name != (device or name),
-            f"quant.kernels=compiled, but {name} has none: {found['why']}; use auto or reference",
-        )
+    found = {name: status for name, status in backend().items() if name == (device or name)}
+    reasons = "; ".join(f"{name} has none: {status['why']}" for name, status in found.items())
+    compiled = any(status["kernels"] == "compiled" for status in found.values())
+    _need(compiled, f"quant.kernels=compiled, but {reasons or f'there are none for {device}'}; use auto or reference")
 
 
 def _op(name: str, kernels: str, x: Tensor) -> Any:
@@ -84,8 +84,7 @@ def _op(name: str, kernels: str, x: Tensor) -> Any:
     _need(kernels in ("compiled", "reference"), f"kernels={kernels!r} is not allowed; choose one of auto, compiled, reference")
     if kernels == "reference":
         return getattr(torch.ops.qat, name + "_reference")
-    if not torch.compiler.is_compiling():
-        check_kernels(kernels, x.device.type)
+    check_kernels(kernels, x.device.type)
     return getattr(torch.ops.qat, name)
 
 
@@ -106,8 +105,14 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
     return _op("quantize_activation", kernels, x)(x, granularity, eps)
 
 
-def _weight_arguments(config: QuantConfig) -> tuple[str, str, str, int | None, str]:
-    return config.weight, config.scale, config.granularity, config.group_size, config.scale_dtype
+def _weight_options(c: QuantConfig) -> WeightOptions:
+    return WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps)
+
+
+def _training_options(c: QuantConfig) -> TrainingOptions:
+    return TrainingOptions(
+        c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.act_bits, c.act_granularity, c.eps, c.backward
+    )
 
 
 def _check_weight(w: Tensor, config: QuantConfig) -> None:
@@ -128,7 +133,7 @@ def quantize_weight(w: Tensor, config: QuantConfig = _DEFAULT) -> tuple[Tensor, 
         ValueError: w is not a floating-point matrix; K is not a multiple of the group size.
     """
     _check_weight(w, config)
-    return _op("quantize_weight", config.kernels, w)(w, *_weight_arguments(config), config.eps)
+    return _op("quantize_weight", config.kernels, w)(w, *_weight_options(config))
 
 
 def pack_ternary(t: Tensor, layout: str = "2bit") -> Tensor:
@@ -218,6 +223,4 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Qua
     _check_bias(bias, weight.shape[0])
     _check_device(x, weight=weight, bias=bias)
     x = cast_for_autocast(x)
-    return _op("bitlinear", config.kernels, x)(
-        x, weight, bias, *_weight_arguments(config), config.act_bits, config.act_granularity, config.eps, config.backward
-    )[0]
+    return _op("bitlinear", config.kernels, x)(x, weight, bias, *_training_options(config))[0]

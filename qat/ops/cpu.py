@@ -12,30 +12,22 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from qat import packing, quantizers
-from qat.ops import reference
+from qat.ops import build_cpu, reference
+from qat.ops.choice import Status, choose
+from qat.ops.derived import Derived
+from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
 
 _PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
 MAX_WIDTH = 2**18
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Status:
-    """Which kernels the CPU has, and why."""
-
-    kernels: str
-    why: str
 
 
 _status: Status | None = None
@@ -80,23 +72,9 @@ def start_isa() -> str:
     return isa()
 
 
-def _find() -> Status:
-    from qat.ops import build  # not at import: `python -m qat.ops.build` imports this package first
-
-    wish = os.environ.get("QAT_KERNELS", "auto")
-    if wish not in ("auto", "compiled", "reference"):
-        raise ValueError(f"QAT_KERNELS={wish!r} is not allowed; choose one of auto, compiled, reference")
-    if wish == "reference":
-        return Status("reference", "QAT_KERNELS=reference")
-    try:
-        library = build.load()
-    except build.BuildError as error:
-        if wish == "compiled":
-            raise RuntimeError(f"QAT_KERNELS=compiled, but there are no compiled CPU kernels: {error}") from error
-        return Status("reference", str(error))
-    return Status(
-        "compiled", f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
-    )
+def _load() -> str:
+    library, _ = build_cpu.load()
+    return f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
 
 
 def status() -> Status:
@@ -105,9 +83,7 @@ def status() -> Status:
     if _status is None:
         with _lock:
             if _status is None:
-                found = _find()
-                print(f"qat: {found.kernels} CPU kernels: {found.why}", file=sys.stderr, flush=True)
-                _status = found
+                _status = choose("CPU", _load)
     return _status
 
 
@@ -116,44 +92,18 @@ def compiled() -> bool:
     return (_status or status()).kernels == "compiled"
 
 
-def _version(tensor: Tensor, thorough: bool) -> tuple[int, int]:
+def _content(tensor: Tensor) -> tuple[int, int]:
     counter = 0 if tensor.is_inference() else tensor._version
-    if not (thorough or tensor.is_inference()):
-        return counter, 0
     return counter, torch.ops.qat.cpu_fingerprint(tensor.contiguous())
 
 
-class _Cache:
-    """Values derived from tensors, kept while the tensors live unchanged."""
-
-    def __init__(self, thorough: bool) -> None:
-        self.thorough = thorough
-        self.entries: dict[tuple[Any, ...], tuple[tuple[StorageWeakRef, ...], tuple[Any, ...], Any]] = {}
-
-    def get(self, tensors: tuple[Tensor, ...], *options: Any) -> tuple[Any, Any]:
-        """The value, or None, and the token to store one with."""
-        key = (*[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors], *options)
-        versions = tuple([_version(t, self.thorough) for t in tensors])
-        entry = self.entries.get(key)
-        if (
-            entry is not None
-            and entry[1] == versions
-            and all(ref.cdata == t.untyped_storage()._cdata for ref, t in zip(entry[0], tensors, strict=True))
-        ):
-            return entry[2], None
-        return None, (key, tensors, versions)
-
-    def put(self, token: Any, value: Any) -> Any:
-        key, tensors, versions = token
-        for old in [k for k, (refs, *_) in list(self.entries.items()) if any(ref.expired() for ref in refs)]:
-            self.entries.pop(old, None)
-        self.entries[key] = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors), versions, value
-        return value
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return _content(tensor) if tensor.is_inference() else (tensor._version, 0)
 
 
-_packed_weights = _Cache(thorough=False)
-_latent_weights = _Cache(thorough=True)
-_transposed_codes = _Cache(thorough=False)
+_packed_weights = Derived(_version)
+_latent_weights = Derived(_content)
+_transposed_codes = Derived(_version)
 
 
 def clear_caches() -> None:
@@ -214,153 +164,56 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
     return torch.ops.qat.cpu_quantize_activation(_narrow(x), granularity == "tensor", eps)
 
 
-def quantize_weight(
-    w: Tensor, weight: str, scale: str, granularity: str, group_size: int | None, scale_dtype: str, eps: float
-) -> tuple[Tensor, Tensor]:
+def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if w.numel() == 0 or not compiled():
-        return quantizers.quantize_weight(w, weight, scale, granularity, group_size, scale_dtype, eps)
-    rows, value, shape = quantizers.weight_scale(w, scale, granularity, group_size, scale_dtype, eps)
-    binary = weight == "binary"
+        return quantizers.quantize_weight(w, *options)
+    o = WeightOptions(*options)
+    rows, value, shape = quantizers.weight_scale(w, *o[1:])
+    binary = o.scheme == "binary"
     threshold = rows.mean(-1, keepdim=True) if binary else value
     return torch.ops.qat.cpu_codes(rows.contiguous(), threshold.contiguous(), binary).reshape(w.shape), value.reshape(shape)
 
 
-def packed_linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    layout: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-) -> Tensor:
-    if act_bits is None or not _serves(x, in_features):
-        return reference.packed_linear(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
-    tiles, tile_scale, base3 = packed_tiles(packed, scale, in_features, layout)
-    y = torch.ops.qat.cpu_linear(
-        _narrow(x),
-        tiles,
-        tile_scale,
-        _bias(bias),
-        packed.shape[0],
-        in_features,
-        scale.shape[1],
-        base3,
-        act_granularity == "tensor",
-        eps,
-    )
-    return y.to(x.dtype)
+def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    o = PackedOptions(*options)
+    if o.act_bits is None or not _serves(x, o.in_features):
+        return reference.packed_linear(x, packed, scale, bias, *options)
+    arguments = _linear_arguments(packed, scale, bias, o)
+    return torch.ops.qat.cpu_linear(_narrow(x), *arguments).to(x.dtype)
 
 
-class PreparedLinear:
-    """A packed linear ready to run: for one token the checks and look-ups above would cost as much as the arithmetic.
-
-    It holds the tensors that it was made from and serves a call only while they are the same objects, unchanged.
-    Slots, because between two calls of a large model everything here has left the caches.
-    """
-
-    __slots__ = ("arguments", "k", "run", "sources", "versions")
-
-    def __init__(
-        self, packed: Tensor, scale: Tensor, bias: Tensor | None, k: int, layout: str, act_granularity: str, eps: float
-    ) -> None:
-        tiles, tile_scale, base3 = packed_tiles(packed, scale, k, layout)
-        self.k, self.sources = k, (packed, scale, bias)
-        self.versions = packed._version, scale._version, 0 if bias is None else bias._version
-        self.arguments = (
-            tiles,
-            tile_scale,
-            _bias(bias),
-            packed.shape[0],
-            k,
-            scale.shape[1],
-            base3,
-            act_granularity == "tensor",
-            eps,
-        )
-        self.run = torch.ops.qat.cpu_linear.default
-
-    def unchanged(self, packed: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
-        """Whether these are the tensors it was made from, unmodified since."""
-        sources, versions = self.sources, self.versions
-        return (
-            packed is sources[0]
-            and scale is sources[1]
-            and bias is sources[2]
-            and packed._version == versions[0]
-            and scale._version == versions[1]
-            and (bias is None or bias._version == versions[2])
-        )
-
-    def serves(self, x: Tensor) -> bool:
-        """Whether x needs nothing but the kernel: no gradient, no autocast, no conversion and no error message."""
-        return (
-            x.dtype in _DTYPES
-            and x.is_cpu
-            and x.ndim > 0
-            and x.shape[-1] == self.k
-            and not torch.is_autocast_enabled("cpu")
-            and not (
-                torch.is_grad_enabled() and (x.requires_grad or (self.sources[2] is not None and self.sources[2].requires_grad))
-            )
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.run(x, *self.arguments)
+def _linear_arguments(packed: Tensor, scale: Tensor, bias: Tensor | None, o: PackedOptions) -> tuple[Any, ...]:
+    """What `cpu_linear` takes after x."""
+    tiles, tile_scale, base3 = packed_tiles(packed, scale, o.in_features, o.layout)
+    groups, per_tensor = scale.shape[1], o.act_granularity == "tensor"
+    return tiles, tile_scale, _bias(bias), packed.shape[0], o.in_features, groups, base3, per_tensor, o.eps
 
 
-def prepare(
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    k: int,
-    layout: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-) -> PreparedLinear | None:
-    """A `PreparedLinear`, or None where the compiled kernels do not serve or a tensor does not count its versions."""
-    tensors = [t for t in (packed, scale, bias) if t is not None]
-    if act_bits is None or any(type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu or t.is_inference() for t in tensors):
+def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: PackedOptions) -> tuple[Any, ...] | None:
+    """(op, its arguments after x, and those of later calls), or None where the kernels do not serve."""
+    if options.in_features > MAX_WIDTH or not compiled():
         return None
-    if k > MAX_WIDTH or not compiled():
-        return None
-    return PreparedLinear(packed, scale, bias, k, layout, act_granularity, eps)
+    arguments = _linear_arguments(packed, scale, bias, options)
+    return torch.ops.qat.cpu_linear.default, arguments, arguments
 
 
-def _latent_codes(w: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _latent_codes(w: Tensor, options: WeightOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(t, scale, tiles, scale as the kernels read it) of a latent weight, kept until the weight changes."""
-    found, token = _latent_weights.get((w,), *arguments)
+    found, token = _latent_weights.get((w,), *options)
     if found is not None:
         return found
-    t, scale = quantize_weight(w, *arguments)
+    t, scale = quantize_weight(w, *options)
     tiles = torch.ops.qat.cpu_tile_codes(t.contiguous(), scale.shape[1])
     return _latent_weights.put(token, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
 
 
-def bitlinear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    scale: str,
-    granularity: str,
-    group_size: int | None,
-    scale_dtype: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-    backward: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, k = weight.shape
-    arguments = scheme, scale, granularity, group_size, scale_dtype
-    if act_bits is None or not _serves(x, k) or weight.numel() == 0:
-        return reference.bitlinear(x, weight, bias, *arguments, act_bits, act_granularity, eps, backward)
-    t, w_scale, tiles, tile_scale = _latent_codes(weight, *arguments, eps)
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o, (n, k) = TrainingOptions(*options), weight.shape
+    if o.act_bits is None or not _serves(x, k) or weight.numel() == 0:
+        return reference.bitlinear(x, weight, bias, *options)
+    t, w_scale, tiles, tile_scale = _latent_codes(weight, o.weight)
     y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(
-        _narrow(x), tiles, tile_scale, _bias(bias), n, k, w_scale.shape[1], act_granularity == "tensor", eps
+        _narrow(x), tiles, tile_scale, _bias(bias), n, k, w_scale.shape[1], o.act_granularity == "tensor", o.eps
     )
     # Views: an op's results belong to its caller, the cache keeps its own tensors.
     return y.to(x.dtype), x_q, x_scale, t.view(t.shape), w_scale.view(w_scale.shape)

@@ -1,6 +1,6 @@
 """The ops as torch.library knows them: schema, reference implementation, fake (shapes), autograd.
 
-Every op exists twice. `qat::NAME` takes compiled kernels where a device has them (`cpu` decides for the CPU, at the
+Every op exists twice. `qat::NAME` takes compiled kernels where a device has them (`cpu` and `cuda` decide, at the
 first call); `qat::NAME_reference` is pure torch on every device: what `kernels=reference` calls.
 The gradients are straight-through (arXiv:1308.3432): the identity through round, sign and clip, so the backward
 pass is two matmuls on the quantized operands.
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat import packing, quantizers
-from qat.ops import cpu, reference
+from qat.ops import cpu, cuda, reference
+from qat.ops.options import ActivationOptions, PackedOptions, TrainingOptions, WeightOptions, schema
 
 _LIBRARY = torch.library.Library("qat", "DEF")
 
@@ -24,10 +25,9 @@ def _fake_quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _fake_quantize_weight(
-    w: Tensor, weight: str, scale: str, granularity: str, group_size: int | None, scale_dtype: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    shape = quantizers.scale_shape(w.shape[0], w.shape[1], granularity, group_size)
+def _fake_quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    o = WeightOptions(*options)
+    shape = quantizers.scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size)
     return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
 
 
@@ -43,25 +43,13 @@ def _fake_packed_linear(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-def _fake_bitlinear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    scale: str,
-    granularity: str,
-    group_size: int | None,
-    scale_dtype: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-    backward: str,
-) -> tuple[Tensor, ...]:
+def _fake_bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    o = TrainingOptions(*options)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    x_q, x_scale = _fake_quantize_activation(x, act_granularity, eps)
-    if act_bits is None:
+    x_q, x_scale = _fake_quantize_activation(x, o.act_granularity, o.eps)
+    if o.act_bits is None:
         x_q, x_scale = x_q.new_empty(0), x_scale.new_empty(0)
-    return y, x_q, x_scale, *_fake_quantize_weight(weight, scheme, scale, granularity, group_size, scale_dtype, eps)
+    return y, x_q, x_scale, *_fake_quantize_weight(weight, *o.weight)
 
 
 def _fake_quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
@@ -70,6 +58,10 @@ def _fake_quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
 
 def _fake_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _fake_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -81,9 +73,10 @@ def _bias_gradient(grad: Tensor) -> Tensor:
 
 
 def _save_bitlinear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias = inputs[:3]
+    x, weight, bias, *options = inputs
     _, x_q, x_scale, t, w_scale = output
-    ctx.quantized, ctx.matmuls = inputs[8] is not None, _MATMULS[inputs[11]]
+    o = TrainingOptions(*options)
+    ctx.quantized, ctx.matmuls = o.act_bits is not None, _MATMULS[o.backward]
     ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(x_q if ctx.quantized else x, x_scale, t, w_scale)
     ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)
@@ -123,7 +116,7 @@ def _int8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     """The gradient (times the tokens' scales) in int8 with one scale an output row, which the sum over tokens allows."""
     rows = (grad.float() * x_scale).reshape(-1, grad.shape[-1]).t().contiguous()
     codes, scale = torch.ops.qat.quantize_activation(rows, "token", _TINY)
-    return torch._int_mm(codes, x.reshape(-1, x.shape[-1])) * scale
+    return torch.ops.qat.int8_matmul(codes, x.reshape(-1, x.shape[-1])) * scale
 
 
 _TINY = 1e-30
@@ -139,7 +132,7 @@ _MATMULS = {
 @once_differentiable
 def _backward_bitlinear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Matmuls on the quantized operands, by default in the precision of the gradient that arrives."""
-    rest = (None,) * 9
+    rest = (None,) * len(TrainingOptions._fields)
     if grad is None:
         return None, None, None, *rest
     x, x_scale, t, w_scale = ctx.saved_tensors
@@ -156,7 +149,8 @@ def _backward_bitlinear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
 
 
 def _save_packed_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, scale, bias, ctx.in_features, ctx.layout = inputs[:6]
+    _, packed, scale, bias, *options = inputs
+    ctx.options = PackedOptions(*options)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(packed, scale)
 
@@ -167,38 +161,34 @@ def _backward_packed_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     packed, scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        t = packing.decode(packed, ctx.in_features, ctx.layout)
+        t = packing.decode(packed, ctx.options.in_features, ctx.options.layout)
         grad_x = _input_gradient(grad, t, scale)
     if ctx.needs_input_grad[3]:
         grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, None, None, None, None
+    return grad_x, None, None, grad_bias, *(None,) * len(ctx.options)
 
-
-_WEIGHT = "str weight_scheme, str scale_kind, str granularity, int? group_size, str scale_dtype"
 
 # name -> arguments and results, reference, fake
 _OPS: dict[str, tuple[str, Any, Any]] = {
     "quantize_activation": (
-        "(Tensor x, str granularity, float eps) -> (Tensor, Tensor)",
+        f"(Tensor x, {schema(ActivationOptions)}) -> (Tensor, Tensor)",
         reference.quantize_activation,
         _fake_quantize_activation,
     ),
     "quantize_weight": (
-        f"(Tensor w, {_WEIGHT}, float eps) -> (Tensor, Tensor)",
+        f"(Tensor w, {schema(WeightOptions)}) -> (Tensor, Tensor)",
         quantizers.quantize_weight,
         _fake_quantize_weight,
     ),
     "pack_ternary": ("(Tensor t, str layout) -> Tensor", packing.pack_ternary, _fake_pack_ternary),
     "unpack_ternary": ("(Tensor packed, int k, str layout) -> Tensor", packing.unpack_ternary, _fake_unpack_ternary),
     "packed_linear": (
-        "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int in_features, str layout,"
-        " int? act_bits, str act_granularity, float eps) -> Tensor",
+        f"(Tensor x, Tensor packed, Tensor scale, Tensor? bias, {schema(PackedOptions)}) -> Tensor",
         reference.packed_linear,
         _fake_packed_linear,
     ),
     "bitlinear": (
-        f"(Tensor x, Tensor weight, Tensor? bias, {_WEIGHT}, int? act_bits, str act_granularity, float eps,"
-        " str backward) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor x, Tensor weight, Tensor? bias, {schema(TrainingOptions)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference.bitlinear,
         _fake_bitlinear,
     ),
@@ -208,6 +198,7 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         reference.quantized_matmul,
         _fake_quantized_matmul,
     ),
+    "int8_matmul": ("(Tensor a, Tensor b) -> Tensor", reference.int8_matmul, _fake_int8_matmul),
 }
 
 
@@ -220,8 +211,9 @@ def _define(name: str, schema: str, fake: Any, implementation: Any) -> None:
 for _name, (_schema, _reference, _fake) in _OPS.items():
     _define(_name, _schema, _fake, _reference)
     _define(f"{_name}_reference", _schema, _fake, _reference)
-    if _name in cpu.KERNELS:
-        _LIBRARY.impl(_name, cpu.KERNELS[_name], "CPU")
+    for _key, _kernels in (("CPU", cpu.KERNELS), ("CUDA", cuda.KERNELS)):
+        if _name in _kernels:
+            _LIBRARY.impl(_name, _kernels[_name], _key)
 
 for _twin in ("", "_reference"):
     torch.library.register_autograd(f"qat::bitlinear{_twin}", _backward_bitlinear, setup_context=_save_bitlinear, lib=_LIBRARY)

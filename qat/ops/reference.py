@@ -9,11 +9,14 @@ Legend: N out_features, K in_features, G groups along K.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qat import packing, quantizers
+from qat.ops.options import PackedOptions, TrainingOptions
 
 EXACT_FLOAT32_WIDTH = 2**24 // 128
 
@@ -50,48 +53,27 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
     return quantizers.quantize_activation(x, granularity, eps)
 
 
-def packed_linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    layout: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-) -> Tensor:
-    """See `qat.ops.packed_linear`."""
-    t = packing.decode(packed, in_features, layout)
-    if act_bits is None:
+def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """See `qat.ops.packed_linear`; `options` are PackedOptions."""
+    o = PackedOptions(*options)
+    t = packing.decode(packed, o.in_features, o.layout)
+    if o.act_bits is None:
         return integer_linear(x, None, t, scale, bias, x.dtype)
-    x_q, divisor = quantizers.activation_codes(x, act_granularity, eps)
+    x_q, divisor = quantizers.activation_codes(x, o.act_granularity, o.eps)
     return integer_linear(x_q, divisor, t, scale, bias, x.dtype)
 
 
-def bitlinear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    scale: str,
-    granularity: str,
-    group_size: int | None,
-    scale_dtype: str,
-    act_bits: int | None,
-    act_granularity: str,
-    eps: float,
-    backward: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, x_q, x_scale, t, w_scale): the output and what the backward pass needs, one byte an element.
 
-    With act_bits None, x_q and x_scale are empty and the backward pass reads x itself. `backward` is for that pass only.
+    `options` are TrainingOptions. With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
     """
-    t, w_scale = quantizers.quantize_weight(weight, scheme, scale, granularity, group_size, scale_dtype, eps)
-    if act_bits is None:
+    o = TrainingOptions(*options)
+    t, w_scale = quantizers.quantize_weight(weight, *o.weight)
+    if o.act_bits is None:
         empty = x.new_empty(0)
         return integer_linear(x, None, t, w_scale, bias, x.dtype), empty.to(torch.int8), empty.float(), t, w_scale
-    x_q, divisor = quantizers.activation_codes(x, act_granularity, eps)
+    x_q, divisor = quantizers.activation_codes(x, o.act_granularity, o.eps)
     y = integer_linear(x_q, divisor, t, w_scale, bias, x.dtype)
     return y, x_q, (1 / divisor).contiguous(), t, w_scale
 
@@ -104,5 +86,15 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """codes * scale in float32, rounded to `dtype`: codes int8 [..., K], scale [..., G] with every size 1 or that of codes."""
-    rows = codes.unflatten(-1, (scale.shape[-1], -1)) if codes.numel() else codes[..., None]
-    return (rows * scale[..., None]).to(dtype).reshape(codes.shape)
+    if codes.numel() == 0:
+        return torch.empty_like(codes, dtype=dtype)
+    rows = codes.unflatten(-1, (scale.shape[-1], -1))
+    values = torch.empty(rows.shape, dtype=dtype, device=codes.device)
+    return torch.mul(rows, scale[..., None], out=values).reshape(codes.shape)  # one pass over the memory of a GPU
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in int32 for int8 matrices [M, K] and [K, N], exact: the weight's gradient of `backward=int8`."""
+    if a.is_cpu:
+        return torch._int_mm(a, b)
+    return (a.double() @ b.double()).to(torch.int32)  # CUDA's _int_mm refuses most shapes

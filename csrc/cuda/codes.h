@@ -1,0 +1,50 @@
+// Activations to int8, ternary codes to and from bits, and the rescaling of sums: the arithmetic that several kernels share.
+#pragma once
+#include "elements.h"
+
+namespace qat::cuda {
+
+// 127 / max(absmax, eps) as torch computes it. A NaN stays one.
+__device__ __forceinline__ float divisor_of(float absmax, float eps) { return mul(reciprocal(absmax < eps ? eps : absmax), 127.0f); }
+
+// rint(x * divisor) in the low byte: adding 1.5 * 2^23 rounds half to even, and |x * divisor| <= 127.00002 needs no clamp.
+__device__ __forceinline__ uint32_t code_bits(float x, float divisor) { return float_to_bits(add(mul(x, divisor), 12582912.0f)); }
+
+// The low bytes of a, b, c, d in one word.
+__device__ __forceinline__ uint32_t gather_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return byte_permute(byte_permute(a, b, 0x0040), byte_permute(c, d, 0x0040), 0x5410);
+}
+
+// Interleaved activations, the partner of 2-bit words: of 16 elements j, words 0..3 hold j = 0 2 4 6, 8 10 12 14, 1 3 5 7 and
+// 9 11 13 15. A 2-bit word's even codes lie in separate nibbles, and so do its odd ones after a shift by 2: `expand`.
+__device__ __forceinline__ int interleaved(int j) { return ((j & 1) * 2 + (j >> 3)) * 4 + (j >> 1 & 3); }
+
+__device__ __forceinline__ uint4 interleave(uint4 natural) {
+  return {byte_permute(natural.x, natural.y, 0x6420), byte_permute(natural.z, natural.w, 0x6420),
+          byte_permute(natural.x, natural.y, 0x7531), byte_permute(natural.z, natural.w, 0x7531)};
+}
+
+// Four codes t + 1, one in each of the low 16 bits' nibbles, to four int8 t: a table of 4 bytes looked up by prmt.
+__device__ __forceinline__ uint32_t expand_nibbles(uint32_t codes) { return byte_permute(0x000100ffu, 0x000100ffu, codes); }
+
+// 16 codes t + 1 to int8 t, in the order of interleaved activations: 9 instructions.
+__device__ __forceinline__ void expand(uint32_t word, uint32_t (&t)[4]) {
+  const uint32_t even = word & 0x33333333u, odd = word >> 2 & 0x33333333u;
+  t[0] = expand_nibbles(even);
+  t[1] = expand_nibbles(even >> 16);
+  t[2] = expand_nibbles(odd);
+  t[3] = expand_nibbles(odd >> 16);
+}
+
+// Word `q` of what `expand` gives: 3 instructions.
+__device__ __forceinline__ uint32_t expand_one(uint32_t word, int q) {
+  return expand_nibbles(word >> ((q & 1) * 16 + (q >> 1) * 2) & 0x33333333u);
+}
+
+__device__ __forceinline__ float rescale(int32_t acc, float divisor, float inverse_scale) {
+  return divide(static_cast<float>(acc), mul(divisor, inverse_scale));
+}
+
+__device__ __forceinline__ float accumulate(float y, int32_t acc, float scale) { return add(y, mul(static_cast<float>(acc), scale)); }
+
+}  // namespace qat::cuda

@@ -1,0 +1,288 @@
+// Packed linear for few tokens: y [M, N] from x [M, K] and 2-bit weights as they lie on disk, M up to 16 a pass.
+//
+// Floor: the weights' N K / 4 bytes at 4.3 TB/s: 2.06 us for 13824 x 2560, 1.03 for 2560 x 6912, .57 and .38 for 3840 and
+// 2560 x 2560. The last two are within a launch's latency, so what counts there is how little is done in sequence.
+// Design: the tensor cores do the arithmetic whatever M is: a warp takes 16 output rows, weights are the A operand and up to
+// 8 tokens the columns of B, so an mma's work is hidden and only its operand costs: 9 instructions for 16 codes. For
+// 13824 x 2560 that is 1.3 us of the ALU pipe on 132 SMs, below the floor and independent of M. A dp4a for each token would
+// cost as much for the first one and again for every other.
+// Weights come by asynchronous copies, 16 bytes each, into a ring of 4 x 1 KB that a warp has for itself, so the main loop
+// has no block barrier. In flight: 3 KB a warp x 26 warps (N = 13824: 3456 warps on 132 SMs, one wave at 4 blocks an SM)
+// = 78 KB an SM, twice latency x bandwidth. Warps split K in up to 8, so that 160 row tiles (N = 2560) still give 1280 warps;
+// with groups they do not split, because the sum over groups has a fixed order.
+// The copies start before anything else: a single token is quantized by every block for itself while they are under way
+// (5 KB from the L2 cache); with `overlap` they even start before the previous kernel on the stream has ended.
+// Activations lie in shared memory interleaved (codes.h), so that a B fragment is one 16-byte load without bank conflicts.
+// Not measured: no GPU was there when this was written.
+#include "codes.h"
+#include "internal.h"
+#include "reduce.h"
+
+namespace qat::cuda {
+namespace {
+
+constexpr int kRows = 16;                       // output rows of a warp's tile
+constexpr int kBytes = 64;                      // of each row in a stage: 256 codes
+constexpr int kStages = 4;
+constexpr int kStageBytes = kRows * kBytes;
+constexpr int kWarps = kBlock / kWarp;
+constexpr int kMostTokens = 16;
+constexpr int64_t kFusedWidth = 16384;          // a longer token is quantized by a launch of its own
+constexpr int64_t kWantedWarps = 2048;          // 15 an SM on a large GPU
+
+struct Decode {
+  const void* x;         // [1, K] if fused
+  const int8_t* codes;   // [M, KP] interleaved, else
+  const float* divisor;  // [M]
+  const uint8_t* packed;
+  Output out;
+  int64_t m, n, k, row_bytes;
+  int blocks64;          // KP / 64
+  int groups, group_blocks;  // group_blocks: blocks of 64 in a group
+  int tokens;            // of a thread block
+  int splits;            // warps that share a row tile
+  float eps;
+};
+
+// Parts of shared memory, in bytes from its start. Row tiles' sums reuse the ring.
+struct Places {
+  std::size_t x, scales, divisors, slots, end;
+};
+
+__host__ __device__ Places places(int blocks64, int tokens, int groups) {
+  Places at = {};
+  at.x = static_cast<std::size_t>(kWarps) * kStages * kStageBytes;
+  at.scales = at.x + static_cast<std::size_t>(blocks64) * static_cast<std::size_t>(tokens) * 64;
+  at.divisors = at.scales + (groups > 1 ? static_cast<std::size_t>(kWarps) * kRows * static_cast<std::size_t>(groups) * sizeof(float) : 0);
+  at.slots = at.divisors + kMostTokens * sizeof(float);
+  at.end = at.slots + kWarps * sizeof(float);
+  return at;
+}
+
+// Stage `block` of a warp's row tile, 256 codes of 16 rows. Chunk c of row r lies at c ^ (r / 2 % 4): no bank conflicts.
+__device__ __forceinline__ void fetch(const Decode& p, int64_t row0, int64_t block, unsigned char* stage, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int chunk = half * kWarp + lane, r = chunk / 4, c = chunk % 4;
+    const int64_t row = row0 + r, byte = block * kBytes + c * 16;
+    const bool valid = row < p.n && byte < p.row_bytes;
+    copy_async(stage + r * kBytes + ((c ^ (r >> 1 & 3)) * 16), p.packed + (valid ? row * p.row_bytes + byte : 0), valid);
+  }
+}
+
+// Block's tokens into shared memory: block64 b of token i at (b * tokens + i) * 64.
+__device__ void take_codes(const Decode& p, int64_t token0, int tokens, unsigned char* x_shared, float* divisors) {
+  const int total = p.blocks64 * tokens * 4;
+  for (int i = static_cast<int>(threadIdx.x); i < total; i += kBlock) {
+    const int part = i % 4, block = i / 4 % p.blocks64, token = i / 4 / p.blocks64;
+    const uint4 codes = *reinterpret_cast<const uint4*>(p.codes + ((token0 + token) * p.blocks64 + block) * 64 + part * 16);
+    *reinterpret_cast<uint4*>(x_shared + (block * tokens + token) * 64 + part * 16) = codes;
+  }
+  if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = p.divisor[token0 + threadIdx.x];
+}
+
+template <class T>
+__device__ float absmax_of(const T* x, int64_t k, bool wide) {
+  constexpr int kSize = Chunk<T>::kSize;
+  float most = 0.0f;
+  for (int64_t begin = static_cast<int64_t>(threadIdx.x) * kSize; begin < k; begin += kBlock * kSize) {
+    const Chunk<T> chunk = load_chunk(x, begin, k, wide);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) most = max_nan(most, bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu));
+  }
+  return most;
+}
+
+// The same for one token that is not quantized yet; groups are whole blocks of 64, so only the end of x is padded.
+template <class T>
+__device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
+  const T* x = static_cast<const T*>(p.x);
+  const bool wide = reinterpret_cast<uintptr_t>(x) % 16 == 0 && p.k * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  const float divisor = divisor_of(reduce_threads<kBlock>(absmax_of(x, p.k, wide), MaxNan(), slots), p.eps);
+  for (int i = static_cast<int>(threadIdx.x); i < p.blocks64 * 4; i += kBlock) {
+    uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4; w += Chunk<T>::kSize / 4) {
+      const Chunk<T> chunk = load_chunk(x, int64_t{i} * 16 + w * 4, p.k, wide);
+#pragma unroll
+      for (int j = 0; j < Chunk<T>::kSize; j += 4)
+        words[w + j / 4] = gather_bytes(code_bits(chunk[j], divisor), code_bits(chunk[j + 1], divisor), code_bits(chunk[j + 2], divisor),
+                                        code_bits(chunk[j + 3], divisor));
+    }
+    *reinterpret_cast<uint4*>(x_shared + i * 16) = interleave({words[0], words[1], words[2], words[3]});
+  }
+  if (threadIdx.x == 0) divisors[0] = divisor;
+}
+
+// A warp's scales [16][G], as its float sums need them in every group.
+__device__ void take_scales(const Decode& p, int64_t row0, float* scales, int lane) {
+  for (int i = lane; i < kRows * p.groups; i += kWarp) {
+    const int64_t row = row0 + i / p.groups;
+    scales[i] = p.out.scale[(row < p.n ? row : p.n - 1) * p.out.scale_stride + i % p.groups];
+  }
+}
+
+// One block of 64 codes of 16 rows times NT * 8 tokens.
+template <int NT>
+__device__ __forceinline__ void multiply(const unsigned char* stage, int j, const unsigned char* x_block, int tokens, int lane,
+                                         int32_t (&acc)[NT][4]) {
+  const int g = lane / 4, q = lane % 4, at = ((j ^ (g >> 1 & 3)) * 16) + q * 4;
+  uint32_t upper[4], lower[4];
+  expand(*reinterpret_cast<const uint32_t*>(stage + g * kBytes + at), upper);
+  expand(*reinterpret_cast<const uint32_t*>(stage + (g + 8) * kBytes + at), lower);
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt) {
+    const int token = nt * 8 + g;
+    uint4 x = {0, 0, 0, 0};
+    if (token < tokens) x = *reinterpret_cast<const uint4*>(x_block + token * 64 + q * 16);
+    mma_s8(acc[nt], {upper[0], lower[0], upper[1], lower[1]}, {x.x, x.y});
+    mma_s8(acc[nt], {upper[2], lower[2], upper[3], lower[3]}, {x.z, x.w});
+  }
+}
+
+// Where element i of a lane's fragment lies among a warp's sums [tokens][16 rows].
+__device__ __forceinline__ int fragment_place(int nt, int i, int lane) { return (nt * 8 + lane % 4 * 2 + i % 2) * kRows + lane / 4 + i / 2 * 8; }
+
+// One output from the sums of the warps that share its tile: int32, or float where there are groups.
+__device__ __forceinline__ void finish(const Decode& p, const unsigned char* ring, const float* divisors, int tile, int token, int r,
+                                       int64_t row, int64_t y_token) {
+  const unsigned char* sums = ring + static_cast<std::size_t>(tile * p.splits) * kStages * kStageBytes + (token * kRows + r) * 4;
+  float y;
+  if (p.groups > 1) {
+    y = divide(*reinterpret_cast<const float*>(sums), divisors[token]);
+  } else {
+    int32_t acc = 0;
+    for (int s = 0; s < p.splits; ++s) acc += *reinterpret_cast<const int32_t*>(sums + s * kStages * kStageBytes);
+    y = rescale(acc, divisors[token], reciprocal(p.out.scale[row * p.out.scale_stride]));
+  }
+  if (p.out.bias) y = add(y, p.out.bias[row]);
+  store_element(p.out.y, p.out.dtype, y_token * p.n + row, y);
+}
+
+template <int NT, bool FUSED>
+__global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
+  unsigned char* ring = shared_memory();
+  const int64_t token0 = static_cast<int64_t>(blockIdx.y) * p.tokens;
+  const int tokens = static_cast<int>(p.m - token0 < p.tokens ? p.m - token0 : p.tokens);
+  const Places at = places(p.blocks64, p.tokens, p.groups);
+  unsigned char* x_shared = ring + at.x;
+  float *divisors = reinterpret_cast<float*>(ring + at.divisors), *slots = reinterpret_cast<float*>(ring + at.slots);
+
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = warp % p.splits;
+  const int tiles = kWarps / p.splits;
+  const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * tiles + warp / p.splits) * kRows;
+  unsigned char* own = ring + static_cast<std::size_t>(warp) * kStages * kStageBytes;
+  float* scales = reinterpret_cast<float*>(ring + at.scales) + static_cast<std::size_t>(warp) * kRows * static_cast<std::size_t>(p.groups);
+
+  const int blocks256 = (p.blocks64 + 3) / 4, count = row0 < p.n ? (blocks256 - split + p.splits - 1) / p.splits : 0;
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < count) fetch(p, row0, split + int64_t{s} * p.splits, own + s * kStageBytes, lane);
+    commit_copies();
+  }
+  if (p.groups > 1 && row0 < p.n) take_scales(p, row0, scales, lane);
+  wait_for_previous();
+  let_next_start();
+  if constexpr (FUSED) {
+    switch (p.out.dtype) {
+      case Dtype::f32: quantize_token<float>(p, x_shared, divisors, slots); break;
+      case Dtype::bf16: quantize_token<Bf16>(p, x_shared, divisors, slots); break;
+      case Dtype::f16: quantize_token<F16>(p, x_shared, divisors, slots); break;
+    }
+  } else {
+    take_codes(p, token0, tokens, x_shared, divisors);
+  }
+  __syncthreads();
+
+  int32_t acc[NT][4] = {};
+  float y[NT][4] = {};
+  for (int it = 0; it < count; ++it) {
+    wait_copies<kStages - 2>();
+    __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled next
+    if (it + kStages - 1 < count) fetch(p, row0, split + int64_t{it + kStages - 1} * p.splits, own + (it + kStages - 1) % kStages * kStageBytes, lane);
+    commit_copies();
+    const unsigned char* stage = own + it % kStages * kStageBytes;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int block = (split + it * p.splits) * 4 + j;
+      if (block >= p.blocks64) break;
+      multiply<NT>(stage, j, x_shared + static_cast<std::size_t>(block) * static_cast<std::size_t>(tokens) * 64, tokens, lane, acc);
+      if (p.groups > 1 && (block + 1) % p.group_blocks == 0) {
+        const int group = block / p.group_blocks;
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            y[nt][i] = accumulate(y[nt][i], acc[nt][i], scales[(lane / 4 + i / 2 * 8) * p.groups + group]);
+            acc[nt][i] = 0;
+          }
+      }
+    }
+  }
+
+  wait_copies<0>();
+  __syncwarp();  // the ring is free
+  uint32_t* sums = reinterpret_cast<uint32_t*>(own);
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[fragment_place(nt, i, lane)] = p.groups > 1 ? float_to_bits(y[nt][i]) : static_cast<uint32_t>(acc[nt][i]);
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < tiles * tokens * kRows; i += kBlock) {
+    const int r = i % kRows, token = i / kRows % tokens, tile = i / kRows / tokens;
+    const int64_t row = (static_cast<int64_t>(blockIdx.x) * tiles + tile) * kRows + r;
+    if (row < p.n) finish(p, ring, divisors, tile, token, r, row, token0 + token);
+  }
+}
+
+int blocks_of_64(const PackedLinear& p) { return static_cast<int>(padded_width(p.k, p.groups) / 64); }
+
+// Most tokens of a block such that their codes fit beside the ring; 0 if not even one does.
+int tokens_that_fit(const PackedLinear& p) {
+  int tokens = static_cast<int>(p.m < kMostTokens ? p.m : kMostTokens);
+  while (tokens > 0 && places(blocks_of_64(p), tokens, static_cast<int>(p.groups)).end > kMostShared) --tokens;
+  return tokens;
+}
+
+template <int NT, bool FUSED>
+int run(const Decode& d, cudaStream_t stream, bool overlap) {
+  const dim3 grid = {static_cast<unsigned>(ceil_div<int64_t>(d.n, kRows * (kWarps / d.splits))), static_cast<unsigned>(ceil_div<int64_t>(d.m, d.tokens))};
+  return launch(decode_kernel<NT, FUSED>, grid, kBlock, places(d.blocks64, d.tokens, d.groups).end, stream, d, overlap);
+}
+
+}  // namespace
+
+// Whole 16-byte loads of every row, and groups of whole blocks of 64 codes.
+bool decode_serves(const PackedLinear& p) {
+  const bool rows = aligned(p.packed, 16) && ceil_div<int64_t>(p.k, 4) % 16 == 0;
+  return p.m <= kMostTokens && rows && (p.groups == 1 || p.k / p.groups % 64 == 0) && tokens_that_fit(p) > 0;
+}
+
+bool packed_linear_fused(const PackedLinear& p) { return p.m == 1 && p.k <= kFusedWidth && decode_serves(p); }
+
+int decode(const PackedLinear& p, cudaStream_t stream) {
+  Decode d = {};
+  d.x = p.x;
+  d.codes = p.codes;
+  d.divisor = p.divisor;
+  d.packed = p.packed;
+  d.out = p.out;
+  d.m = p.m;
+  d.n = p.n;
+  d.k = p.k;
+  d.row_bytes = ceil_div<int64_t>(p.k, 4);
+  d.blocks64 = blocks_of_64(p);
+  d.groups = static_cast<int>(p.groups);
+  d.group_blocks = d.blocks64 / d.groups;
+  d.eps = p.eps;
+  const int most = tokens_that_fit(p), slices = static_cast<int>(ceil_div<int64_t>(p.m, most));
+  d.tokens = static_cast<int>(ceil_div<int64_t>(p.m, slices));
+  const int64_t row_tiles = ceil_div<int64_t>(p.n, kRows);
+  d.splits = 1;
+  while (p.groups == 1 && d.splits < kWarps && d.splits * 4 < d.blocks64 && row_tiles * d.splits < kWantedWarps) d.splits *= 2;
+  if (packed_linear_fused(p)) return run<1, true>(d, stream, p.overlap);
+  // The kernel right before is the one that quantized x, and writes no weights.
+  return d.tokens <= 8 ? run<1, false>(d, stream, true) : run<2, false>(d, stream, true);
+}
+
+}  // namespace qat::cuda

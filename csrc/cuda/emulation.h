@@ -1,0 +1,305 @@
+// Runs CUDA kernels on the CPU, to prove indices and barriers without a GPU: the same .cu files, compiled by a C++20
+// compiler with QAT_EMULATE. One fiber a thread; a thread runs until it meets others (barrier, shuffle, mma), so whatever
+// is not ordered by a barrier happens in one of the extreme orders that `order` selects, and the results are compared.
+//
+// What it makes fail:
+//     a missing __syncthreads or __syncwarp     shared memory starts poisoned, and one thread or warp runs far ahead
+//     a missing wait for an asynchronous copy   its bytes arrive at the wait and never before; until then they are poison
+//     a buffer refilled too early               issuing a copy poisons its destination at once
+//     a divergent barrier or shuffle            reported with source line and thread, as is a deadlock
+//     an access outside of memory               buffers and shared memory end (or begin) at a page that cannot be touched
+// `skip` disables one barrier or wait by its source line, so a test can remove each in turn and see the failure.
+//
+// Legend: a block's threads are numbered 0.., in warps of 32.
+#pragma once
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <set>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline dim3 threadIdx, blockIdx, gridDim;
+
+namespace qat::emulation {
+
+constexpr unsigned kWarp = 32;
+constexpr std::size_t kStack = 128 << 10;
+constexpr int kPoison = 0xA5;
+
+// Memory that ends, or begins, at a page that cannot be touched.
+class Guarded {
+ public:
+  Guarded(std::size_t bytes, bool at_end) {
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t inside = (bytes + page - 1) / page * page;
+    length_ = inside + 2 * page;
+    base_ = static_cast<char*>(mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) throw std::bad_alloc();
+    if (inside) mprotect(base_ + page, inside, PROT_READ | PROT_WRITE);
+    data_ = base_ + page + (at_end ? inside - bytes : 0);
+    std::memset(data_, kPoison, bytes);
+  }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, length_); }
+  void* get() const { return data_; }
+
+ private:
+  char *base_, *data_;
+  std::size_t length_;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes, valid;  // the rest of the bytes becomes 0
+};
+
+enum class State { ready, block, warp, done };
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf here;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state = State::ready;
+  bool fresh = true;
+  std::source_location at;              // where it waits
+  void* slot = nullptr;                 // what it brings to a meeting of its warp
+  std::vector<Copy> issued;             // asynchronous copies not yet in a group
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+};
+
+// All state of the emulation; one launch at a time.
+struct Machine {
+  std::vector<Fiber> fibers;  // reused from block to block
+  unsigned threads = 0, current = 0;
+  jmp_buf scheduler;
+  sigjmp_buf escape;
+  std::unique_ptr<Guarded> shared;
+  void (*call)(void*) = nullptr;
+  void* arguments = nullptr;
+  std::string failure;
+  uint64_t order = 0, random = 1;
+  unsigned skip = 0;             // line, and
+  std::string skip_file;         // file of the barriers that do nothing
+  std::set<std::string> sites;   // every barrier and wait that was reached, as file:line
+};
+inline Machine machine;
+
+inline std::string name(const std::source_location& at) {
+  const std::string path = at.file_name();
+  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(at.line());
+}
+
+// Back to the scheduler; noinline, as nothing may live in registers across it.
+__attribute__((noinline)) inline void leave(State state) {
+  Fiber& fiber = machine.fibers[machine.current];
+  fiber.state = state;
+  if (_setjmp(fiber.here) == 0) _longjmp(machine.scheduler, 1);
+}
+
+[[noreturn]] inline void fail(const std::string& what, const std::source_location& at) {
+  machine.failure = what + " at " + name(at) + ", thread " + std::to_string(machine.current) + ", block " +
+                    std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y);
+  _longjmp(machine.scheduler, 2);
+}
+
+// Whether a barrier or wait is in force.
+inline bool in_force(const std::source_location& at) {
+  if (machine.sites.size() < 4096) machine.sites.insert(name(at));
+  return machine.skip == 0 || at.line() != machine.skip || name(at) != machine.skip_file + ":" + std::to_string(machine.skip);
+}
+
+// All 32 lanes meet; the last one runs `act` on what they bring.
+template <class Slot, class Act>
+void meet(Slot& slot, Act act, const std::source_location& at) {
+  const unsigned first = machine.current / kWarp * kWarp;
+  Fiber& self = machine.fibers[machine.current];
+  self.slot = &slot;
+  self.at = at;
+  self.state = State::warp;
+  unsigned arrived = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) arrived += machine.fibers[first + lane].state == State::warp;
+  if (arrived < kWarp) return leave(State::warp);
+  Slot* slots[kWarp];
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    Fiber& other = machine.fibers[first + lane];
+    if (other.at.line() != at.line() || std::strcmp(other.at.file_name(), at.file_name()) != 0)
+      fail("a divergent warp: another lane is at " + name(other.at), at);
+    slots[lane] = static_cast<Slot*>(other.slot);
+    other.state = State::ready;
+  }
+  act(slots);
+}
+
+inline unsigned next_random() {
+  machine.random = machine.random * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<unsigned>(machine.random >> 33);
+}
+
+// Which ready thread runs next: always the first, always the last, or any.
+inline int pick() {
+  const auto ready = [](unsigned i) { return machine.fibers[i].state == State::ready; };
+  const unsigned n = machine.threads, start = machine.order < 2 ? 0 : next_random() % n;
+  for (unsigned i = 0; i < n; ++i) {
+    const unsigned candidate = machine.order == 1 ? n - 1 - i : (start + i) % n;
+    if (ready(candidate)) return static_cast<int>(candidate);
+  }
+  return -1;
+}
+
+inline void trampoline() {
+  machine.call(machine.arguments);
+  machine.fibers[machine.current].state = State::done;
+  _longjmp(machine.scheduler, 1);
+}
+
+__attribute__((noinline)) inline void resume(unsigned index) {
+  Fiber& fiber = machine.fibers[index];
+  machine.current = index;
+  threadIdx.x = index;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (!fiber.fresh) _longjmp(fiber.here, 1);
+  fiber.fresh = false;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = kStack;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, trampoline, 0);
+  setcontext(&fiber.start);
+}
+
+// Nobody can run: all are done, all wait at the block's barrier, or it is a deadlock.
+inline bool release() {
+  unsigned done = 0, waiting = 0;
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    done += machine.fibers[i].state == State::done;
+    waiting += machine.fibers[i].state == State::block;
+  }
+  if (done == machine.threads) return false;
+  if (waiting != machine.threads) {
+    for (unsigned i = 0; i < machine.threads; ++i)
+      if (machine.fibers[i].state != State::done)
+        throw std::runtime_error("deadlock: thread " + std::to_string(i) + " waits at " + name(machine.fibers[i].at) +
+                                 " for threads that have ended or wait elsewhere");
+  }
+  for (unsigned i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
+  return true;
+}
+
+inline void run_block(std::size_t shared_bytes) {
+  machine.shared = std::make_unique<Guarded>((shared_bytes + 15) / 16 * 16, true);
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = machine.fibers[i];
+    fiber.state = State::ready;
+    fiber.fresh = true;
+    fiber.issued.clear();
+    fiber.groups.clear();
+  }
+  do {
+    for (int next; (next = pick()) >= 0;) {
+      resume(static_cast<unsigned>(next));
+      if (!machine.failure.empty()) throw std::runtime_error(machine.failure);
+    }
+  } while (release());
+}
+
+inline void on_fault(int) { siglongjmp(machine.escape, 1); }
+
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action = {};
+    action.sa_handler = on_fault;
+    action.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &action, &segv_);
+    sigaction(SIGBUS, &action, &bus_);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &segv_, nullptr);
+    sigaction(SIGBUS, &bus_, nullptr);
+  }
+
+ private:
+  struct sigaction segv_, bus_;
+};
+
+inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {
+  if (threads == 0 || threads % kWarp || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
+  machine.threads = threads;
+  if (machine.fibers.size() < threads) machine.fibers.resize(threads);
+  machine.random = machine.order * 2 + 1;
+  gridDim = grid;
+  const FaultHandler handler;
+  if (sigsetjmp(machine.escape, 1) != 0)
+    throw std::runtime_error("an access outside of memory by thread " + std::to_string(machine.current) + ", block " +
+                             std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y));
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t b = machine.order == 1 ? blocks - 1 - i : i;
+    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y), static_cast<unsigned>(b / grid.x / grid.y)};
+    run_block(shared_bytes);
+  }
+}
+
+template <class P>
+int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, const P& parameters) {
+  struct Call {
+    void (*kernel)(P);
+    const P* parameters;
+  } call = {kernel, &parameters};
+  machine.arguments = &call;
+  machine.call = [](void* opaque) {
+    const auto* c = static_cast<Call*>(opaque);
+    c->kernel(*c->parameters);
+  };
+  machine.failure.clear();
+  try {
+    run_grid(grid, threads, shared_bytes);
+  } catch (const std::exception& error) {
+    machine.failure = error.what();
+    return 999;  // cudaErrorUnknown
+  }
+  return 0;
+}
+
+}  // namespace qat::emulation
+
+inline void __syncthreads(const std::source_location at = std::source_location::current()) {
+  using namespace qat::emulation;
+  if (!in_force(at)) return;
+  machine.fibers[machine.current].at = at;
+  leave(State::block);
+}
+
+inline void __syncwarp(const std::source_location at = std::source_location::current()) {
+  using namespace qat::emulation;
+  char nothing = 0;
+  if (in_force(at)) meet(nothing, [](char**) {}, at);
+}

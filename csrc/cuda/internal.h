@@ -1,0 +1,21 @@
+// What the kernel files call of each other.
+#pragma once
+#include "kernels.h"
+
+namespace qat::cuda {
+
+// quantize_activation into the scratch layout of PackedLinear: codes [M, padded_width(K, G)], groups padded with 0 to whole
+// blocks of 64, every 16 interleaved (codes.h).
+int quantize_interleaved(const QuantizeActivation& p, int64_t groups, cudaStream_t stream);
+
+// Few tokens (decode.cu). `codes` null: quantized in the kernel, M = 1.
+bool decode_serves(const PackedLinear& p);
+int decode(const PackedLinear& p, cudaStream_t stream);
+
+// Many tokens (gemm.cu). The tile is chosen by gemm_tile from the shape; tests force each.
+enum class Tile { small, medium, large };
+Tile gemm_tile(int64_t m, int64_t n, int64_t groups);
+int gemm(const Linear& p, Tile tile, cudaStream_t stream);
+int packed_gemm(const PackedLinear& p, Tile tile, cudaStream_t stream);
+
+}  // namespace qat::cuda

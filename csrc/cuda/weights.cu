@@ -1,0 +1,301 @@
+// Weight quantization: scale and codes of a latent weight, as int8 and as 2-bit bytes.
+//
+// Floor for fp32 [13824, 2560]: 141.6 MB in, 8.8 MB packed or 35.4 MB int8 out: 35 us with one read, 68 us with two.
+// Design: one scale a channel or group: read once, a row (or group) held in the registers of 8, 32 or 256 threads between
+// sum and rounding. One scale a tensor must read twice, as 141 MB fit into no on-chip memory: the first pass leaves 528
+// partial sums, which every block of the second adds up in the same order (no third launch, no atomics); the second pass
+// runs backwards, so that it meets what the first left in the L2 cache (up to 50 of the 141 MB). All loads are 16 bytes,
+// four or more under way a thread: 1024 threads an SM x 64 bytes = 64 KB in flight, more than the 40 KB needed.
+// No division: rint(w / scale) is not 0 exactly where |2 w| > scale (w / scale rounds to 0.5, and then to 0, only if equal).
+// Sums are in double from each thread's 16 bytes on: the mean is torch's up to the last bit, whatever order torch took.
+// Not measured: no GPU was there when this was written. On consumer GPUs (sm_86, sm_89, sm_120) doubles run at 1/64 of the
+// float rate; one addition for 4 or 8 weights keeps that below the time of the read.
+#include "codes.h"
+#include "internal.h"
+#include "reduce.h"
+
+namespace qat::cuda {
+namespace {
+
+constexpr int kPartials = 528;  // blocks of the first pass: 4 an SM of a large GPU
+
+struct Moments {
+  double magnitude;  // sum or maximum of |w|
+  double sum;        // of w, for binary codes
+};
+static_assert(kPartials * sizeof(Moments) <= kWorkspaceBytes);
+
+template <class T>
+struct Weight {
+  const T* w;
+  int64_t rows, length;        // rows that share a scale, or in the streaming passes rows of any length
+  int64_t groups, row_bytes;   // of the packed matrix
+  bool absmax, given, binary;
+  Dtype scale_dtype;
+  float eps;
+  int8_t* t;
+  uint8_t* packed;
+  float* scale;
+  Moments* partials;
+  double count;                // weights that share a scale
+  bool wide, wide_t;
+};
+
+template <class T>
+__device__ __forceinline__ void gather(const Weight<T>& p, const Chunk<T>& chunk, Moments& m) {
+  float magnitude = 0.0f, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; ++i) {
+    const float size = bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu);
+    magnitude = p.absmax ? max_nan(magnitude, size) : add(magnitude, size);
+    sum = add(sum, chunk[i]);
+  }
+  if (!p.absmax) {
+    m.magnitude += static_cast<double>(magnitude);
+  } else if (!(static_cast<double>(magnitude) <= m.magnitude) && m.magnitude == m.magnitude) {
+    m.magnitude = static_cast<double>(magnitude);
+  }
+  if (p.binary) m.sum += static_cast<double>(sum);
+}
+
+struct Larger {  // keeps a NaN
+  __device__ double operator()(double a, double b) const { return a != a || a > b ? a : b; }
+};
+
+template <int THREADS>
+__device__ __forceinline__ Moments combine(Moments m, bool absmax, bool binary, double* slots) {
+  m.magnitude = absmax ? reduce_threads<THREADS>(m.magnitude, Larger(), slots) : reduce_threads<THREADS>(m.magnitude, Sum(), slots);
+  if (binary) m.sum = reduce_threads<THREADS>(m.sum, Sum(), slots + kBlock / kWarp);
+  return m;
+}
+
+// max(value, eps) rounded to the dtype that will store it, within its positive range.
+__device__ __forceinline__ float scale_of(float value, float eps, Dtype dtype) {
+  value = value < eps ? eps : value;
+  const float least = dtype == Dtype::f16 ? 0x1p-24f : dtype == Dtype::bf16 ? 0x1p-133f : 0x1p-149f;
+  const float most = dtype == Dtype::f16 ? 65504.0f : bits_to_float(dtype == Dtype::bf16 ? 0x7f7f0000u : 0x7f7fffffu);
+  value = value < least ? least : value > most ? most : value;
+  return dtype == Dtype::f16 ? rounded<F16>(value) : dtype == Dtype::bf16 ? rounded<Bf16>(value) : value;
+}
+
+// What a code depends on: ternary |2 w| > scale, binary w > mean.
+struct Limit {
+  float scale, mean;
+};
+
+template <class T>
+__device__ __forceinline__ Limit limit_of(const Weight<T>& p, const Moments& m, int64_t row) {
+  Limit limit;
+  if (p.given) {
+    limit.scale = p.scale[row];
+  } else {
+    limit.scale = scale_of(static_cast<float>(p.absmax ? m.magnitude : m.magnitude / p.count), p.eps, p.scale_dtype);
+  }
+  limit.mean = p.binary ? static_cast<float>(m.sum / p.count) : 0.0f;
+  return limit;
+}
+
+__device__ __forceinline__ int code_of(float w, const Limit& limit, bool binary) {
+  if (binary) return w > limit.mean ? 1 : -1;
+  const float twice = add(w, w);
+  return (twice > limit.scale) - (twice < -limit.scale);
+}
+
+// The codes of elements [begin, end) of a row that starts at element `t_row` of t and byte `packed_row` of packed.
+template <class T>
+__device__ __forceinline__ void store(const Weight<T>& p, const Chunk<T>& chunk, const Limit& limit, int64_t t_row, int64_t packed_row,
+                                      int64_t begin, int64_t end) {
+  constexpr int kSize = Chunk<T>::kSize;
+  int code[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) code[i] = begin + i < end ? code_of(chunk[i], limit, p.binary) : 0;
+#pragma unroll
+  for (int i = 0; i < kSize; i += 4) {
+    if (begin + i >= end) break;
+    int8_t* t = p.t + t_row + begin + i;
+    if (p.t && p.wide_t) {
+      *reinterpret_cast<uint32_t*>(t) = gather_bytes(static_cast<uint32_t>(code[i]), static_cast<uint32_t>(code[i + 1]),
+                                                     static_cast<uint32_t>(code[i + 2]), static_cast<uint32_t>(code[i + 3]));
+    } else if (p.t) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (begin + i + j < end) t[j] = static_cast<int8_t>(code[i + j]);
+    }
+    if (p.packed) {
+      const int byte = code[i] + 1 + (code[i + 1] + 1) * 4 + (code[i + 2] + 1) * 16 + (code[i + 3] + 1) * 64;
+      p.packed[packed_row + (begin + i) / 4] = static_cast<uint8_t>(byte);
+    }
+  }
+}
+
+// One scale for each row of [R, L]: THREADS take a row, each LOADS chunks; LOADS = 0 is any length, read twice.
+template <class T, int THREADS, int LOADS>
+__global__ void __launch_bounds__(kBlock) quantize_shared_rows(const Weight<T> p) {
+  constexpr int kSize = Chunk<T>::kSize, kKept = LOADS > 0 ? LOADS : 1;
+  double* slots = reinterpret_cast<double*>(shared_memory());
+  const int thread = threadIdx.x % THREADS;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / THREADS) + threadIdx.x / THREADS;
+  const bool active = row < p.rows;  // part of a warp may be idle, and shuffles along
+  const int64_t length = active ? p.length : 0;
+  const T* w = p.w + (active ? row : 0) * p.length;
+  const auto begin_of = [&](int64_t i) { return (i * THREADS + thread) * kSize; };
+  const int64_t loads = LOADS > 0 ? LOADS : ceil_div<int64_t>(p.length, THREADS * kSize);
+
+  Chunk<T> kept[kKept];
+  if constexpr (LOADS > 0) {
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) kept[i] = load_chunk(w, begin_of(i), length, p.wide);
+  }
+  Moments m = {0.0, 0.0};
+#pragma unroll
+  for (int64_t i = 0; i < loads; ++i) gather(p, LOADS > 0 ? kept[i % kKept] : load_chunk(w, begin_of(i), length, p.wide), m);
+  m = combine<THREADS>(m, p.absmax, p.binary, slots);
+  if (!active) return;
+
+  const Limit limit = limit_of(p, m, row);
+  if (thread == 0 && !p.given) p.scale[row] = limit.scale;
+  const int64_t packed_row = row / p.groups * p.row_bytes + row % p.groups * p.length / 4;
+#pragma unroll
+  for (int64_t i = 0; i < loads; ++i) {
+    if (begin_of(i) < length)
+      store(p, LOADS > 0 ? kept[i % kKept] : load_chunk(w, begin_of(i), length, p.wide), limit, row * p.length, packed_row, begin_of(i),
+            length);
+  }
+}
+
+// One scale for all. First pass: partial sums over the flat tensor.
+template <class T>
+__global__ void __launch_bounds__(kBlock) measure(const Weight<T> p) {
+  constexpr int kLoads = 4;
+  double* slots = reinterpret_cast<double*>(shared_memory());
+  const int64_t size = p.rows * p.length, chunks = ceil_div<int64_t>(size, Chunk<T>::kSize);
+  Moments m = {0.0, 0.0};
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kBlock * kLoads; base < chunks; base += static_cast<int64_t>(gridDim.x) * kBlock * kLoads) {
+    Chunk<T> kept[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      kept[i] = load_chunk(p.w, (base + i * kBlock + static_cast<int>(threadIdx.x)) * Chunk<T>::kSize, size, p.wide);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) gather(p, kept[i], m);
+  }
+  m = combine<kBlock>(m, p.absmax, p.binary, slots);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = m;
+}
+
+// Second pass, from the end: codes. Rows are the matrix's, or the whole of it is one where rows hold whole chunks.
+template <class T>
+__global__ void __launch_bounds__(kBlock) quantize_all(const Weight<T> p) {
+  constexpr int kLoads = 4, kSize = Chunk<T>::kSize;
+  double* slots = reinterpret_cast<double*>(shared_memory());
+  const int64_t row_chunks = ceil_div<int64_t>(p.length, kSize), chunks = p.rows * row_chunks;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock * kLoads;
+  Limit limit = {0.0f, 0.0f};
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kBlock * kLoads; base < chunks; base += step) {
+    Chunk<T> kept[kLoads];
+    int64_t row[kLoads], begin[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t index = chunks - 1 - (base + i * kBlock + static_cast<int>(threadIdx.x));
+      row[i] = index < 0 ? -1 : p.rows == 1 ? 0 : index / row_chunks;
+      begin[i] = (index - row[i] * row_chunks) * kSize;
+      kept[i] = load_chunk(p.w + (row[i] < 0 ? 0 : row[i]) * p.length, begin[i], row[i] < 0 ? 0 : p.length, p.wide && row[i] >= 0);
+    }
+    if (base < step) {  // while the first loads are under way
+      Moments m = {0.0, 0.0};
+      for (int i = static_cast<int>(threadIdx.x); i < kPartials && p.partials; i += kBlock) {
+        m.magnitude = p.absmax ? Larger()(m.magnitude, p.partials[i].magnitude) : m.magnitude + p.partials[i].magnitude;
+        m.sum += p.partials[i].sum;
+      }
+      limit = limit_of(p, combine<kBlock>(m, p.absmax, p.binary, slots), 0);
+      if (base == 0 && threadIdx.x == 0 && !p.given) *p.scale = limit.scale;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (row[i] >= 0) store(p, kept[i], limit, row[i] * p.length, row[i] * p.row_bytes, begin[i], p.length);
+    }
+  }
+}
+
+constexpr std::size_t kSlots = 2 * kBlock / kWarp * sizeof(double);
+
+template <class T, int THREADS, int LOADS>
+int run_rows(const Weight<T>& p, cudaStream_t stream) {
+  const dim3 grid = {static_cast<unsigned>(ceil_div<int64_t>(p.rows, kBlock / THREADS))};
+  return launch(quantize_shared_rows<T, THREADS, LOADS>, grid, kBlock, kSlots, stream, p);
+}
+
+template <class T>
+int quantize_by_rows(const Weight<T>& p, cudaStream_t stream) {
+  const int64_t chunks = ceil_div<int64_t>(p.length, Chunk<T>::kSize);
+  if (chunks <= 2 * 8) return run_rows<T, 8, 2>(p, stream);
+  if (chunks <= 4 * 8) return run_rows<T, 8, 4>(p, stream);
+  if (chunks <= 4 * kWarp) return run_rows<T, kWarp, 4>(p, stream);
+  if (chunks <= 12 * kWarp) return run_rows<T, kWarp, 12>(p, stream);
+  if (chunks <= 4 * kBlock) return run_rows<T, kBlock, 4>(p, stream);
+  if (chunks <= 12 * kBlock) return run_rows<T, kBlock, 12>(p, stream);
+  return run_rows<T, kBlock, 0>(p, stream);
+}
+
+template <class T>
+int quantize_tensor(const Weight<T>& rows, const QuantizeWeight& q, cudaStream_t stream) {
+  Weight<T> p = rows;
+  p.count = static_cast<double>(q.n) * static_cast<double>(q.k);
+  if (!p.given || p.binary) {
+    p.partials = static_cast<Moments*>(q.workspace);
+    Weight<T> flat = p;
+    flat.wide = wide_rows(q.w, q.n * q.k, sizeof(T));
+    if (const int error = launch(measure<T>, {kPartials}, kBlock, kSlots, stream, flat)) return error;
+  }
+  if (q.k % Chunk<T>::kSize == 0) {
+    p.length *= p.rows;
+    p.rows = 1;
+  }
+  const int64_t chunks = p.rows * ceil_div<int64_t>(p.length, Chunk<T>::kSize);
+  const int64_t blocks = ceil_div<int64_t>(chunks, kBlock * 4);
+  return launch(quantize_all<T>, {static_cast<unsigned>(blocks < 2 * kPartials ? blocks : 2 * kPartials)}, kBlock, kSlots, stream, p);
+}
+
+template <class T>
+int quantize(const QuantizeWeight& q, cudaStream_t stream) {
+  Weight<T> p = {};
+  const bool shared_rows = q.granularity != Granularity::tensor;
+  const bool straddles = q.packed && q.groups > 1 && (q.k / q.groups) % 4 != 0;  // bytes shared by two groups
+  p.w = static_cast<const T*>(q.w);
+  p.groups = shared_rows ? q.groups : 1;
+  p.rows = q.n * p.groups;
+  p.length = q.k / p.groups;
+  p.row_bytes = ceil_div<int64_t>(q.k, 4);
+  p.absmax = q.reduce == Reduce::absmax;
+  p.given = q.reduce == Reduce::given;
+  p.binary = q.binary;
+  p.scale_dtype = q.scale_dtype;
+  p.eps = q.eps;
+  p.t = q.t;
+  p.packed = straddles ? nullptr : q.packed;
+  p.scale = q.scale;
+  p.count = static_cast<double>(p.length);
+  p.wide = wide_rows(q.w, p.length, sizeof(T));
+  p.wide_t = aligned(q.t, 4) && p.length % 4 == 0;
+  if (straddles && !q.t) return kInvalidValue;
+  if (!shared_rows) return quantize_tensor(p, q, stream);
+  if (const int error = quantize_by_rows(p, stream)) return error;
+  return straddles ? pack(q.t, q.n, q.k, Layout::bits, q.packed, nullptr, stream) : 0;
+}
+
+}  // namespace
+
+int quantize_weight(const QuantizeWeight& q, cudaStream_t stream) {
+  if (q.n == 0 || q.k == 0) return 0;
+  const bool group = q.granularity == Granularity::group;
+  if (q.n < 0 || q.k < 0 || q.k > kMaxWidth || q.groups < 1 || q.k % q.groups || (!group && q.groups != 1) || !q.scale ||
+      (q.granularity == Granularity::tensor && !q.workspace))
+    return kInvalidValue;
+  switch (q.dtype) {
+    case Dtype::f32: return quantize<float>(q, stream);
+    case Dtype::bf16: return quantize<Bf16>(q, stream);
+    case Dtype::f16: return quantize<F16>(q, stream);
+  }
+  return kInvalidValue;
+}
+
+}  // namespace qat::cuda

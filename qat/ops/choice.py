@@ -1,0 +1,46 @@
+"""Which kernels a device takes: compiled where they can be had, else the reference, and never silently."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qat.ops.cache import BuildError
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which kernels a device has, and why."""
+
+    kernels: str
+    why: str
+
+
+def choose(device: str, load: Callable[[], str]) -> Status:
+    """`load` loads the device's kernels and describes them, or raises BuildError; QAT_KERNELS overrides.
+
+    One line on stderr says what was taken, and why.
+
+    Raises:
+        ValueError: an unknown QAT_KERNELS.
+        RuntimeError: QAT_KERNELS=compiled, but there are none.
+    """
+    found = _find(device, load)
+    print(f"qat: {found.kernels} {device} kernels: {found.why}", file=sys.stderr, flush=True)
+    return found
+
+
+def _find(device: str, load: Callable[[], str]) -> Status:
+    wish = os.environ.get("QAT_KERNELS", "auto")
+    if wish not in ("auto", "compiled", "reference"):
+        raise ValueError(f"QAT_KERNELS={wish!r} is not allowed; choose one of auto, compiled, reference")
+    if wish == "reference":
+        return Status("reference", "QAT_KERNELS=reference")
+    try:
+        return Status("compiled", load())
+    except BuildError as error:
+        if wish == "compiled":
+            raise RuntimeError(f"QAT_KERNELS=compiled, but there are no compiled {device} kernels: {error}") from error
+        return Status("reference", str(error))

@@ -1,0 +1,213 @@
+"""The ops on CUDA: compiled kernels on GPUs of compute capability 8.0 or later, else the reference, and never silently.
+
+The library is compiled and loaded at the first call. No op waits for the device, except that `pack_ternary` and
+`unpack_ternary` refuse bad values, for which they must look at them. All work is in the current stream of the tensors'
+device and can be captured into a CUDA graph, after a first call outside of one.
+
+Latent weights are quantized anew at every forward: on a GPU that costs one read of the weight, a few percent of a
+training step, where noticing every change (`p.data.add_(...)` counts no version) would cost the same read and a wait.
+It also keeps a captured step right: its replay quantizes the weight as the optimizer left it.
+Packed 2-bit weights are read as they are. Base-3 weights are repacked to 2 bits once and kept while they are unchanged.
+
+Legend: M tokens, N out_features, K in_features, G groups along K.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat import packing, quantizers
+from qat.ops import build_cuda, reference
+from qat.ops.cache import BuildError
+from qat.ops.choice import Status, choose
+from qat.ops.derived import Derived
+from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
+
+MAX_WIDTH = 2**18
+MAX_INT8_WIDTH = 2**17  # sums of int8 times int8 stay in int32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The enums of csrc/cuda/kernels.h
+_GRANULARITIES = {"tensor": 0, "channel": 1, "group": 2}
+_REDUCTIONS = {"absmean": 0, "absmax": 1}
+_GIVEN = 2
+_SCALE_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+_states: dict[int, Status] = {}
+_lock = threading.Lock()
+
+
+def _load(index: int) -> str:
+    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if torch.version.cuda is None:
+        raise BuildError("this torch is built without CUDA")
+    if capability < build_cuda.LEAST:
+        least = ".".join(map(str, build_cuda.LEAST))
+        raise BuildError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need {least} (Ampere) or later"
+        )
+    arch = build_cuda.arch_of(capability)
+    library = build_cuda.load(build_cuda.needed_archs())
+    built = build_cuda.archs_of(library)
+    if not any(build_cuda.serves(one, arch) for one in built):
+        raise BuildError(f"{library} is built for {', '.join(built)}, but {name} needs {arch}; name it in QAT_CUDA_ARCHS")
+    return f"{name} (sm_{arch}) from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
+
+
+def status(index: int | None = None) -> Status:
+    """Load the kernels of a device, the current one if None, or find out why not, once; say on stderr what was taken."""
+    place = torch.cuda.current_device() if index is None else index
+    if place not in _states:
+        with _lock:
+            if place not in _states:
+                _states[place] = choose("CUDA", lambda: _load(place))
+    return _states[place]
+
+
+def _serves(x: Tensor, k: int = 0) -> bool:
+    return k <= MAX_WIDTH and status(x.device.index).kernels == "compiled"
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """float64 is quantized from float32, as the reference does."""
+    return x if x.dtype in _DTYPES else x.float()
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+_bits = Derived(lambda tensor: tensor._version)
+
+
+def clear_caches() -> None:
+    """Forget all repacked weights; CUDA graphs that read them must not be replayed any more."""
+    _bits.entries.clear()
+
+
+def two_bit(packed: Tensor, k: int, layout: str) -> Tensor:
+    """Packed weights in the layout that the kernels read; what is made is kept as long as `packed` lives.
+
+    Nothing is kept that is made inside a capture, because its memory belongs to the graph. Where `packed` has changed, the
+    kept bytes are overwritten in place, so a graph that was captured with them reads valid memory, and the new weight.
+    """
+    if layout == "2bit":
+        return packed.contiguous()
+    if packed.is_inference():  # it counts no versions
+        return torch.ops.qat.cuda_repack(packed.contiguous(), k)
+    found, token = _bits.get((packed,), k)
+    stream, capturing = torch.cuda.current_stream(packed.device), torch.cuda.is_current_stream_capturing()
+    if found is None:
+        bits, stale = torch.ops.qat.cuda_repack(packed.contiguous(), k), _bits.stale(token)
+        if capturing:
+            return bits
+        bits = bits if stale is None else stale[0].copy_(bits)
+        _bits.put(token, (bits, stream, stream.record_event()))
+        return bits
+    bits, maker, ready = found
+    if stream != maker and not capturing:  # the start of a capture has waited for the device
+        ready.wait(stream)
+    return bits
+
+
+def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
+    if x.ndim == 0 or not x.is_floating_point() or x.numel() == 0 or not _serves(x, x.shape[-1]):
+        return reference.quantize_activation(x, granularity, eps)
+    return torch.ops.qat.cuda_quantize_activation(_narrow(x), granularity == "tensor", eps)
+
+
+def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if w.ndim != 2 or not w.is_floating_point() or w.numel() == 0 or not _serves(w):
+        return quantizers.quantize_weight(w, *options)
+    return torch.ops.qat.cuda_quantize_weight(_narrow(w), *weight_arguments(w, WeightOptions(*options)), False)
+
+
+def weight_arguments(w: Tensor, o: WeightOptions) -> tuple[Any, ...]:
+    """What `cuda_quantize_weight` takes after w; its last argument tells codes from 2-bit bytes."""
+    quantizers.check_group_size(w.shape[1], o.group_size)
+    reduction, given = _REDUCTIONS.get(o.scale, _GIVEN), None
+    if reduction == _GIVEN:
+        _, value, shape = quantizers.weight_scale(w, *o[1:])
+        given = value.reshape(shape).contiguous()
+    groups = quantizers.scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size)[1]
+    binary, scale_dtype = o.scheme == "binary", _SCALE_DTYPES[o.scale_dtype]
+    return _GRANULARITIES[o.granularity], reduction, groups, binary, scale_dtype, o.eps, given
+
+
+def pack_ternary(t: Tensor, layout: str) -> Tensor:
+    if t.ndim != 2 or t.dtype != torch.int8 or t.numel() == 0 or layout not in packing.LAYOUTS or not _serves(t):
+        return packing.pack_ternary(t, layout)
+    bad = torch.full((1,), -1, dtype=torch.int64, device=t.device)
+    packed = torch.ops.qat.cuda_pack(t.contiguous(), layout == "base3", bad)
+    return packed if bad.item() < 0 else packing.pack_ternary(t, layout)  # which says what is wrong
+
+
+def unpack_ternary(packed: Tensor, k: int, layout: str) -> Tensor:
+    known = layout in packing.LAYOUTS and packed.dtype == torch.uint8 and packed.ndim == 2 and packed.numel() > 0
+    if not known or packed.shape[1] != packing.LAYOUTS[layout].row_bytes(k) or not _serves(packed):
+        return packing.unpack_ternary(packed, k, layout)
+    bad = torch.full((1,), -1, dtype=torch.int64, device=packed.device)
+    t = torch.ops.qat.cuda_unpack(packed.contiguous(), k, layout == "base3", bad)
+    return t if bad.item() < 0 else packing.unpack_ternary(packed, k, layout)  # which says what is wrong
+
+
+def _linear_arguments(packed: Tensor, scale: Tensor, bias: Tensor | None, o: PackedOptions) -> tuple[Any, ...]:
+    """What `cuda_packed_linear` takes between x and `overlap`."""
+    bits = two_bit(packed, o.in_features, o.layout)
+    return bits, scale.contiguous(), _bias(bias), o.in_features, o.act_granularity == "tensor", o.eps
+
+
+def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    o = PackedOptions(*options)
+    if o.act_bits is None or x.numel() == 0 or packed.numel() == 0 or not _serves(x, o.in_features):
+        return reference.packed_linear(x, packed, scale, bias, *options)
+    arguments = _linear_arguments(packed, scale, bias, o)
+    return torch.ops.qat.cuda_packed_linear(_narrow(x), *arguments, False).to(x.dtype)
+
+
+def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: PackedOptions) -> tuple[Any, ...] | None:
+    """(op, its arguments after x, and those of later calls), or None where the kernels do not serve.
+
+    The first call follows the kernels that wrote the weight. A later one need not: it overlaps the kernel before it.
+    """
+    if packed.numel() == 0 or not _serves(packed, options.in_features):
+        return None
+    arguments = _linear_arguments(packed, scale, bias, options)
+    return torch.ops.qat.cuda_packed_linear.default, (*arguments, False), (*arguments, True)
+
+
+def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o = TrainingOptions(*options)
+    if o.act_bits is None or x.numel() == 0 or weight.numel() == 0 or not _serves(x, weight.shape[1]):
+        return reference.bitlinear(x, weight, bias, *options)
+    t, w_scale = quantize_weight(weight, *o.weight)
+    y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(_narrow(x), t, w_scale, _bias(bias), o.act_granularity == "tensor", o.eps)
+    return y.to(x.dtype), x_q, x_scale, t, w_scale
+
+
+def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
+    if x.numel() == 0 or t.numel() == 0 or not _serves(x, t.shape[0]):
+        return reference.quantized_matmul(x, t, eps)
+    one = x.new_ones(1, 1, dtype=torch.float32)
+    return torch.ops.qat.cuda_bitlinear(_narrow(x), t.t().contiguous(), one, None, False, eps)[0].to(x.dtype)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.numel() == 0 or b.numel() == 0 or a.shape[1] > MAX_INT8_WIDTH or not _serves(a):
+        return reference.int8_matmul(a, b)
+    return torch.ops.qat.cuda_int8_matmul(a.contiguous(), b.t().contiguous())
+
+
+KERNELS = {
+    "quantize_activation": quantize_activation,
+    "quantize_weight": quantize_weight,
+    "pack_ternary": pack_ternary,
+    "unpack_ternary": unpack_ternary,
+    "packed_linear": packed_linear,
+    "bitlinear": bitlinear,
+    "quantized_matmul": quantized_matmul,
+    "int8_matmul": int8_matmul,
+}
