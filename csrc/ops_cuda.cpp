@@ -2,8 +2,9 @@
 // shapes and devices, allocates, and hands the current stream to cuda/kernels.h. The ops are below autograd and are not
 // for users: qat/ops/cuda.py calls them and says what a user did wrong. Nothing here waits for the device.
 //
+// With QAT_EMULATE the kernels run on the CPU (cuda/emulation.h) and so do these ops, for the tests.
+//
 // Legend: M tokens, N out_features, K in_features, G groups along K.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,26 +18,57 @@
 
 #include "cuda/kernels.h"
 
+#if defined(QAT_EMULATE)
+#define QAT_DEVICE CPU
+#else
+#define QAT_DEVICE CUDA
+#include <cuda_runtime_api.h>
+
 // The one symbol that only a torch with CUDA has (libtorch_cuda). Weak, so that this file links and loads beside a CPU
 // torch as well, where no CUDA tensor can ever reach it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Makes x's device the current one while it lives, and knows its stream.
-class Device {
+#if defined(QAT_EMULATE)
+
+struct Stream {
+  explicit Stream(int32_t) {}
+  cudaStream_t get() const { return nullptr; }
+};
+int32_t device_type() { return aoti_torch_device_type_cpu(); }
+const char* message(int) { return "the emulation says why"; }
+
+#else
+
+// Makes a device the current one while it lives, and knows its stream.
+class Stream {
  public:
-  explicit Device(const Tensor& x) : index(x.get_device_index()), guard_(index) {
-    STD_TORCH_CHECK(x.is_cuda() && aoti_torch_get_current_cuda_stream, "expected a CUDA tensor and a torch with CUDA");
-    void* found = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &found));
-    stream = static_cast<cudaStream_t>(found);
+  explicit Stream(int32_t index) : guard_(index) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
   }
+  cudaStream_t get() const { return static_cast<cudaStream_t>(stream_); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+int32_t device_type() { return aoti_torch_device_type_cuda(); }
+const char* message(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+#endif
+
+// Where x is: it becomes the current device, and what is allocated here lies there too.
+struct Device {
+  explicit Device(const Tensor& x) : index(x.get_device_index()), guard(index), stream(guard.get()) {}
   const int32_t index;
-  cudaStream_t stream = nullptr;
+  const Stream guard;
+  const cudaStream_t stream;
 
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
     std::vector<int64_t> strides(sizes.size());
@@ -45,17 +77,19 @@ class Device {
     const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
-                                                           aoti_torch_device_type_cuda(), index, &handle));
+                                                           device_type(), index, &handle));
     return Tensor(handle);
   }
 
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  void check(const Tensor& x, ScalarType dtype, const char* name) const {
+    int32_t type = -1;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    STD_TORCH_CHECK(type == device_type() && x.get_device_index() == index, name, " is not on CUDA device ", index);
+    STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous(), name, " has a wrong dtype or is not contiguous");
+  }
 };
 
-void done(int error, const char* what) {
-  STD_TORCH_CHECK(error == 0, what, " failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
-}
+void done(int error, const char* what) { STD_TORCH_CHECK(error == 0, what, " failed: ", message(error)); }
 
 qat::cuda::Dtype dtype_of(ScalarType type) {
   switch (type) {
@@ -64,11 +98,6 @@ qat::cuda::Dtype dtype_of(ScalarType type) {
     case ScalarType::Half: return qat::cuda::Dtype::f16;
     default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
   }
-}
-
-void check(const Tensor& x, const Device& device, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device.index, name, " is not on CUDA device ", device.index);
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_contiguous(), name, " has a wrong dtype or is not contiguous");
 }
 
 Tensor rows_in_memory(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -89,7 +118,7 @@ int64_t rows_of(const Tensor& x) {
 }
 
 const uint8_t* bytes_of(const Device& device, const Tensor& packed, int64_t k, int64_t per_byte) {
-  check(packed, device, ScalarType::Byte, "packed");
+  device.check(packed, ScalarType::Byte, "packed");
   STD_TORCH_CHECK(packed.dim() == 2 && packed.size(1) == (k + per_byte - 1) / per_byte, "packed does not fit K = ", k);
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
@@ -103,11 +132,11 @@ struct Result {
 
 Result make_result(const Device& device, const Tensor& x, int64_t n, const Tensor& scale, const std::optional<Tensor>& bias) {
   const int64_t k = x.size(x.dim() - 1), groups = scale.dim() == 2 ? scale.size(1) : 0;
-  check(scale, device, ScalarType::Float, "scale");
+  device.check(scale, ScalarType::Float, "scale");
   STD_TORCH_CHECK(groups >= 1 && (scale.size(0) == 1 || scale.size(0) == n), "scale must be [1 | N, 1 | G]");
   STD_TORCH_CHECK(k <= qat::cuda::kMaxWidth && k % groups == 0, "unsupported K = ", k, " in ", groups, " groups");
   if (bias) {
-    check(*bias, device, ScalarType::Float, "bias");
+    device.check(*bias, ScalarType::Float, "bias");
     STD_TORCH_CHECK(bias->numel() == n, "bias must be [N]");
   }
   Result result = {device.empty(with_last(x, n), x.scalar_type()), groups, {}};
@@ -159,7 +188,7 @@ std::tuple<Tensor, Tensor> cuda_quantize_weight(const Tensor& w_any, int64_t gra
   STD_TORCH_CHECK(!packed || groups == 1 || k / groups % 4 == 0, "groups of a packed weight must be multiples of 4");
   Tensor codes = packed ? device.empty({n, (k + 3) / 4}, ScalarType::Byte) : device.empty({n, k}, ScalarType::Char);
   Tensor scale = given ? *given : device.empty({rows, groups}, ScalarType::Float);
-  check(scale, device, ScalarType::Float, "scale");
+  device.check(scale, ScalarType::Float, "scale");
   STD_TORCH_CHECK(scale.numel() == rows * groups, "scale must be [1 | N, 1 | G]");
   qat::cuda::QuantizeWeight p = {};
   p.w = w.const_data_ptr();
@@ -218,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Ten
   const Device device(x_any);
   const Tensor x = rows_in_memory(x_any);
   const int64_t k = x.size(x.dim() - 1), m = rows_of(x);
-  check(t, device, ScalarType::Char, "t");
+  device.check(t, ScalarType::Char, "t");
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == k, "t must be [N, ", k, "]");
   const Result result = make_result(device, x, t.size(0), scale, bias);
   Tensor codes = device.empty(with_last(x, k), ScalarType::Char);
@@ -240,8 +269,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Ten
 // int32 [M, N] of int8 a [M, K] and b [N, K]: a . b^T
 Tensor cuda_int8_matmul(const Tensor& a, const Tensor& b) {
   const Device device(a);
-  check(a, device, ScalarType::Char, "a");
-  check(b, device, ScalarType::Char, "b");
+  device.check(a, ScalarType::Char, "a");
+  device.check(b, ScalarType::Char, "b");
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(1) <= qat::cuda::kMaxWidth, "a and b must be [M, K] and [N, K]");
   Tensor y = device.empty({a.size(0), b.size(0)}, ScalarType::Int);
   qat::cuda::Linear p = {};
@@ -259,7 +288,7 @@ Tensor cuda_int8_matmul(const Tensor& a, const Tensor& b) {
 
 // `bad`, int64 [1] holding -1, becomes the smallest flat index of what holds no ternary code.
 uint64_t* first_bad(const Device& device, Tensor& bad) {
-  check(bad, device, ScalarType::Long, "bad");
+  device.check(bad, ScalarType::Long, "bad");
   STD_TORCH_CHECK(bad.numel() == 1, "bad must be [1]");
   return static_cast<uint64_t*>(bad.mutable_data_ptr());
 }
@@ -268,7 +297,7 @@ qat::cuda::Layout layout_of(bool base3) { return base3 ? qat::cuda::Layout::base
 
 Tensor cuda_pack(const Tensor& t, bool base3, Tensor bad) {
   const Device device(t);
-  check(t, device, ScalarType::Char, "t");
+  device.check(t, ScalarType::Char, "t");
   const int64_t n = t.size(0), k = t.size(1), per_byte = base3 ? 5 : 4;
   Tensor packed = device.empty({n, (k + per_byte - 1) / per_byte}, ScalarType::Byte);
   done(qat::cuda::pack(static_cast<const int8_t*>(t.const_data_ptr()), n, k, layout_of(base3), static_cast<uint8_t*>(packed.mutable_data_ptr()),
@@ -313,7 +342,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cuda_repack(Tensor base3, int k) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(qat, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(qat, QAT_DEVICE, m) {
   m.impl("cuda_quantize_activation", TORCH_BOX(&cuda_quantize_activation));
   m.impl("cuda_quantize_weight", TORCH_BOX(&cuda_quantize_weight));
   m.impl("cuda_packed_linear", TORCH_BOX(&cuda_packed_linear));

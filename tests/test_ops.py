@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat import QuantConfig, ops
+from qat import BitLinear, QuantConfig, ops
+from qat.ops import cpu
+from qat.ops.choice import Status
 from qat.quantizers import dequantize_weight
 
 N, K = 6, 20
@@ -165,6 +167,15 @@ def test_bias_is_added_after_rescaling() -> None:
 def test_backend_names_the_kernels_and_the_reason() -> None:
     found = ops.backend()["cpu"]
     assert found["kernels"] in ("reference", "compiled") and found["why"]
+
+
+def test_compiled_kernels_are_insisted_on_under_compile_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = BitLinear(K, N)
+    layer.config.kernels = "compiled"
+    monkeypatch.setattr(cpu, "_status", Status("reference", "just so"))
+    with pytest.raises(Exception, match="quant.kernels=compiled, but cpu has none: just so"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, K))
+    torch._dynamo.reset()
 
 
 X, W, PACKED, SCALE = torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(3, 2, dtype=torch.uint8), torch.ones(1, 1)

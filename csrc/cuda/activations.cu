@@ -2,11 +2,11 @@
 //
 // Floor: K (sizeof(x) + 1) bytes a token; at 4.3 TB/s, 14.6 us for 8192 x 2560 bf16 and 39.5 us for 8192 x 6912.
 // Design: each token is read once, 16 bytes a load, all loads of a row issued before the first use, and stays in registers
-// between the maximum and the rounding. A warp takes a row of up to 16 loads a lane (no barrier at all), a block of 256 a
+// between the maximum and the rounding. A warp takes a row of up to 12 loads a lane (no barrier at all), a block of 256 a
 // longer one. In flight on an SM for K = 2560 bf16: at least 20 warps (<= 96 registers) x 5 KB = 100 KB, more than twice
 // what latency x bandwidth asks for (about 40 KB). Arithmetic: about 7 instructions an element (convert, max, mul, add, and
 // 3/4 of a prmt), a third of the issue slots in that time; no F2I, which runs at a quarter of the rate.
-// Rows beyond the registers' reach are read twice, the second time from the L2 cache.
+// Rows beyond the registers' reach, or not aligned to 16 bytes, are read twice and by elements.
 // Not measured: no GPU was there when this was written.
 #include "codes.h"
 #include "internal.h"
@@ -29,47 +29,54 @@ struct Rows {
   int64_t stride;          // bytes of a row of codes
   float eps, norm_eps;
   Phase phase;
-  bool interleave, wide, wide_codes;
+  bool interleave;
+  bool wide;               // x is read by 16 bytes, and codes are written by 4 or 8
 };
 
-// Elements [begin, begin + kSize) of a row, by 4 or 8 bytes where that is possible.
 template <class T>
-__device__ void store_codes(const Rows<T>& p, int64_t row, int64_t begin, const Chunk<T>& chunk, float divisor) {
-  constexpr int kSize = Chunk<T>::kSize;
-  uint32_t codes[kSize];
+__device__ __forceinline__ void round_chunk(const Chunk<T>& chunk, float divisor, uint32_t (&codes)[Chunk<T>::kSize]) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) codes[i] = code_bits(chunk[i], divisor);
-  int8_t* out = p.codes + row * p.stride;
-  if (p.wide_codes && !p.interleave) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(out + begin);
-    if constexpr (kSize == 8) {
-      *reinterpret_cast<uint64_t*>(words) = gather_bytes(codes[0], codes[1], codes[2], codes[3]) |
-                                            static_cast<uint64_t>(gather_bytes(codes[4], codes[5], codes[6], codes[7])) << 32;
-    } else {
-      *words = gather_bytes(codes[0], codes[1], codes[2], codes[3]);
-    }
-  } else if (p.wide_codes) {
-    int8_t* block = out + begin / 16 * 16 + begin % 16 / 8 * 4;  // of one group only
-    if constexpr (kSize == 8) {
-      *reinterpret_cast<uint32_t*>(block) = gather_bytes(codes[0], codes[2], codes[4], codes[6]);
-      *reinterpret_cast<uint32_t*>(block + 8) = gather_bytes(codes[1], codes[3], codes[5], codes[7]);
-    } else {
-      block += begin % 8 / 4 * 2;
-      *reinterpret_cast<uint16_t*>(block) = static_cast<uint16_t>(byte_permute(codes[0], codes[2], 0x0040));
-      *reinterpret_cast<uint16_t*>(block + 8) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040));
-    }
+  for (int i = 0; i < Chunk<T>::kSize; ++i) codes[i] = code_bits(chunk[i], divisor);
+}
+
+// Elements [begin, begin + kSize) of a row by 4 or 8 bytes.
+template <class T>
+__device__ __forceinline__ void store_natural(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
+  uint32_t codes[Chunk<T>::kSize];
+  round_chunk(chunk, divisor, codes);
+  const uint32_t low = gather_bytes(codes[0], codes[1], codes[2], codes[3]);
+  if constexpr (Chunk<T>::kSize == 8) {
+    const uint32_t high = gather_bytes(codes[4], codes[5], codes[6], codes[7]);
+    *reinterpret_cast<uint64_t*>(row + begin) = low | static_cast<uint64_t>(high) << 32;
   } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      int64_t at = begin + i;
-      if (at >= p.k) break;
-      if (p.interleave) {
-        const int64_t group = at / p.length, inside = at - group * p.length;
-        at = group * (p.stride / p.groups) + inside / 16 * 16 + interleaved(static_cast<int>(inside % 16));
-      }
-      out[at] = static_cast<int8_t>(codes[i]);
-    }
+    *reinterpret_cast<uint32_t*>(row + begin) = low;
   }
+}
+
+// The same, interleaved: groups are whole blocks of 64, or there is one.
+template <class T>
+__device__ __forceinline__ void store_interleaved(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
+  uint32_t codes[Chunk<T>::kSize];
+  round_chunk(chunk, divisor, codes);
+  int8_t* block = row + begin / 16 * 16 + begin % 16 / 8 * 4;
+  if constexpr (Chunk<T>::kSize == 8) {
+    *reinterpret_cast<uint32_t*>(block) = gather_bytes(codes[0], codes[2], codes[4], codes[6]);
+    *reinterpret_cast<uint32_t*>(block + 8) = gather_bytes(codes[1], codes[3], codes[5], codes[7]);
+  } else {
+    block += begin % 8 / 4 * 2;
+    *reinterpret_cast<uint16_t*>(block) = static_cast<uint16_t>(byte_permute(codes[0], codes[2], 0x0040));
+    *reinterpret_cast<uint16_t*>(block + 8) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040));
+  }
+}
+
+// One code of any row.
+template <class T>
+__device__ __forceinline__ void store_one(const Rows<T>& p, int8_t* row, int64_t at, float value, float divisor) {
+  if (p.interleave) {
+    const int64_t group = at / p.length, inside = at - group * p.length;
+    at = group * (p.stride / p.groups) + inside / 16 * 16 + interleaved(static_cast<int>(inside % 16));
+  }
+  row[at] = static_cast<int8_t>(code_bits(value, divisor));
 }
 
 // The zeros between the groups of an interleaved row.
@@ -91,45 +98,49 @@ __device__ __forceinline__ Chunk<T> normalize(const Rows<T>& p, Chunk<T> chunk, 
   return chunk;
 }
 
-// THREADS take one row, each LOADS chunks of it; LOADS = 0 is a row of any length, loaded anew at each use.
-template <class T, int THREADS, int LOADS>
+// THREADS take one row, each LOADS chunks of it, 16 bytes at a time; LOADS = 0 is a row of any length and alignment, which
+// is loaded anew at each use. NORM: the chunks are normalized first.
+template <class T, int THREADS, int LOADS, bool NORM>
 __global__ void __launch_bounds__(kBlock) quantize_rows(const Rows<T> p) {
-  constexpr int kSize = Chunk<T>::kSize, kKept = LOADS > 0 ? LOADS : 1;
+  constexpr int kSize = Chunk<T>::kSize;
+  constexpr bool kKeep = LOADS > 0;
   float* slots = reinterpret_cast<float*>(shared_memory());
   const int thread = threadIdx.x % THREADS;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / THREADS) + threadIdx.x / THREADS;
   if (row >= p.m) return;  // a whole warp, and never where the block meets
   const T* x = p.x + row * p.k;
   const auto begin_of = [&](int64_t i) { return (i * THREADS + thread) * kSize; };
-  const int64_t loads = LOADS > 0 ? LOADS : ceil_div<int64_t>(p.k, THREADS * kSize);
-
-  Chunk<T> kept[kKept];
-  if constexpr (LOADS > 0) {
+  const int64_t loads = kKeep ? LOADS : ceil_div<int64_t>(p.k, THREADS * kSize);
+  Chunk<T> kept[kKeep ? LOADS : 1];
+  if constexpr (kKeep) {
 #pragma unroll
-    for (int i = 0; i < LOADS; ++i) kept[i] = load_chunk(x, begin_of(i), p.k, p.wide);
+    for (int i = 0; i < LOADS; ++i) kept[i] = load_chunk<true>(x, begin_of(i), p.k);
   }
+
   float factor = 0.0f;
-  if (p.norm_weight) {
+  if constexpr (NORM) {
     float squares = 0.0f;
 #pragma unroll
     for (int64_t i = 0; i < loads; ++i) {
-      const Chunk<T> chunk = LOADS > 0 ? kept[i % kKept] : load_chunk(x, begin_of(i), p.k, p.wide);
+      const Chunk<T> chunk = kKeep ? kept[kKeep ? i : 0] : load_chunk<false>(x, begin_of(i), p.k);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) squares = add(squares, mul(chunk[j], chunk[j]));
     }
     squares = reduce_threads<THREADS>(squares, Sum(), slots);
     factor = reciprocal(square_root(add(divide(squares, static_cast<float>(p.k)), p.norm_eps)));
-  }
-  const auto chunk_at = [&](int64_t i) {
-    const Chunk<T> chunk = LOADS > 0 ? kept[i % kKept] : load_chunk(x, begin_of(i), p.k, p.wide);
-    return p.norm_weight && (LOADS == 0 || p.phase != Phase::token) ? normalize(p, chunk, begin_of(i), factor) : chunk;
-  };
-  if constexpr (LOADS > 0) {
-    if (p.norm_weight && p.phase == Phase::token) {
+    if constexpr (kKeep) {
 #pragma unroll
       for (int i = 0; i < LOADS; ++i) kept[i] = normalize(p, kept[i], begin_of(i), factor);
     }
   }
+  const auto chunk_at = [&](int64_t i) {
+    if constexpr (kKeep) {
+      return kept[i];
+    } else {
+      const Chunk<T> chunk = load_chunk<false>(x, begin_of(i), p.k);
+      return NORM ? normalize(p, chunk, begin_of(i), factor) : chunk;
+    }
+  };
 
   float absmax = 0.0f;
   if (p.phase == Phase::given) {
@@ -147,32 +158,46 @@ __global__ void __launch_bounds__(kBlock) quantize_rows(const Rows<T> p) {
     if (thread == 0) atomic_max(p.absmax, float_to_bits(absmax));  // of floats >= 0, and NaN above all, bits order as numbers do
     return;
   }
+
   const float divisor = divisor_of(absmax, p.eps);
   if (thread == 0 && p.divisor) p.divisor[row] = divisor;
   if (thread == 0 && p.scale) p.scale[row] = reciprocal(divisor);
+  int8_t* codes = p.codes + row * p.stride;
+  if constexpr (!kKeep) {
+    for (int64_t i = thread; i < loads * THREADS; i += THREADS) {
+      const Chunk<T> chunk = chunk_at(i / THREADS);
+      for (int j = 0; j < kSize && i * kSize + j < p.k; ++j) store_one(p, codes, i * kSize + j, chunk[j], divisor);
+    }
+  } else if (p.interleave) {
 #pragma unroll
-  for (int64_t i = 0; i < loads; ++i) {
-    if (begin_of(i) < p.k) store_codes(p, row, begin_of(i), chunk_at(i), divisor);
+    for (int i = 0; i < LOADS; ++i)
+      if (begin_of(i) < p.k) store_interleaved(codes, begin_of(i), kept[i], divisor);
+  } else {
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+      if (begin_of(i) < p.k) store_natural(codes, begin_of(i), kept[i], divisor);
   }
   if (p.interleave) store_padding(p, row, thread, THREADS);
 }
 
-template <class T, int THREADS, int LOADS>
+template <class T, int THREADS, int LOADS, bool NORM>
 int run(const Rows<T>& p, cudaStream_t stream) {
   const dim3 grid = {static_cast<unsigned>(ceil_div<int64_t>(p.m, kBlock / THREADS))};
-  return launch(quantize_rows<T, THREADS, LOADS>, grid, kBlock, 2 * kBlock / kWarp * sizeof(float), stream, p);
+  return launch(quantize_rows<T, THREADS, LOADS, NORM>, grid, kBlock, 2 * kBlock / kWarp * sizeof(float), stream, p);
 }
 
 template <class T>
 int choose(const Rows<T>& p, cudaStream_t stream) {
   const int64_t chunks = ceil_div<int64_t>(p.k, Chunk<T>::kSize);
-  if (chunks <= 4 * kWarp) return run<T, kWarp, 4>(p, stream);
-  if (chunks <= 8 * kWarp) return run<T, kWarp, 8>(p, stream);
-  if (chunks <= 12 * kWarp) return run<T, kWarp, 12>(p, stream);
-  if (chunks <= 16 * kWarp) return run<T, kWarp, 16>(p, stream);
-  if (chunks <= 4 * kBlock) return run<T, kBlock, 4>(p, stream);
-  if (chunks <= 8 * kBlock) return run<T, kBlock, 8>(p, stream);
-  return run<T, kBlock, 0>(p, stream);
+  if (p.norm_weight) {
+    if (!p.wide || chunks > 4 * kBlock) return run<T, kBlock, 0, true>(p, stream);
+    return chunks <= 8 * kWarp ? run<T, kWarp, 8, true>(p, stream) : run<T, kBlock, 4, true>(p, stream);
+  }
+  if (!p.wide || chunks > 8 * kBlock) return run<T, kBlock, 0, false>(p, stream);
+  if (chunks <= 4 * kWarp) return run<T, kWarp, 4, false>(p, stream);
+  if (chunks <= 8 * kWarp) return run<T, kWarp, 8, false>(p, stream);
+  if (chunks <= 12 * kWarp) return run<T, kWarp, 12, false>(p, stream);
+  return chunks <= 4 * kBlock ? run<T, kBlock, 4, false>(p, stream) : run<T, kBlock, 8, false>(p, stream);
 }
 
 // The word that the rows' maxima meet in, cleared by a launch: a memset is no kernel, and graphs take both alike.
@@ -199,9 +224,7 @@ int quantize(const QuantizeActivation& a, bool interleave, int64_t groups, cudaS
   p.eps = a.eps;
   p.norm_eps = a.norm_eps;
   p.interleave = interleave;
-  p.wide = wide_rows(a.x, a.k, sizeof(T));
-  constexpr int kSize = Chunk<T>::kSize;
-  p.wide_codes = aligned(a.codes, kSize) && a.k % kSize == 0 && (!interleave || groups == 1 || p.length % 64 == 0);
+  p.wide = wide_rows(a.x, a.k, sizeof(T)) && aligned(a.codes, 8) && (!interleave || groups == 1 || p.length % 64 == 0);
   p.phase = Phase::token;
   if (!a.per_tensor) return choose(p, stream);
   p.absmax = static_cast<uint32_t*>(a.workspace);

@@ -8,8 +8,9 @@
 // cost as much for the first one and again for every other.
 // Weights come by asynchronous copies, 16 bytes each, into a ring of 4 x 1 KB that a warp has for itself, so the main loop
 // has no block barrier. In flight: 3 KB a warp x 26 warps (N = 13824: 3456 warps on 132 SMs, one wave at 4 blocks an SM)
-// = 78 KB an SM, twice latency x bandwidth. Warps split K in up to 8, so that 160 row tiles (N = 2560) still give 1280 warps;
-// with groups they do not split, because the sum over groups has a fixed order.
+// = 78 KB an SM, twice latency x bandwidth. Warps split K in up to 8, so that 160 row tiles (N = 2560) still give 1280 warps.
+// They meet in int32 sums in shared memory, one for each group, by atomic adds, which in integers have no order; the float
+// sum over groups, which has one, is taken at the end.
 // The copies start before anything else: a single token is quantized by every block for itself while they are under way
 // (5 KB from the L2 cache); with `overlap` they even start before the previous kernel on the stream has ended.
 // Activations lie in shared memory interleaved (codes.h), so that a B fragment is one 16-byte load without bank conflicts.
@@ -42,18 +43,21 @@ struct Decode {
   int tokens;            // of a thread block
   int splits;            // warps that share a row tile
   float eps;
+  bool wide;             // x can be read 16 bytes at a time
 };
 
-// Parts of shared memory, in bytes from its start. Row tiles' sums reuse the ring.
+// Parts of shared memory, in bytes from its start, for blocks of `tiles` row tiles.
 struct Places {
-  std::size_t x, scales, divisors, slots, end;
+  std::size_t x, sums, scales, divisors, slots, end;
 };
 
-__host__ __device__ Places places(int blocks64, int tokens, int groups) {
+__host__ __device__ Places places(int blocks64, int tokens, int groups, int tiles) {
+  const auto g = static_cast<std::size_t>(groups), t = static_cast<std::size_t>(tokens);
   Places at = {};
   at.x = static_cast<std::size_t>(kWarps) * kStages * kStageBytes;
-  at.scales = at.x + static_cast<std::size_t>(blocks64) * static_cast<std::size_t>(tokens) * 64;
-  at.divisors = at.scales + (groups > 1 ? static_cast<std::size_t>(kWarps) * kRows * static_cast<std::size_t>(groups) * sizeof(float) : 0);
+  at.sums = at.x + static_cast<std::size_t>(blocks64) * t * 64;                                 // int32 [tiles][G][tokens][16]
+  at.scales = at.sums + static_cast<std::size_t>(tiles) * g * t * kRows * sizeof(int32_t);      // [16][G] where G > 1
+  at.divisors = at.scales + (groups > 1 ? kRows * g * sizeof(float) : 0);
   at.slots = at.divisors + kMostTokens * sizeof(float);
   at.end = at.slots + kWarps * sizeof(float);
   return at;
@@ -81,12 +85,12 @@ __device__ void take_codes(const Decode& p, int64_t token0, int tokens, unsigned
   if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = p.divisor[token0 + threadIdx.x];
 }
 
-template <class T>
-__device__ float absmax_of(const T* x, int64_t k, bool wide) {
+template <bool WIDE, class T>
+__device__ float absmax_of(const T* x, int64_t k) {
   constexpr int kSize = Chunk<T>::kSize;
   float most = 0.0f;
   for (int64_t begin = static_cast<int64_t>(threadIdx.x) * kSize; begin < k; begin += kBlock * kSize) {
-    const Chunk<T> chunk = load_chunk(x, begin, k, wide);
+    const Chunk<T> chunk = load_chunk<WIDE>(x, begin, k);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) most = max_nan(most, bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu));
   }
@@ -94,16 +98,15 @@ __device__ float absmax_of(const T* x, int64_t k, bool wide) {
 }
 
 // The same for one token that is not quantized yet; groups are whole blocks of 64, so only the end of x is padded.
-template <class T>
+template <class T, bool WIDE>
 __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
   const T* x = static_cast<const T*>(p.x);
-  const bool wide = reinterpret_cast<uintptr_t>(x) % 16 == 0 && p.k * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  const float divisor = divisor_of(reduce_threads<kBlock>(absmax_of(x, p.k, wide), MaxNan(), slots), p.eps);
+  const float divisor = divisor_of(reduce_threads<kBlock>(absmax_of<WIDE>(x, p.k), MaxNan(), slots), p.eps);
   for (int i = static_cast<int>(threadIdx.x); i < p.blocks64 * 4; i += kBlock) {
     uint32_t words[4];
 #pragma unroll
     for (int w = 0; w < 4; w += Chunk<T>::kSize / 4) {
-      const Chunk<T> chunk = load_chunk(x, int64_t{i} * 16 + w * 4, p.k, wide);
+      const Chunk<T> chunk = load_chunk<WIDE>(x, int64_t{i} * 16 + w * 4, p.k);
 #pragma unroll
       for (int j = 0; j < Chunk<T>::kSize; j += 4)
         words[w + j / 4] = gather_bytes(code_bits(chunk[j], divisor), code_bits(chunk[j + 1], divisor), code_bits(chunk[j + 2], divisor),
@@ -114,9 +117,18 @@ __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* 
   if (threadIdx.x == 0) divisors[0] = divisor;
 }
 
-// A warp's scales [16][G], as its float sums need them in every group.
-__device__ void take_scales(const Decode& p, int64_t row0, float* scales, int lane) {
-  for (int i = lane; i < kRows * p.groups; i += kWarp) {
+template <class T>
+__device__ __forceinline__ void quantize_any_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
+  if (p.wide) {
+    quantize_token<T, true>(p, x_shared, divisors, slots);
+  } else {
+    quantize_token<T, false>(p, x_shared, divisors, slots);
+  }
+}
+
+// The scales of a block's only row tile, [16][G].
+__device__ void take_scales(const Decode& p, int64_t row0, float* scales) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * p.groups; i += kBlock) {
     const int64_t row = row0 + i / p.groups;
     scales[i] = p.out.scale[(row < p.n ? row : p.n - 1) * p.out.scale_stride + i % p.groups];
   }
@@ -140,23 +152,30 @@ __device__ __forceinline__ void multiply(const unsigned char* stage, int j, cons
   }
 }
 
-// Where element i of a lane's fragment lies among a warp's sums [tokens][16 rows].
-__device__ __forceinline__ int fragment_place(int nt, int i, int lane) { return (nt * 8 + lane % 4 * 2 + i % 2) * kRows + lane / 4 + i / 2 * 8; }
+// A warp's share of a group's sums [tokens][16], and from zero again.
+template <int NT>
+__device__ __forceinline__ void flush(int32_t* sums, int tokens, int lane, int32_t (&acc)[NT][4]) {
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = nt * 8 + lane % 4 * 2 + i % 2;
+      if (token < tokens) atomic_add(sums + token * kRows + lane / 4 + i / 2 * 8, acc[nt][i]);
+      acc[nt][i] = 0;
+    }
+}
 
-// One output from the sums of the warps that share its tile: int32, or float where there are groups.
-__device__ __forceinline__ void finish(const Decode& p, const unsigned char* ring, const float* divisors, int tile, int token, int r,
-                                       int64_t row, int64_t y_token) {
-  const unsigned char* sums = ring + static_cast<std::size_t>(tile * p.splits) * kStages * kStageBytes + (token * kRows + r) * 4;
-  float y;
+// One output from the sums of its groups, `step` apart.
+__device__ __forceinline__ void finish(const Decode& p, const int32_t* sums, int step, float divisor, const float* scales, int64_t row, int64_t token) {
+  float y = 0.0f;
   if (p.groups > 1) {
-    y = divide(*reinterpret_cast<const float*>(sums), divisors[token]);
+    for (int g = 0; g < p.groups; ++g) y = accumulate(y, sums[g * step], scales[g]);
+    y = divide(y, divisor);
   } else {
-    int32_t acc = 0;
-    for (int s = 0; s < p.splits; ++s) acc += *reinterpret_cast<const int32_t*>(sums + s * kStages * kStageBytes);
-    y = rescale(acc, divisors[token], reciprocal(p.out.scale[row * p.out.scale_stride]));
+    y = rescale(sums[0], divisor, reciprocal(p.out.scale[row * p.out.scale_stride]));
   }
   if (p.out.bias) y = add(y, p.out.bias[row]);
-  store_element(p.out.y, p.out.dtype, y_token * p.n + row, y);
+  store_element(p.out.y, p.out.dtype, token * p.n + row, y);
 }
 
 template <int NT, bool FUSED>
@@ -164,38 +183,39 @@ __global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
   unsigned char* ring = shared_memory();
   const int64_t token0 = static_cast<int64_t>(blockIdx.y) * p.tokens;
   const int tokens = static_cast<int>(p.m - token0 < p.tokens ? p.m - token0 : p.tokens);
-  const Places at = places(p.blocks64, p.tokens, p.groups);
+  const int tiles = kWarps / p.splits, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = warp % p.splits;
+  const Places at = places(p.blocks64, p.tokens, p.groups, tiles);
   unsigned char* x_shared = ring + at.x;
-  float *divisors = reinterpret_cast<float*>(ring + at.divisors), *slots = reinterpret_cast<float*>(ring + at.slots);
+  int32_t* sums = reinterpret_cast<int32_t*>(ring + at.sums);
+  float *scales = reinterpret_cast<float*>(ring + at.scales), *divisors = reinterpret_cast<float*>(ring + at.divisors);
 
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, split = warp % p.splits;
-  const int tiles = kWarps / p.splits;
-  const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * tiles + warp / p.splits) * kRows;
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * tiles * kRows, row0 = block_row + warp / p.splits * kRows;
   unsigned char* own = ring + static_cast<std::size_t>(warp) * kStages * kStageBytes;
-  float* scales = reinterpret_cast<float*>(ring + at.scales) + static_cast<std::size_t>(warp) * kRows * static_cast<std::size_t>(p.groups);
-
   const int blocks256 = (p.blocks64 + 3) / 4, count = row0 < p.n ? (blocks256 - split + p.splits - 1) / p.splits : 0;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < count) fetch(p, row0, split + int64_t{s} * p.splits, own + s * kStageBytes, lane);
     commit_copies();
   }
-  if (p.groups > 1 && row0 < p.n) take_scales(p, row0, scales, lane);
+  const int group_sums = tokens * kRows, tile_sums = p.groups * group_sums;
+  for (int i = static_cast<int>(threadIdx.x); i < tiles * tile_sums; i += kBlock) sums[i] = 0;
+  if (p.groups > 1) take_scales(p, block_row, scales);
   wait_for_previous();
   let_next_start();
   if constexpr (FUSED) {
+    float* slots = reinterpret_cast<float*>(ring + at.slots);
     switch (p.out.dtype) {
-      case Dtype::f32: quantize_token<float>(p, x_shared, divisors, slots); break;
-      case Dtype::bf16: quantize_token<Bf16>(p, x_shared, divisors, slots); break;
-      case Dtype::f16: quantize_token<F16>(p, x_shared, divisors, slots); break;
+      case Dtype::f32: quantize_any_token<float>(p, x_shared, divisors, slots); break;
+      case Dtype::bf16: quantize_any_token<Bf16>(p, x_shared, divisors, slots); break;
+      case Dtype::f16: quantize_any_token<F16>(p, x_shared, divisors, slots); break;
     }
   } else {
     take_codes(p, token0, tokens, x_shared, divisors);
   }
   __syncthreads();
 
+  int32_t* own_sums = sums + warp / p.splits * tile_sums;
   int32_t acc[NT][4] = {};
-  float y[NT][4] = {};
   for (int it = 0; it < count; ++it) {
     wait_copies<kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled next
@@ -207,47 +227,41 @@ __global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
       const int block = (split + it * p.splits) * 4 + j;
       if (block >= p.blocks64) break;
       multiply<NT>(stage, j, x_shared + static_cast<std::size_t>(block) * static_cast<std::size_t>(tokens) * 64, tokens, lane, acc);
-      if (p.groups > 1 && (block + 1) % p.group_blocks == 0) {
-        const int group = block / p.group_blocks;
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            y[nt][i] = accumulate(y[nt][i], acc[nt][i], scales[(lane / 4 + i / 2 * 8) * p.groups + group]);
-            acc[nt][i] = 0;
-          }
-      }
+      const bool ends = (block + 1) % p.group_blocks == 0 || j == 3;  // what this warp has of the group
+      if (p.groups > 1 && ends) flush(own_sums + block / p.group_blocks * group_sums, tokens, lane, acc);
     }
   }
-
-  wait_copies<0>();
-  __syncwarp();  // the ring is free
-  uint32_t* sums = reinterpret_cast<uint32_t*>(own);
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[fragment_place(nt, i, lane)] = p.groups > 1 ? float_to_bits(y[nt][i]) : static_cast<uint32_t>(acc[nt][i]);
+  if (p.groups == 1 && count > 0) flush(own_sums, tokens, lane, acc);
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < tiles * tokens * kRows; i += kBlock) {
-    const int r = i % kRows, token = i / kRows % tokens, tile = i / kRows / tokens;
-    const int64_t row = (static_cast<int64_t>(blockIdx.x) * tiles + tile) * kRows + r;
-    if (row < p.n) finish(p, ring, divisors, tile, token, r, row, token0 + token);
+
+  for (int i = static_cast<int>(threadIdx.x); i < tiles * group_sums; i += kBlock) {
+    const int r = i % kRows, token = i / kRows % tokens, tile = i / group_sums;
+    const int64_t row = block_row + tile * kRows + r;
+    if (row < p.n) finish(p, sums + tile * tile_sums + token * kRows + r, group_sums, divisors[token], scales + r * p.groups, row, token0 + token);
   }
 }
 
 int blocks_of_64(const PackedLinear& p) { return static_cast<int>(padded_width(p.k, p.groups) / 64); }
 
+// Warps that share a row tile: all with groups, whose sums have room for one tile only, else until there are enough.
+int splits_of(const PackedLinear& p) {
+  int splits = p.groups > 1 ? kWarps : 1;
+  while (splits < kWarps && splits * 4 < blocks_of_64(p) && ceil_div<int64_t>(p.n, kRows) * splits < kWantedWarps) splits *= 2;
+  return splits;
+}
+
 // Most tokens of a block such that their codes fit beside the ring; 0 if not even one does.
 int tokens_that_fit(const PackedLinear& p) {
+  const int tiles = kWarps / splits_of(p);
   int tokens = static_cast<int>(p.m < kMostTokens ? p.m : kMostTokens);
-  while (tokens > 0 && places(blocks_of_64(p), tokens, static_cast<int>(p.groups)).end > kMostShared) --tokens;
+  while (tokens > 0 && places(blocks_of_64(p), tokens, static_cast<int>(p.groups), tiles).end > kMostShared) --tokens;
   return tokens;
 }
 
 template <int NT, bool FUSED>
 int run(const Decode& d, cudaStream_t stream, bool overlap) {
   const dim3 grid = {static_cast<unsigned>(ceil_div<int64_t>(d.n, kRows * (kWarps / d.splits))), static_cast<unsigned>(ceil_div<int64_t>(d.m, d.tokens))};
-  return launch(decode_kernel<NT, FUSED>, grid, kBlock, places(d.blocks64, d.tokens, d.groups).end, stream, d, overlap);
+  return launch(decode_kernel<NT, FUSED>, grid, kBlock, places(d.blocks64, d.tokens, d.groups, kWarps / d.splits).end, stream, d, overlap);
 }
 
 }  // namespace
@@ -275,11 +289,10 @@ int decode(const PackedLinear& p, cudaStream_t stream) {
   d.groups = static_cast<int>(p.groups);
   d.group_blocks = d.blocks64 / d.groups;
   d.eps = p.eps;
+  d.wide = wide_rows(p.x, p.k, size_of(p.out.dtype));
   const int most = tokens_that_fit(p), slices = static_cast<int>(ceil_div<int64_t>(p.m, most));
   d.tokens = static_cast<int>(ceil_div<int64_t>(p.m, slices));
-  const int64_t row_tiles = ceil_div<int64_t>(p.n, kRows);
-  d.splits = 1;
-  while (p.groups == 1 && d.splits < kWarps && d.splits * 4 < d.blocks64 && row_tiles * d.splits < kWantedWarps) d.splits *= 2;
+  d.splits = splits_of(p);
   if (packed_linear_fused(p)) return run<1, true>(d, stream, p.overlap);
   // The kernel right before is the one that quantized x, and writes no weights.
   return d.tokens <= 8 ? run<1, false>(d, stream, true) : run<2, false>(d, stream, true);

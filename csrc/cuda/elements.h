@@ -34,12 +34,13 @@ struct alignas(16) Chunk {
   __device__ __forceinline__ float operator[](int i) const { return to_float(v[i]); }
 };
 
-// Elements [begin, begin + kSize) of a row, zeros from `end` on. `wide`: the row is 16-byte aligned and holds whole chunks.
-template <class T>
-__device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t begin, int64_t end, bool wide) {
+// Elements [begin, begin + kSize) of a row, zeros from `end` on. WIDE: the row is 16-byte aligned and holds whole chunks.
+template <bool WIDE, class T>
+__device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t begin, int64_t end) {
   Chunk<T> out;
-  if (wide && begin < end) {
-    const uint4 bytes = load_streaming(row + begin);
+  if constexpr (WIDE) {
+    uint4 bytes = {0, 0, 0, 0};
+    if (begin < end) bytes = load_streaming(row + begin);
     memcpy(&out, &bytes, 16);
   } else {
 #pragma unroll

@@ -92,11 +92,8 @@ void wait_copies(QAT_AT_ONLY) {
 }
 inline void wait_for_previous() {}
 inline void let_next_start() {}
-inline uint32_t atomic_max(uint32_t* to, uint32_t value) {
-  const uint32_t before = *to;
-  *to = std::max(before, value);
-  return before;
-}
+inline void atomic_max(uint32_t* to, uint32_t value) { *to = std::max(*to, value); }
+inline void atomic_add(int32_t* to, int32_t value) { *to += value; }
 inline void atomic_min(uint64_t* to, uint64_t value) { *to = std::min(*to, value); }
 #else
 // 16 bytes that are read once: they leave no room taken in the L1 cache.
@@ -127,7 +124,8 @@ __device__ __forceinline__ void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ uint32_t atomic_max(uint32_t* to, uint32_t value) { return atomicMax(to, value); }
+__device__ __forceinline__ void atomic_max(uint32_t* to, uint32_t value) { atomicMax(to, value); }
+__device__ __forceinline__ void atomic_add(int32_t* to, int32_t value) { atomicAdd(to, value); }
 __device__ __forceinline__ void atomic_min(uint64_t* to, uint64_t value) {
   atomicMin(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }

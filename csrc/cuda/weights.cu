@@ -2,7 +2,7 @@
 //
 // Floor for fp32 [13824, 2560]: 141.6 MB in, 8.8 MB packed or 35.4 MB int8 out: 35 us with one read, 68 us with two.
 // Design: one scale a channel or group: read once, a row (or group) held in the registers of 8, 32 or 256 threads between
-// sum and rounding. One scale a tensor must read twice, as 141 MB fit into no on-chip memory: the first pass leaves 528
+// sum and rounding. One scale a tensor must read twice, as 141 MB fit into no on-chip memory: the first pass leaves up to 528
 // partial sums, which every block of the second adds up in the same order (no third launch, no atomics); the second pass
 // runs backwards, so that it meets what the first left in the L2 cache (up to 50 of the 141 MB). All loads are 16 bytes,
 // four or more under way a thread: 1024 threads an SM x 64 bytes = 64 KB in flight, more than the 40 KB needed.
@@ -17,7 +17,8 @@
 namespace qat::cuda {
 namespace {
 
-constexpr int kPartials = 528;  // blocks of the first pass: 4 an SM of a large GPU
+constexpr int kPartials = 528;  // most blocks of the first pass: 4 an SM of a large GPU
+constexpr int kLoads = 4;       // of a thread before the first use, in both passes over a tensor
 
 struct Moments {
   double magnitude;  // sum or maximum of |w|
@@ -37,6 +38,7 @@ struct Weight {
   uint8_t* packed;
   float* scale;
   Moments* partials;
+  int partial_count;           // 0 where nothing was measured
   double count;                // weights that share a scale
   bool wide, wide_t;
 };
@@ -128,7 +130,7 @@ __device__ __forceinline__ void store(const Weight<T>& p, const Chunk<T>& chunk,
   }
 }
 
-// One scale for each row of [R, L]: THREADS take a row, each LOADS chunks; LOADS = 0 is any length, read twice.
+// One scale for each row of [R, L]: THREADS take a row, each LOADS chunks; LOADS = 0 is any length and alignment, read twice.
 template <class T, int THREADS, int LOADS>
 __global__ void __launch_bounds__(kBlock) quantize_shared_rows(const Weight<T> p) {
   constexpr int kSize = Chunk<T>::kSize, kKept = LOADS > 0 ? LOADS : 1;
@@ -144,11 +146,11 @@ __global__ void __launch_bounds__(kBlock) quantize_shared_rows(const Weight<T> p
   Chunk<T> kept[kKept];
   if constexpr (LOADS > 0) {
 #pragma unroll
-    for (int i = 0; i < LOADS; ++i) kept[i] = load_chunk(w, begin_of(i), length, p.wide);
+    for (int i = 0; i < LOADS; ++i) kept[i] = load_chunk<true>(w, begin_of(i), length);
   }
   Moments m = {0.0, 0.0};
 #pragma unroll
-  for (int64_t i = 0; i < loads; ++i) gather(p, LOADS > 0 ? kept[i % kKept] : load_chunk(w, begin_of(i), length, p.wide), m);
+  for (int64_t i = 0; i < loads; ++i) gather(p, LOADS > 0 ? kept[i % kKept] : load_chunk<false>(w, begin_of(i), length), m);
   m = combine<THREADS>(m, p.absmax, p.binary, slots);
   if (!active) return;
 
@@ -158,15 +160,14 @@ __global__ void __launch_bounds__(kBlock) quantize_shared_rows(const Weight<T> p
 #pragma unroll
   for (int64_t i = 0; i < loads; ++i) {
     if (begin_of(i) < length)
-      store(p, LOADS > 0 ? kept[i % kKept] : load_chunk(w, begin_of(i), length, p.wide), limit, row * p.length, packed_row, begin_of(i),
+      store(p, LOADS > 0 ? kept[i % kKept] : load_chunk<false>(w, begin_of(i), length), limit, row * p.length, packed_row, begin_of(i),
             length);
   }
 }
 
 // One scale for all. First pass: partial sums over the flat tensor.
-template <class T>
+template <class T, bool WIDE>
 __global__ void __launch_bounds__(kBlock) measure(const Weight<T> p) {
-  constexpr int kLoads = 4;
   double* slots = reinterpret_cast<double*>(shared_memory());
   const int64_t size = p.rows * p.length, chunks = ceil_div<int64_t>(size, Chunk<T>::kSize);
   Moments m = {0.0, 0.0};
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kBlock) measure(const Weight<T> p) {
     Chunk<T> kept[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
-      kept[i] = load_chunk(p.w, (base + i * kBlock + static_cast<int>(threadIdx.x)) * Chunk<T>::kSize, size, p.wide);
+      kept[i] = load_chunk<WIDE>(p.w, (base + i * kBlock + static_cast<int>(threadIdx.x)) * Chunk<T>::kSize, size);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) gather(p, kept[i], m);
   }
@@ -182,27 +183,27 @@ __global__ void __launch_bounds__(kBlock) measure(const Weight<T> p) {
   if (threadIdx.x == 0) p.partials[blockIdx.x] = m;
 }
 
-// Second pass, from the end: codes. Rows are the matrix's, or the whole of it is one where rows hold whole chunks.
-template <class T>
+// Second pass, from the end: codes. FLAT: rows hold whole chunks, so the matrix is one long row.
+template <class T, bool FLAT>
 __global__ void __launch_bounds__(kBlock) quantize_all(const Weight<T> p) {
-  constexpr int kLoads = 4, kSize = Chunk<T>::kSize;
+  constexpr int kSize = Chunk<T>::kSize;
   double* slots = reinterpret_cast<double*>(shared_memory());
   const int64_t row_chunks = ceil_div<int64_t>(p.length, kSize), chunks = p.rows * row_chunks;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock * kLoads;
   Limit limit = {0.0f, 0.0f};
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * kBlock * kLoads; base < chunks; base += step) {
+    const auto index_of = [&](int i) { return chunks - 1 - (base + i * kBlock + static_cast<int>(threadIdx.x)); };
+    const auto row_of = [&](int i) { return FLAT || index_of(i) < 0 ? 0 : index_of(i) / row_chunks; };
+    const auto begin_of = [&](int i) { return (index_of(i) - row_of(i) * row_chunks) * kSize; };
     Chunk<T> kept[kLoads];
-    int64_t row[kLoads], begin[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int64_t index = chunks - 1 - (base + i * kBlock + static_cast<int>(threadIdx.x));
-      row[i] = index < 0 ? -1 : p.rows == 1 ? 0 : index / row_chunks;
-      begin[i] = (index - row[i] * row_chunks) * kSize;
-      kept[i] = load_chunk(p.w + (row[i] < 0 ? 0 : row[i]) * p.length, begin[i], row[i] < 0 ? 0 : p.length, p.wide && row[i] >= 0);
+      const bool valid = index_of(i) >= 0;
+      kept[i] = load_chunk<FLAT>(p.w + row_of(i) * p.length, valid ? begin_of(i) : 0, valid ? p.length : 0);
     }
     if (base < step) {  // while the first loads are under way
       Moments m = {0.0, 0.0};
-      for (int i = static_cast<int>(threadIdx.x); i < kPartials && p.partials; i += kBlock) {
+      for (int i = static_cast<int>(threadIdx.x); i < p.partial_count; i += kBlock) {
         m.magnitude = p.absmax ? Larger()(m.magnitude, p.partials[i].magnitude) : m.magnitude + p.partials[i].magnitude;
         m.sum += p.partials[i].sum;
       }
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kBlock) quantize_all(const Weight<T> p) {
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (row[i] >= 0) store(p, kept[i], limit, row[i] * p.length, row[i] * p.row_bytes, begin[i], p.length);
+      if (index_of(i) >= 0) store(p, kept[i], limit, row_of(i) * p.length, row_of(i) * p.row_bytes, begin_of(i), p.length);
     }
   }
 }
@@ -227,6 +228,7 @@ int run_rows(const Weight<T>& p, cudaStream_t stream) {
 template <class T>
 int quantize_by_rows(const Weight<T>& p, cudaStream_t stream) {
   const int64_t chunks = ceil_div<int64_t>(p.length, Chunk<T>::kSize);
+  if (!p.wide) return run_rows<T, kBlock, 0>(p, stream);
   if (chunks <= 2 * 8) return run_rows<T, 8, 2>(p, stream);
   if (chunks <= 4 * 8) return run_rows<T, 8, 4>(p, stream);
   if (chunks <= 4 * kWarp) return run_rows<T, kWarp, 4>(p, stream);
@@ -241,18 +243,21 @@ int quantize_tensor(const Weight<T>& rows, const QuantizeWeight& q, cudaStream_t
   Weight<T> p = rows;
   p.count = static_cast<double>(q.n) * static_cast<double>(q.k);
   if (!p.given || p.binary) {
+    const int64_t wanted = ceil_div<int64_t>(q.n * q.k, Chunk<T>::kSize * kBlock * kLoads);
     p.partials = static_cast<Moments*>(q.workspace);
-    Weight<T> flat = p;
-    flat.wide = wide_rows(q.w, q.n * q.k, sizeof(T));
-    if (const int error = launch(measure<T>, {kPartials}, kBlock, kSlots, stream, flat)) return error;
+    p.partial_count = static_cast<int>(wanted < kPartials ? wanted : kPartials);
+    const auto kernel = wide_rows(q.w, q.n * q.k, sizeof(T)) ? measure<T, true> : measure<T, false>;
+    if (const int error = launch(kernel, {static_cast<unsigned>(p.partial_count)}, kBlock, kSlots, stream, p)) return error;
   }
-  if (q.k % Chunk<T>::kSize == 0) {
+  const bool flat = p.wide;
+  if (flat) {
     p.length *= p.rows;
     p.rows = 1;
   }
   const int64_t chunks = p.rows * ceil_div<int64_t>(p.length, Chunk<T>::kSize);
-  const int64_t blocks = ceil_div<int64_t>(chunks, kBlock * 4);
-  return launch(quantize_all<T>, {static_cast<unsigned>(blocks < 2 * kPartials ? blocks : 2 * kPartials)}, kBlock, kSlots, stream, p);
+  const int64_t blocks = ceil_div<int64_t>(chunks, kBlock * kLoads);
+  const dim3 grid = {static_cast<unsigned>(blocks < 2 * kPartials ? blocks : 2 * kPartials)};
+  return launch(flat ? quantize_all<T, true> : quantize_all<T, false>, grid, kBlock, kSlots, stream, p);
 }
 
 template <class T>

@@ -1,7 +1,8 @@
 """`python -m qat.ops.build`: compile the kernels ahead of the first use, and print what was built, and where.
 
 python -m qat.ops.build                                 for this machine: CPU, and CUDA where torch and nvcc have it
-python -m qat.ops.build --cuda-arch 80 90a              CUDA for these GPUs too, on a machine without any
+python -m qat.ops.build --cuda-arch native              CUDA alone, for the GPUs of this machine
+python -m qat.ops.build --cuda-arch 80 90a              CUDA alone, for these GPUs, wherever nvcc is
 python -m qat.ops.build --cuda-arch 80 90a --check      the table of registers; fails on a spill or a warning
 env $(python -m qat.ops.build --sanitize) python -m pytest tests/test_kernels.py -k "not TestChoice and not fullgraph"
 """
@@ -69,7 +70,7 @@ def main() -> None:
     """Build the kernels ahead of their first use."""
     parser = argparse.ArgumentParser(prog="python -m qat.ops.build", description=main.__doc__)
     parser.add_argument(
-        "--cuda-arch", nargs="+", metavar="ARCH", help="compile CUDA kernels for these, such as 80 90a; needs no GPU"
+        "--cuda-arch", nargs="+", metavar="ARCH", help="the CUDA kernels alone, for GPUs such as 80 90a, or native"
     )
     parser.add_argument(
         "--check", action="store_true", help="print the CUDA kernels' resources, and fail on a spill or a warning"
@@ -78,14 +79,17 @@ def main() -> None:
         "--sanitize", action="store_true", help="build with AddressSanitizer and UBSan (used where QAT_SANITIZE=1)"
     )
     arguments = parser.parse_args()
+    archs = arguments.cuda_arch
     if arguments.sanitize:
         parts = [_build_sanitized]
     elif arguments.check:
-        parts = [lambda: _check_cuda(arguments.cuda_arch or build_cuda.ARCHS)]
+        parts = [lambda: _check_cuda(archs or build_cuda.ARCHS)]
+    elif archs:
+        parts = [lambda: _build_cuda(build_cuda.needed_archs() if archs == ["native"] else archs)]
     else:
         parts = [_build_cpu]
-        if arguments.cuda_arch or torch.version.cuda:
-            parts.append(lambda: _build_cuda(arguments.cuda_arch or build_cuda.needed_archs()))
+        if torch.version.cuda:
+            parts.append(lambda: _build_cuda(build_cuda.needed_archs()))
     failed = [error for error in map(_attempt, parts) if error]
     if failed:
         raise SystemExit("\n".join(f"qat: no compiled kernels: {error}" for error in failed))

@@ -40,9 +40,7 @@ def check_archs(archs: Sequence[str]) -> list[str]:
     """
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch) or int(arch.rstrip("af")) < 80:
-            raise BuildError(
-                f"CUDA arch {arch!r} is not possible; the kernels need 80 (Ampere) or later, for example: 80 89 90a 120"
-            )
+            raise BuildError(f"CUDA arch {arch!r} is not possible; the kernels need 80 or later, for example: 80 89 90a 120")
     if not archs:
         raise BuildError(f"no CUDA arch is given; for example: {' '.join(ARCHS)}")
     return sorted(set(archs), key=lambda arch: (int(arch.rstrip("af")), arch))

@@ -1,0 +1,87 @@
+"""`python -m benchmarks.gpu`: the tables of benchmarks/gpu.sh, printed and written as JSON.
+
+python -m benchmarks.gpu --parts operations step --json gpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import operations, step
+from benchmarks.gpu.llama import SIZES
+from benchmarks.gpu.rows import Bench, say
+from benchmarks.gpu.timing import Ceilings
+from qat import ops
+from qat.ops import build_cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = {"SmolLM2-135M": (16, 512), "SmolLM2-360M": (16, 512), "Llama-3.2-1B": (8, 1024)}
+
+
+def _said(*command: str) -> str:
+    """What a command prints first, or why it does not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    except OSError as error:
+        return str(error)
+    return (done.stdout or done.stderr or "nothing").strip().splitlines()[0]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+    about = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": os.environ.get("QAT_COMMIT") or _said("git", "describe", "--always", "--dirty"),
+        "cpu cores": os.cpu_count(),
+    }
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        driver = _said("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader")
+        about |= {"gpu": facts.name, "multiprocessors": facts.multi_processor_count, "L2 bytes": facts.L2_cache_size}
+        about |= {"driver, clocks, power limit": driver, "kernels": ops.backend()["cuda"]["why"]}
+        about["nvcc"] = (build_cuda.compiler() or ("", "not found"))[1]
+    return about
+
+
+def main() -> None:
+    """Measure the CUDA kernels beside their peers."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=main.__doc__)
+    parser.add_argument("--parts", nargs="+", default=["operations", "step"], choices=["operations", "step"])
+    parser.add_argument("--models", nargs="+", default=list(STEPS), choices=list(STEPS), help="of the step")
+    parser.add_argument("--seconds", type=float, default=0.2, help="least time a row")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu needs a GPU that torch can use")
+    device = torch.device("cuda", torch.cuda.current_device())
+    about = environment(device)
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
+    ceilings = Ceilings.measure(device, 1.0)
+    print(f"ceilings: {ceilings.line()}", flush=True)
+    bench = Bench(device, ceilings, arguments.seconds, about["L2 bytes"])
+    rows = []
+    try:
+        if "operations" in arguments.parts:
+            rows += operations.everything(bench)
+        if "step" in arguments.parts:
+            say("training step: speed against the plain model")
+            for name in arguments.models:
+                rows += step.steps(bench, name, SIZES[name], *STEPS[name])
+    finally:
+        if arguments.json:
+            found = {"environment": about, "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A measurement as a row, how a list of calls becomes one, and how rows are printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.gpu.timing import Call, Ceilings, measure
+
+
+@dataclass
+class Row:
+    """`share` is the part of the ceiling that the row's own bytes and operations reach; `speedup` is against the baseline."""
+
+    table: str
+    shape: str
+    tokens: int
+    what: str
+    microseconds: float | None = None
+    mode: str = ""
+    share: float | None = None
+    speedup: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What is measured: a maker of calls that touch their own copies of the data, and a call's bytes and operations."""
+
+    make: Callable[[], list[Call]]
+    moved: float = 0.0
+    operations: float = 0.0
+    integer: bool = False
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The device, its ceilings, and the least time a row is measured for."""
+
+    device: torch.device
+    ceilings: Ceilings
+    seconds: float
+    l2_bytes: int
+
+    def copies(self, bytes_each: float) -> int:
+        """So many copies of the data that a round over them is four times the cache, and at most 256."""
+        return min(256, int(4 * self.l2_bytes / max(bytes_each, 1)) + 1)
+
+    def row(self, table: str, shape: str, tokens: int, what: str, peer: Peer, graph: bool = True) -> Row:
+        """One peer, measured; one that is not installed or fails is a row that says so."""
+        row = Row(table, shape, tokens, what)
+        try:
+            timing = measure(peer.make(), self.device, self.seconds, graph)
+        except ImportError as error:
+            row.note = f"not installed: {error.name}"
+        except Exception as error:  # a peer's failure is a result
+            row.note = f"failed: {str(error).strip().partition(chr(10))[0][:120] or type(error).__name__}"
+        else:
+            row.microseconds, row.mode = timing.microseconds, timing.mode
+            if peer.moved or peer.operations:
+                row.share = self.ceilings.floor(peer.moved, peer.operations, peer.integer) / timing.microseconds
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return row
+
+    def table(
+        self, table: str, shape: str, tokens: int, peers: dict[str, Peer], baseline: str, graph: bool = True, rate: bool = False
+    ) -> list[Row]:
+        """All peers at one shape, the speed of each against the baseline's, printed; `rate` notes tokens a second."""
+        rows = [self.row(table, shape, tokens, what, peer, graph) for what, peer in peers.items()]
+        base = next((row.microseconds for row in rows if row.what == baseline), None)
+        for row in rows:
+            if row.microseconds is not None:
+                row.speedup = base / row.microseconds if base else None
+                row.note = f"{tokens / row.microseconds * 1e6:,.0f} tokens/s" if rate else ""
+            print(line(row), flush=True)
+        return rows
+
+
+def line(row: Row) -> str:
+    """The row for people."""
+    start = f"{row.table:12}{row.shape:14}{row.tokens:6} tok  {row.what:34}"
+    if row.microseconds is None:
+        return start + row.note
+    share = f"{row.share:5.0%} of ceiling" if row.share is not None else " " * 16
+    speedup = f"{row.speedup:7.2f}x" if row.speedup is not None else ""
+    return f"{start}{row.microseconds:11.2f} us  {row.mode:6}{share}{speedup}  {row.note}".rstrip()
+
+
+def shape_of(n: int, k: int) -> str:
+    """As the tables write it."""
+    return f"{n}x{k}"
+
+
+def say(text: str) -> None:
+    """A heading, in step with the rows."""
+    print(f"\n{text}", flush=True)
+    sys.stdout.flush()
