@@ -79,6 +79,10 @@ def start_isa() -> str:
     return isa()
 
 
+def _fake_linear(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, n: int, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
 def _find() -> Status:
     from qat.ops import build  # not at import: `python -m qat.ops.build` imports this package first
 
@@ -93,6 +97,7 @@ def _find() -> Status:
         if wish == "compiled":
             raise RuntimeError(f"QAT_KERNELS=compiled, but there are no compiled CPU kernels: {error}") from error
         return Status("reference", str(error))
+    torch.library.register_fake("qat::cpu_linear", _fake_linear)  # so that torch.compile may hold it (qat.inference)
     return Status(
         "compiled", f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
     )
