@@ -53,13 +53,12 @@ class TiledLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", _joined_bias(layers))
         self.in_features, self.out_features = first.in_features, packed.shape[0]
-        groups = first.weight_scale.shape[1]
-        per_tensor = first.config.act_granularity == "tensor"
-        self.arguments = (self.out_features, self.in_features, groups, base3, per_tensor, first.config.eps)
+        self.sizes = (self.out_features, self.in_features, first.weight_scale.shape[1], base3)
+        self.per_tensor, self.eps = first.config.act_granularity == "tensor", first.config.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return torch.ops.qat.cpu_linear(x, self.tiles, self.scale, self.bias, *self.arguments)
+        return torch.ops.qat.cpu_linear(x, self.tiles, self.scale, self.bias, *self.sizes, self.per_tensor, self.eps)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -11,6 +11,7 @@ Legend: M tokens, N out_features, K in_features, G groups along K.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import threading
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from qat import packing, quantizers
 from qat.ops import reference
 
-_PATHS = ("portable", "avx2", "avx512")
+_PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
 MAX_WIDTH = 2**18
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -262,7 +263,10 @@ class PreparedLinear:
     """A packed linear ready to run: for one token the checks and look-ups above would cost as much as the arithmetic.
 
     It holds the tensors that it was made from and serves a call only while they are the same objects, unchanged.
+    Slots, because between two calls of a large model everything here has left the caches.
     """
+
+    __slots__ = ("arguments", "k", "run", "sources", "versions")
 
     def __init__(
         self, packed: Tensor, scale: Tensor, bias: Tensor | None, k: int, layout: str, act_granularity: str, eps: float
@@ -377,7 +381,18 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     return torch.ops.qat.cpu_linear(_narrow(x), tiles, torch.ones(1), None, k, n, 1, False, False, eps).to(x.dtype)
 
 
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in _DTYPES or codes.numel() == 0 or not compiled():
+        return reference.dequantize(codes, scale, dtype)
+    groups = scale.shape[-1]
+    if scale.numel() > 1:
+        scale = scale.expand(*codes.shape[:-1], groups)
+    rows = codes.contiguous().view(-1, codes.shape[-1] // groups)
+    return torch.ops.qat.cpu_dequantize(rows, scale.reshape(-1).contiguous(), _DTYPES.index(dtype)).view(codes.shape)
+
+
 KERNELS = {
+    "dequantize": dequantize,
     "quantize_activation": quantize_activation,
     "quantize_weight": quantize_weight,
     "packed_linear": packed_linear,

@@ -68,6 +68,10 @@ def _fake_quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     return x.new_empty((*x.shape[:-1], t.shape[1]))
 
 
+def _fake_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
@@ -87,18 +91,18 @@ def _save_bitlinear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _input_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
-    return grad @ quantizers.dequantize_weight(t, w_scale).to(grad.dtype)
+    return grad @ torch.ops.qat.dequantize(t, w_scale, grad.dtype)
 
 
 def _input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    values = x.float() * x_scale if x.dtype == torch.int8 else x
-    return _weight_gradient(grad, values.to(grad.dtype))
+    values = torch.ops.qat.dequantize(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype)
+    return _weight_gradient(grad, values)
 
 
 def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
     """The codes are exact in bfloat16; scales are applied outside of the matmul where their shape allows."""
     if w_scale.shape[1] > 1:
-        return grad.bfloat16() @ quantizers.dequantize_weight(t, w_scale).bfloat16()
+        return grad.bfloat16() @ torch.ops.qat.dequantize(t, w_scale, torch.bfloat16)
     if w_scale.shape[0] > 1:
         return (grad * w_scale.t()).bfloat16() @ t.bfloat16()
     return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())
@@ -164,7 +168,7 @@ def _backward_packed_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         t = packing.decode(packed, ctx.in_features, ctx.layout)
-        grad_x = grad @ quantizers.dequantize_weight(t, scale).to(grad.dtype)
+        grad_x = _input_gradient(grad, t, scale)
     if ctx.needs_input_grad[3]:
         grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, None, None, None, None
@@ -198,6 +202,7 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         reference.bitlinear,
         _fake_bitlinear,
     ),
+    "dequantize": ("(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor", reference.dequantize, _fake_dequantize),
     "quantized_matmul": (
         "(Tensor x, Tensor t, float eps) -> Tensor",
         reference.quantized_matmul,

@@ -100,3 +100,9 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     """x @ t for x [M, N], quantized to int8 by rows, and codes t [N, K]: the backward pass of `backward=int8`."""
     codes, divisor = quantizers.activation_codes(x, "token", eps)
     return integer_linear(codes, divisor, t.t(), x.new_ones(1, 1, dtype=torch.float32), None, x.dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale in float32, rounded to `dtype`: codes int8 [..., K], scale [..., G] with every size 1 or that of codes."""
+    rows = codes.unflatten(-1, (scale.shape[-1], -1)) if codes.numel() else codes[..., None]
+    return (rows * scale[..., None]).to(dtype).reshape(codes.shape)
