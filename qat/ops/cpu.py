@@ -72,8 +72,13 @@ def start_isa() -> str:
     return isa()
 
 
+def _fake_linear(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, n: int, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
 def _load() -> str:
     library, _ = build_cpu.load()
+    torch.library.register_fake("qat::cpu_linear", _fake_linear)  # so that torch.compile may hold it (qat.inference)
     return f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
 
 
