@@ -9,7 +9,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -73,6 +75,21 @@ class Scratch {
 
 int64_t grain(int64_t cost_of_one) { return kGrain / (cost_of_one > 0 ? cost_of_one : 1) + 1; }
 
+// Runs work(begin, end) over [0, items). Threads take small parts from a common counter, so that one that wakes late or
+// shares its core with another program delays nobody; an equal split waits for the slowest.
+template <class Work>
+void share(int64_t items, int64_t least, const Work& work) {
+  const int64_t most = (items + least - 1) / least, threads = torch::stable::get_num_threads();
+  const int64_t workers = threads < most ? threads : most;
+  if (workers <= 1) return work(0, items);
+  const int64_t step = items / (workers * 8) > 0 ? items / (workers * 8) : 1;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(step); begin < items; begin = next.fetch_add(step))
+      work(begin, begin + step < items ? begin + step : items);
+  });
+}
+
 void check_width(int64_t k, int64_t groups) {
   STD_TORCH_CHECK(k >= 0 && k <= kMaxWidth && groups >= 1 && k % groups == 0, "unsupported K = ", k, " in ", groups, " groups");
 }
@@ -121,7 +138,7 @@ void quantize(qat::Linear& p, bool per_tensor) {
     for (int64_t row = 0; row < p.m; ++row)
       if (p.absmax == p.absmax && !(p.divisor[row] <= p.absmax)) p.absmax = p.divisor[row];  // takes a NaN, and keeps it
   }
-  torch::stable::parallel_for(0, p.m, step, [&](int64_t begin, int64_t end) { qat::quantize_tokens(p, begin, end); });
+  share(p.m, step, [&](int64_t begin, int64_t end) { qat::quantize_tokens(p, begin, end); });
 }
 
 struct Result {
@@ -182,13 +199,121 @@ Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const 
   quantize(p, per_tensor);
   if (n == 0) return result;
   const int64_t items = p.items(), tokens = m < p.chunk_tokens() ? m : p.chunk_tokens();
-  torch::stable::parallel_for(0, items, grain(tokens * k * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p, begin, end); });
+  share(items, grain(tokens * k * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p, begin, end); });
   return result;
 }
 
 Tensor cpu_linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n, int64_t k,
                   int64_t groups, bool base3, bool per_tensor, double eps) {
   return run(x, tiles, scale, bias, n, k, groups, base3, per_tensor, eps, false).y;
+}
+
+// A packed linear of one float32 token among the weights of a decoder: tiles, scale, bias (empty: none) and [N, K, G, base3].
+class Projection {
+ public:
+  Projection(const Tensor* tensors, const int64_t* sizes, double eps) : k_(sizes[1]), row_(qat::Segments::of(sizes[1], sizes[2], sizes[3] != 0).row()) {
+    const Tensor &tiles = tensors[0], &scale = tensors[1], &bias = tensors[2];
+    const int64_t groups = sizes[2], panels = (sizes[0] + qat::kPanel - 1) / qat::kPanel;
+    p_.isa = &isa();
+    p_.dtype = qat::Dtype::f32;
+    p_.base3 = sizes[3] != 0;
+    p_.m = 1;
+    p_.n = sizes[0];
+    p_.k = k_;
+    check_width(k_, groups);
+    p_.segments = qat::Segments::of(k_, groups, p_.base3);
+    const int64_t scales = groups > 1 ? panels * groups * qat::kPanel : scale.numel() == 1 ? 1 : p_.n;
+    STD_TORCH_CHECK(!p_.base3 || isa().dot_base3, "tiles in base3 need another path than ", isa().name);
+    STD_TORCH_CHECK(tiles.numel() == tile_words(p_.n, p_.segments, p_.base3) && scale.numel() == scales, "tiles or scale of another shape");
+    STD_TORCH_CHECK(bias.numel() == 0 || bias.numel() == p_.n, "bias of another shape");
+    p_.tiles = static_cast<const uint32_t*>(tiles.const_data_ptr());
+    p_.scale = static_cast<const float*>(scale.const_data_ptr());
+    p_.scale_per_row = scales != 1;
+    p_.bias = bias.numel() ? static_cast<const float*>(bias.const_data_ptr()) : nullptr;
+    p_.eps = static_cast<float>(eps);
+    p_.absmax = -1.0f;
+  }
+
+  void operator()(const float* x, std::vector<float>& y) {
+    y.resize(static_cast<size_t>(p_.n));
+    const Scratch<int8_t> words(row_);
+    const Scratch<int32_t> sums(p_.segments.count);
+    float divisor;
+    p_.x = x;
+    p_.y = y.data();
+    p_.words = words.get();
+    p_.sums = sums.get();
+    p_.divisor = &divisor;
+    qat::quantize_tokens(p_, 0, 1);
+    share(p_.items(), grain(k_ * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p_, begin, end); });
+  }
+
+ private:
+  qat::Linear p_ = {};
+  int64_t k_, row_;
+};
+
+constexpr size_t kLayerTensors = 16;  // norm, qkv, o, norm, gate and up, down (each projection 3), norms of q and k heads (or empty)
+constexpr size_t kLayerSizes = 16;    // of the four projections
+
+const float* floats(const Tensor& x, int64_t n, const char* what) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == n, what, " must be contiguous float32 of ", n, " elements");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+// One token [1, H] through all layers of a Llama-shaped decoder: x += o(attend(qkv(norm(x)))), x += down(silu(gate(norm(x))) * up(norm(x))).
+// The token's keys and values are written at `position` of keys and values [layers, KV heads, room, D].
+Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std::vector<int64_t> sizes, const Tensor& keys, const Tensor& values,
+                  const Tensor& cos, const Tensor& sin, int64_t position, int64_t heads, double norm_eps, double act_eps, double scaling) {
+  const int64_t layers = keys.size(0), kv_heads = keys.size(1), room = keys.size(2), width = keys.size(3), hidden = x.numel();
+  const int64_t rotary = cos.numel(), block = kv_heads * room * width;
+  STD_TORCH_CHECK(weights.size() == static_cast<size_t>(layers) * kLayerTensors && sizes.size() == static_cast<size_t>(layers) * kLayerSizes, "wrong number of weights");
+  STD_TORCH_CHECK(position >= 0 && position < room && heads % kv_heads == 0 && rotary <= width && rotary % 2 == 0, "wrong position, heads or rotary width");
+  const float *cosine = floats(cos, rotary, "cos"), *sine = floats(sin, rotary, "sin");
+  floats(keys, layers * block, "keys"), floats(values, layers * block, "values");
+  auto* key = static_cast<float*>(keys.mutable_data_ptr());
+  auto* value = static_cast<float*>(values.mutable_data_ptr());
+  const auto eps = static_cast<float>(norm_eps);
+
+  Tensor y = empty({1, hidden}, ScalarType::Float);
+  auto* h = static_cast<float*>(y.mutable_data_ptr());
+  std::memcpy(h, floats(x, hidden, "x"), static_cast<size_t>(hidden) * sizeof(float));
+  std::vector<float> normed(static_cast<size_t>(hidden)), qkv, attended(static_cast<size_t>(heads * width)), out, gated;
+  std::vector<float> scores(static_cast<size_t>(heads * room));
+  for (int64_t layer = 0; layer < layers; ++layer, key += block, value += block) {
+    const Tensor* w = &weights[static_cast<size_t>(layer) * kLayerTensors];
+    const int64_t* size = &sizes[static_cast<size_t>(layer) * kLayerSizes];
+    STD_TORCH_CHECK(size[0] == (heads + 2 * kv_heads) * width && size[1] == hidden && size[4] == hidden && size[5] == heads * width &&
+                    size[8] % 2 == 0 && size[9] == hidden && size[12] == hidden && size[13] == size[8] / 2, "projections do not fit each other");
+    isa().rms_norm(h, floats(w[0], hidden, "norm"), hidden, eps, normed.data());
+    Projection(w + 1, size, act_eps)(normed.data(), qkv);
+    for (int64_t head = 0; head < heads + kv_heads; ++head) {
+      float* part = &qkv[static_cast<size_t>(head * width)];
+      const Tensor& norm = head < heads ? w[14] : w[15];
+      if (norm.numel()) isa().rms_norm(part, floats(norm, width, "head norm"), width, eps, part);
+      qat::rotate(part, cosine, sine, rotary);
+    }
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      const size_t bytes = static_cast<size_t>(width) * sizeof(float);
+      std::memcpy(key + (head * room + position) * width, &qkv[static_cast<size_t>((heads + head) * width)], bytes);
+      std::memcpy(value + (head * room + position) * width, &qkv[static_cast<size_t>((heads + kv_heads + head) * width)], bytes);
+    }
+    share(heads, grain(2 * (position + 1) * width), [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        const int64_t first = head / (heads / kv_heads) * room * width;
+        isa().attend(&qkv[static_cast<size_t>(head * width)], key + first, value + first, position + 1, width, static_cast<float>(scaling),
+                     &scores[static_cast<size_t>(head * room)], &attended[static_cast<size_t>(head * width)]);
+      }
+    });
+    Projection(w + 4, size + 4, act_eps)(attended.data(), out);
+    for (int64_t i = 0; i < hidden; ++i) h[i] += out[static_cast<size_t>(i)];
+    isa().rms_norm(h, floats(w[7], hidden, "norm"), hidden, eps, normed.data());
+    Projection(w + 8, size + 8, act_eps)(normed.data(), gated);
+    isa().gate(gated.data(), gated.data() + size[13], size[13]);
+    Projection(w + 11, size + 12, act_eps)(gated.data(), out);
+    for (int64_t i = 0; i < hidden; ++i) h[i] += out[static_cast<size_t>(i)];
+  }
+  return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> cpu_bitlinear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias,
@@ -223,6 +348,31 @@ Tensor cpu_codes(const Tensor& rows, const Tensor& value, bool binary) {
     }
   });
   return t;
+}
+
+// Floats codes * scale of int8 rows [R, L] with one scale a row, or one for all: float32 (0), bfloat16 (1) or float16 (2).
+Tensor cpu_dequantize(const Tensor& codes, const Tensor& scale, int64_t kind) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  const int64_t r = codes.size(0), length = codes.size(1), slice = 1024, slices = (length + slice - 1) / slice;
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && kind >= 0 && kind < 3, "wrong codes or kind");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && (scale.numel() == r || scale.numel() == 1), "wrong scale");
+  Tensor out = empty({r, length}, kTypes[kind]);
+  const qat::Dtype dtype = dtype_of(out);
+  const auto* in = static_cast<const int8_t*>(codes.const_data_ptr());
+  const auto* row_scale = static_cast<const float*>(scale.const_data_ptr());
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t size = dtype == qat::Dtype::f32 ? 4 : 2, step = scale.numel() == 1 ? 0 : 1;
+  torch::stable::parallel_for(0, r * slices, grain(slice), [&](int64_t begin, int64_t end) {
+    float floats[slice];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / slices, first = i % slices * slice, count = length - first < slice ? length - first : slice;
+      const int64_t at = row * length + first;
+      float* target = size == 4 ? reinterpret_cast<float*>(to) + at : floats;
+      isa().dequantize(in + at, count, row_scale[row * step], target);
+      if (size == 2) isa().from_float(floats, count, dtype, to + at * size);
+    }
+  });
+  return out;
 }
 
 int64_t cpu_fingerprint(const Tensor& x) {
@@ -286,8 +436,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
       "cpu_bitlinear(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int n, int k, int groups, bool per_tensor, float eps)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_decode(Tensor x, Tensor[] weights, int[] sizes, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin, int position,"
+      " int heads, float norm_eps, float act_eps, float scaling) -> Tensor");
   m.def("cpu_quantize_activation(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor)");
   m.def("cpu_codes(Tensor rows, Tensor value, bool binary) -> Tensor");
+  m.def("cpu_dequantize(Tensor codes, Tensor scale, int kind) -> Tensor");
   m.def("cpu_fingerprint(Tensor x) -> int");
   m.def("cpu_isa(int request) -> int");
   m.def("cpu_base3_tiles() -> bool");
@@ -300,8 +454,10 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_tile_codes", TORCH_BOX(&cpu_tile_codes));
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_bitlinear", TORCH_BOX(&cpu_bitlinear));
+  m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
   m.impl("cpu_quantize_activation", TORCH_BOX(&cpu_quantize_activation));
   m.impl("cpu_codes", TORCH_BOX(&cpu_codes));
+  m.impl("cpu_dequantize", TORCH_BOX(&cpu_dequantize));
   m.impl("cpu_fingerprint", TORCH_BOX(&cpu_fingerprint));
   m.impl("cpu_read", TORCH_BOX(&cpu_read));
 }

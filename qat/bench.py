@@ -1,9 +1,10 @@
 """`python -m qat.bench`: the CPU kernels against what torch itself offers, in one run, with the machine's limits.
 
 Every row is a median. Hot: the same weight again and again. Cold: weights rotated over at least 192 MB, so that each
-call reads its weight from memory. The limits (read rate of memory, peak rate of the dot product instruction) are
-measured in the same run, and `share` is a row's part of the tighter one. GOP/s counts 2 M N K operations a call,
-quantization of the activations, rescaling and the call itself included.
+call reads its weight from memory. The limits (read rate of memory, peak rate of the dot product instruction) take
+their turns among the rows, because a neighbour may halve them from one second to the next; `share` is a row's part of
+the tighter one. GOP/s counts 2 M N K operations a call, quantization of the activations, rescaling and the call itself
+included.
 
     python -m qat.bench --shapes 2560x2560 --tokens 1 8 --threads 1 --json out.json
 """
@@ -14,6 +15,7 @@ import argparse
 import functools
 import itertools
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from qat import __version__, ops
 from qat.bitlinear import BitLinear, PackedBitLinear
 from qat.config import QuantConfig
+from qat.ggml import GgmlLinear
 from qat.ops import cpu
 
 SHAPES = ["2560x2560", "6912x2560", "2560x6912", "4096x4096", "11008x4096"]
@@ -52,18 +55,6 @@ class Row:
     gops: float
     share: float | None = None
     ratio: float | None = None
-
-
-def median_seconds(call: Call, seconds: float, least: int = 5) -> float:
-    """Median time of a call, over at least `seconds` and `least` calls, after two that warm up."""
-    call(), call()
-    times: list[float] = []
-    stop = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < stop:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def take_turns(runs: dict[str, Iterator[Call]], seconds: float, untimed: int) -> dict[str, float]:
@@ -88,25 +79,42 @@ def take_turns(runs: dict[str, Iterator[Call]], seconds: float, untimed: int) ->
 
 @dataclass
 class Limits:
-    """What this machine can do with so many threads, measured."""
+    """What this machine can do with so many threads, measured in the turns of the rows it limits."""
 
     read_gbs: float
-    dot_gops: float
+    dot_gops: float  # 0 where the path has no such instruction
+
+    READ, DOT = "limit: memory read", "limit: dot products"
+    READ_BYTES, DOT_ROUNDS = 4 << 20, 1 << 14
 
     @classmethod
-    def measure(cls, seconds: float) -> Limits:
-        """Read rate: the sum of 512 MB of int64. Dot product peak: the loop of the kernels, without memory."""
-        big = torch.ones(64 << 20, dtype=torch.int64)
-        read = big.numel() * 8 / median_seconds(lambda: torch.ops.qat.cpu_read(big), seconds) / 1e9
-        count = 1 << 22
-        dots = torch.ops.qat.cpu_peak(count)  # 0 where the path has no such instruction
-        return cls(read, dots / median_seconds(lambda: torch.ops.qat.cpu_peak(count), seconds) / 1e9)
+    def calls(cls, memory: Tensor) -> dict[str, Iterator[Call]]:
+        """Read rate: sums over 4 MB at a time of `memory`. Dot product peak: the loop of the kernels, without memory."""
+        parts = memory.view(torch.int64).split(cls.READ_BYTES // 8)
+        return {
+            cls.READ: itertools.cycle([functools.partial(torch.ops.qat.cpu_read, part) for part in parts]),
+            cls.DOT: itertools.repeat(functools.partial(torch.ops.qat.cpu_peak, cls.DOT_ROUNDS)),
+        }
+
+    @classmethod
+    def of(cls, taken: dict[str, float]) -> Limits:
+        """From the seconds that the calls took."""
+        operations = torch.ops.qat.cpu_peak(1) * cls.DOT_ROUNDS
+        return cls(cls.READ_BYTES / taken[cls.READ] / 1e9, operations / taken[cls.DOT] / 1e9)
 
     def gops(self, operations: float, weight_gb: float, cold: bool) -> float:
         """The highest rate at which `operations` (in 10^9) on a weight of so many 10^9 bytes can run; 0: not known."""
         if self.dot_gops == 0:
             return 0.0
         return operations / max(operations / self.dot_gops, weight_gb / self.read_gbs if cold else 0.0)
+
+
+def _huge_pages(size: int) -> Tensor:
+    """`size` bytes of ones, in huge pages where the system has them: reading small ones is slower, and no limit."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
 
 
 def _packed_layer(n: int, k: int, layout: str) -> PackedBitLinear:
@@ -143,6 +151,7 @@ PEERS: dict[str, tuple[Callable[[int, int], Any], torch.dtype, float]] = {
     "nn.Linear bf16": (lambda n, k: nn.Linear(k, n, bias=False, dtype=torch.bfloat16), torch.bfloat16, 2),
     "torch int4pack": (_int4, torch.bfloat16, 1 / 2),
     "torch _int_mm, raw": (_int_mm, torch.int8, 1),
+    "llama.cpp TQ2_0": (lambda n, k: GgmlLinear(n, k, "TQ2_0"), torch.float32, 66 / 256),
 }
 BASELINE = "torch dynamic int8"
 
@@ -162,10 +171,10 @@ def _calls(name: str, n: int, k: int, m: int, cold: bool) -> Iterator[Call]:
 
 
 def measure_linear(
-    n: int, k: int, m: int, cold: bool, threads: int, limits: Limits, seconds: float, peers: list[str]
-) -> list[Row]:
-    """The peers at one shape and number of tokens."""
-    runs: dict[str, Iterator[Call]] = {}
+    n: int, k: int, m: int, cold: bool, threads: int, seconds: float, peers: list[str], memory: Tensor
+) -> tuple[Limits, list[Row]]:
+    """The peers at one shape and number of tokens, and the limits in the same turns; `memory` is what is read for them."""
+    runs: dict[str, Iterator[Call]] = Limits.calls(memory)
     rows, operations = [], 2.0 * m * n * k / 1e9
     with torch.no_grad():
         for name in peers:
@@ -174,14 +183,17 @@ def measure_linear(
             except (RuntimeError, AttributeError) as error:
                 print(f"{name} failed: {str(error).splitlines()[0]}", file=sys.stderr)
         taken = take_turns(runs, seconds, 0 if cold else 2)
+    limits = Limits.of(taken)
     for name, duration in taken.items():
+        if name in (Limits.READ, Limits.DOT):
+            continue
         limit = limits.gops(operations, n * k * PEERS[name][2] / 1e9, cold) if name.startswith("qat") else 0.0
         share = operations / duration / limit if limit else None
         ratio = taken[BASELINE] / duration if BASELINE in taken else None
         rows.append(
             Row("cold" if cold else "hot", f"{n}x{k}", m, threads, name, duration * 1e6, operations / duration, share, ratio)
         )
-    return rows
+    return limits, rows
 
 
 class EagerFakeQuant(nn.Linear):
@@ -291,15 +303,15 @@ def print_rows(rows: list[Row]) -> None:
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Measure what the arguments select."""
     rows: list[Row] = []
+    memory = _huge_pages(max(COLD_BYTES, Limits.READ_BYTES))
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        limits = Limits.measure(arguments.seconds)
-        print(f"limits, {threads} thr: memory read {limits.read_gbs:.1f} GB/s, int8 dot products {limits.dot_gops:.0f} GOP/s")
         for shape in arguments.shapes:
             n, k = (int(part) for part in shape.split("x"))
             for m in arguments.tokens if "linear" in arguments.regimes else []:
                 for cold in [True, False] if m <= COLD_TOKENS else [False]:
-                    found = measure_linear(n, k, m, cold, threads, limits, arguments.seconds, arguments.peers)
+                    limits, found = measure_linear(n, k, m, cold, threads, arguments.seconds, arguments.peers, memory)
+                    print(f"limits here: memory {limits.read_gbs:.1f} GB/s, int8 dot products {limits.dot_gops:.0f} GOP/s")
                     print_rows(found)
                     rows += found
             if "train" in arguments.regimes:

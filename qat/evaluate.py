@@ -1,6 +1,11 @@
-"""The verb `python -m qat.evaluate MODEL --text FILE`: perplexity of whatever form a model is in, by one and the same measure.
+"""The verb `python -m qat.evaluate MODEL`: what a model in whatever form is worth, by one and the same measure.
 
-Plain flags, no Hydra: paths are not Hydra grammar. The measure itself is in `qat.perplexity`, which needs torch alone.
+    --text FILE        perplexity over sliding windows
+    --teacher MODEL    on that text: KL and top-1 agreement with it; with --layers also each layer's error
+    --samples N        continuations of that text, side by side with the teacher's where one is given
+    --tasks A,B        zero-shot tasks of lm-eval, on the very model that is loaded here
+
+Plain flags, no Hydra: paths are not Hydra grammar. The measures are in `qat.perplexity`, `qat.compare` and `qat.zeroshot`.
 """
 
 from __future__ import annotations
@@ -8,19 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from qat.loading import Loaded, load, run_verb
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
+    from qat.perplexity import Window
     from qat.perplexity import log_likelihood as log_likelihood
     from qat.perplexity import perplexity as perplexity
     from qat.perplexity import windows as windows
 
 DEFAULT_CONTEXT = 512
+_PROMPT_TOKENS = 32
+_WORST_LAYERS = 10
 
 
 def __getattr__(name: str) -> Any:
@@ -32,124 +44,104 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'qat.evaluate' has no attribute {name!r}")
 
 
-class Loaded(NamedTuple):
-    """A model ready to evaluate, its tokenizer, and what it was found to be."""
+@dataclass
+class Asked:
+    """What to measure beside perplexity; checked before anything is loaded."""
 
-    model: nn.Module
-    tokenizer: Any
-    kind: str
+    text: str | None = None
+    teacher: str | None = None
+    layers: bool = False
+    samples: int = 0
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    task_data: str | None = None
+    limit: int | None = None
 
-
-def load(path: str) -> Loaded:
-    """Find out what `path` is and load it.
-
-    A run folder (its `packed/` is used), a packed folder, a stock bitnet folder, or anything that `qat.models.load_model`
-    takes: a folder in full precision, a .gguf file, `package://NAME/FILE`, a hub id.
-
-    Raises:
-        ValueError: it cannot be loaded, or a stock folder's keys do not fit its model.
-    """
-    from qat.export.folder import PACKED_WEIGHTS
-
-    folder = Path(path).expanduser()
-    if (folder / "packed" / PACKED_WEIGHTS).exists():  # where it is damaged, loading names the file
-        return _load_packed(folder / "packed", f"packed model of the run {folder}")
-    if (folder / PACKED_WEIGHTS).exists():
-        return _load_packed(folder, "packed model of qat")
-    if _quant_method(folder) == "bitnet":
-        return _load_stock(folder)
-    return _load_full(path)
-
-
-def _load_packed(folder: Path, kind: str) -> Loaded:
-    from qat.export.packed import load as load_packed
-
-    return Loaded(load_packed(folder), _tokenizer(str(folder)), kind)
-
-
-def _load_full(path: str) -> Loaded:
-    from qat.config import ModelConfig
-    from qat.models import load_model
-
-    return Loaded(load_model(ModelConfig(path=path)), _tokenizer(path), "full precision (float32)")
-
-
-def _load_stock(folder: Path) -> Loaded:
-    """With stock transformers, as a user would, but its warnings about keys are errors."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    reader: Any = AutoModelForCausalLM
-    try:
-        model, report = reader.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # transformers raises nearly any class here
-        raise ValueError(f"cannot load the model {folder}: {' '.join(str(error).split())[:300]}") from error
-    wrong = [f"{what.replace('_', ' ')} {sorted(map(str, report[what]))[0]}" for what in _REPORTED if report[what]]
-    if wrong:
-        raise ValueError(f"{folder} does not fit its own config: {'; '.join(wrong)}")
-    linear_class = model.config.quantization_config.linear_class
-    return Loaded(
-        model.eval(), _tokenizer(str(folder)), f"stock bitnet folder (linear_class {linear_class}), read by transformers"
-    )
-
-
-_REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")
-
-
-def _tokenizer(path: str) -> Any:
-    from qat.config import ModelConfig
-    from qat.models import load_tokenizer
-
-    return load_tokenizer(ModelConfig(path=path))
-
-
-def _quant_method(folder: Path) -> str | None:
-    """What a local folder's config.json says about quantization; None where it says nothing or is not there."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    def __post_init__(self) -> None:
+        if self.text is None and not self.tasks:
+            raise ValueError("nothing to measure: give --text FILE, --tasks NAMES, or both")
+        if self.text is None and (self.teacher or self.samples):
+            raise ValueError("--teacher and --samples are measured on a text: give --text FILE")
+        if self.layers and not self.teacher:
+            raise ValueError("--layers compares with full precision: give --teacher MODEL")
+        if self.samples < 0 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"--samples {self.samples} and --limit {self.limit} are not allowed: at least 0, at least 1")
+        if not self.tasks and (self.include_path or self.task_data or self.limit):
+            raise ValueError("--include-path, --task-data and --limit belong to --tasks NAMES")
 
 
 def evaluate(
     path: str,
-    text: str,
+    text: str | None = None,
     *,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
+    head: str = "full",
+    **more: Any,
 ) -> dict[str, Any]:
-    """Load `path` and measure its perplexity on `text`, a file or the name `pydoc_data.topics`.
+    """Load `path` and measure it on `text`, a file or the name `pydoc_data.topics`.
 
     Args:
         context: tokens a window; default: 512, or the model's largest position where that is less.
         stride: default: the context, so that windows do not overlap.
         max_tokens: evaluate the first so many tokens of the text; default: all.
+        head: `6bit` or `8bit`: with the output head in fewer bits, as `qat.generate` has it.
+        more: the fields of `Asked`.
 
     Returns:
-        {"perplexity", "text", "context", "stride", "tokens", "scored_tokens", "model", "kind"}.
+        {"model", "kind"}, and for a text {"perplexity", "text", "context", "stride", "tokens", "scored_tokens"}; where asked
+        for, "teacher", "samples" and "tasks"; "remark" where the text is shorter than one window.
 
     Raises:
-        ValueError: the model or the text cannot be read, the context is out of range, or a logit is not finite.
+        ValueError: a model or the text cannot be read, the context is out of range, or a logit is not finite.
     """
+    asked = Asked(text, **more)
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
+    found = load(path)
+    if head != "full":
+        from qat.inference import quantize_head
+
+        quantize_head(found.model, head)
+    result: dict[str, Any] = {}
+    if asked.text is not None:
+        result |= _on_text(found, asked, context, stride, max_tokens, batch_size)
+    if asked.tasks:
+        from qat.zeroshot import run_tasks
+
+        result["tasks"] = run_tasks(found, asked.tasks, asked.include_path, asked.task_data, asked.limit, batch_size)
+    return {**result, "model": path, "kind": found.kind if head == "full" else f"{found.kind}, {head} head"}
+
+
+def _on_text(
+    found: Loaded, asked: Asked, context: int | None, stride: int | None, max_tokens: int | None, batch_size: int
+) -> dict[str, Any]:
     from qat.config import DataConfig
     from qat.data import text_tokens
     from qat.perplexity import exp_mean, log_likelihood, windows
 
-    found = load(path)
+    assert asked.text is not None
     context = _context(found.model, context)
     stride = context if stride is None else stride
-    if max_tokens is not None and max_tokens < 2:
-        raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
-    tokens = text_tokens(text, found.tokenizer, DataConfig(), max_tokens)
-    total, scored = log_likelihood(found.model, windows(tokens, context, stride, batch_size))
-    name = Path(text).name if Path(text).expanduser().exists() else text
+    tokens = text_tokens(asked.text, found.tokenizer, DataConfig(), max_tokens)
+    batches = list(windows(tokens, context, stride, batch_size))
+    total, scored = log_likelihood(found.model, batches)
+    name = Path(asked.text).name if Path(asked.text).expanduser().exists() else asked.text
     result = {"perplexity": exp_mean(total, scored), "text": name, "context": context, "stride": stride}
-    return {**result, "tokens": len(tokens), "scored_tokens": scored, "model": path, "kind": found.kind}
+    result |= {"tokens": len(tokens), "scored_tokens": scored}
+    if len(tokens) < context:
+        result["remark"] = (
+            f"the text has {len(tokens)} tokens, less than one window of {context}: it is measured as one of its length"
+        )
+    teacher = load(asked.teacher) if asked.teacher else None
+    if teacher is not None:
+        _same_tokens(found, teacher)
+        result["teacher"] = {"model": asked.teacher, "kind": teacher.kind, **_compare(found, teacher, batches, asked.layers)}
+    if asked.samples:
+        result["samples"] = samples(found, teacher, _prompts(tokens, asked.samples))
+    return result
 
 
 def _context(model: Any, context: int | None) -> int:
@@ -161,18 +153,69 @@ def _context(model: Any, context: int | None) -> int:
     return context
 
 
+def _same_tokens(found: Loaded, teacher: Loaded) -> None:
+    if found.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise ValueError("--teacher has another vocabulary than the model; their predictions cannot be compared")
+
+
+def _compare(found: Loaded, teacher: Loaded, batches: Sequence[Window], layers: bool) -> dict[str, Any]:
+    from qat.compare import agreement, layer_errors
+    from qat.perplexity import exp_mean, log_likelihood
+
+    close = agreement(found.model, teacher.model, batches)
+    result: dict[str, Any] = {"perplexity": exp_mean(*log_likelihood(teacher.model, batches)), "kl": close.kl, "top1": close.top1}
+    if layers:
+        errors = layer_errors(found.model, teacher.model, batches[0][0])
+        result["layers"] = {name: error._asdict() for name, error in errors.items()}
+    return result
+
+
+def _prompts(tokens: Tensor, count: int) -> list[Tensor]:
+    """`count` stretches of tokens, spread evenly over the text."""
+    step = len(tokens) // count
+    if step < 1:
+        raise ValueError(f"--samples {count} are more than the text has tokens")
+    return [tokens[i * step : i * step + min(_PROMPT_TOKENS, step)] for i in range(count)]
+
+
+def samples(found: Loaded, teacher: Loaded | None, prompts: Sequence[Tensor], new_tokens: int = 48) -> list[dict[str, str]]:
+    """The likeliest continuation of each prompt int64 [T]: {"prompt", "continuation", "teacher"} as texts."""
+    from qat.decode import Decoder, greedy
+
+    texts = []
+    for prompt in prompts:
+        entry = {"prompt": found.tokenizer.decode(prompt)}
+        for name, one in (("continuation", found), ("teacher", teacher)):
+            if one is not None:
+                entry[name] = one.tokenizer.decode(greedy(Decoder(one.model, len(prompt) + new_tokens), prompt, new_tokens))
+        texts.append(entry)
+    return texts
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description="Perplexity of a model on a text.")
+    parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description="What a model is worth, on a text or on tasks.")
     parser.add_argument(
         "model", metavar="MODEL", help="run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE"
     )
-    parser.add_argument("--text", required=True, help=".txt, .jsonl or .parquet file, or pydoc_data.topics")
+    parser.add_argument("--text", help=".txt, .jsonl or .parquet file, or pydoc_data.topics: perplexity on it")
     parser.add_argument("--context", type=int, help="tokens a window (default: 512, or the model's most)")
     parser.add_argument("--stride", type=int, help="tokens by which the window moves (default: the context)")
     parser.add_argument("--max-tokens", type=int, help="evaluate the first so many tokens (default: all)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows or task requests at once (default: 8)")
+    parser.add_argument("--head", default="full", choices=("full", "6bit", "8bit"), help="bits of the output head")
+    parser.add_argument("--teacher", metavar="MODEL", help="compare with this model: KL, top-1 agreement")
+    parser.add_argument("--layers", action="store_true", help="with --teacher: each quantized layer's relative error")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="print N continuations of the text")
+    parser.add_argument("--tasks", type=_names, default=(), metavar="A,B", help="zero-shot tasks of lm-eval")
+    parser.add_argument("--include-path", metavar="DIR", help="folder of task files, in place of those that lm-eval brings")
+    parser.add_argument("--task-data", metavar="DIR", help="folder that these task files read (QAT_TASK_DATA)")
+    parser.add_argument("--limit", type=int, help="the first so many examples of each task (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,24 +230,46 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{result['model']}: {result['kind']}")
-    print(
-        f"perplexity {result['perplexity']:.6g} on {result['text']} ({result['tokens']} tokens,"
-        f" context {result['context']}, stride {result['stride']})"
-    )
+    print("\n".join(lines(result)))
 
 
-def run_verb(name: str, action: Callable[[], None]) -> int:
-    """Run a verb; a ValueError or OSError, which users cause, becomes one line on stderr and exit code 2."""
-    try:
-        action()
-    except (ValueError, OSError) as error:
-        print(f"qat.{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"qat.{name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+def lines(result: dict[str, Any]) -> list[str]:
+    """What a person reads of `evaluate`'s result."""
+    text = [f"{result['model']}: {result['kind']}"]
+    if "perplexity" in result:
+        text.append(
+            f"perplexity {result['perplexity']:.6g} on {result['text']} ({result['tokens']} tokens,"
+            f" context {result['context']}, stride {result['stride']})"
+        )
+    if "remark" in result:
+        text.append(result["remark"])
+    if "teacher" in result:
+        text += _teacher_lines(result["teacher"])
+    for sample in result.get("samples", ()):
+        text += ["", f"prompt: {sample['prompt']!r}", f"model:   {sample['continuation']!r}"]
+        text += [f"teacher: {sample['teacher']!r}"] if "teacher" in sample else []
+    for name, metrics in result.get("tasks", {}).items():
+        text.append(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    return text
+
+
+def _teacher_lines(teacher: dict[str, Any]) -> list[str]:
+    text = [
+        f"teacher {teacher['model']}: {teacher['kind']}, perplexity {teacher['perplexity']:.6g};"
+        f" KL {teacher['kl']:.4g} nats a token, top-1 agreement {teacher['top1']:.1%}"
+    ]
+    errors = teacher.get("layers")
+    if errors:
+        local = sorted(errors, key=lambda name: -errors[name]["local"])
+        middle = [statistics.median(error[kind] for error in errors.values()) for kind in ("local", "accumulated")]
+        text.append(
+            f"relative error of {len(errors)} layers: median {middle[0]:.3f} local, {middle[1]:.3f} accumulated; largest local:"
+        )
+        text += [
+            f"  {name}: {errors[name]['local']:.3f} local, {errors[name]['accumulated']:.3f} accumulated"
+            for name in local[:_WORST_LAYERS]
+        ]
+    return text
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from qat import bench
 from qat.ops import cpu
@@ -25,3 +26,14 @@ def test_rows(tmp_path, monkeypatch):
     found = {(row["regime"], row["what"]) for row in result["rows"]}
     assert {("cold", "qat 2bit"), ("hot", "qat base3"), ("hot", bench.BASELINE), ("train fp32", "qat backward=int8")} <= found
     assert all(row["microseconds"] > 0 and row["gops"] > 0 for row in result["rows"])
+
+
+def test_ggml_layer():
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    from qat.ggml import GgmlLinear
+
+    torch.manual_seed(0)
+    w, x = torch.randint(-1, 2, (64, 512)).float(), torch.randn(3, 512)
+    torch.manual_seed(0)
+    y = GgmlLinear(64, 512, "TQ2_0")(x)
+    assert (y - x @ w.t()).norm() / (x @ w.t()).norm() < 0.02

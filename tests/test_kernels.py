@@ -105,6 +105,16 @@ def test_quantize_activation(granularity, dtype, threads):
             same(a, b)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_dequantize(dtype, threads):
+    for n, k, shape in ((3, 1500, (1, 1)), (5, 40, (5, 1)), (4, 60, (4, 3)), (4, 60, (1, 3)), (0, 8, (1, 1)), (1, 1, (1, 1))):
+        t, scale = codes(n, k) * 77, torch.rand(shape) + 0.01
+        wanted = (t.reshape(n, shape[1], -1) * scale[..., None] if n else t).reshape(n, k).to(dtype)
+        same(torch.ops.qat.dequantize(t, scale, dtype), wanted)
+        same(torch.ops.qat.dequantize_reference(t, scale, dtype), wanted)
+    torch.library.opcheck(torch.ops.qat.dequantize, (codes(6, 20).view(2, 3, 20), torch.rand(2, 3, 1), dtype))
+
+
 def test_rounding_is_half_to_even():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 3.5] * 5])
     for a, b in zip(ops.quantize_activation(x), ops.quantize_activation(x, kernels="reference"), strict=True):

@@ -124,6 +124,59 @@ QAT_TARGET void binary(const float* w, int64_t n, float threshold, int8_t* t) {
   for (int64_t i = 0; i < n; ++i) t[i] = static_cast<int8_t>(w[i] > threshold ? 1 : -1);
 }
 
+QAT_TARGET void dequantize(const int8_t* codes, int64_t n, float scale, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]) * scale;
+}
+
+// e^x to a relative 2e-7, without a branch, so that the compiler vectorizes it: 2^n e^r with |r| <= ln(2) / 2.
+QAT_TARGET inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333338e-3f + r * 1.3888889e-3f)))));
+  return p * bits_to_float((float_to_bits(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+constexpr int kLanes = 16;  // partial sums of a reduction, so that it vectorizes without reassociation
+
+QAT_TARGET inline float add_lanes(const float* lanes) {
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+QAT_TARGET inline float product(const float* a, const float* b, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+  for (; i < n; ++i) lanes[0] += a[i] * b[i];
+  return add_lanes(lanes);
+}
+
+QAT_TARGET void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
+  const float factor = 1.0f / __builtin_sqrtf(product(x, x, n) / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) y[i] = weight[i] * (x[i] * factor);
+}
+
+QAT_TARGET void gate(float* y, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = y[i] / (1.0f + exponential(-y[i])) * up[i];
+}
+
+QAT_TARGET void attend(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale, float* weights, float* y) {
+  float most = -__builtin_inff(), sum = 0.0f;
+  for (int64_t t = 0; t < length; ++t) {
+    weights[t] = product(q, keys + t * width, width) * scale;
+    most = weights[t] > most ? weights[t] : most;
+  }
+  for (int64_t t = 0; t < length; ++t) weights[t] = exponential(weights[t] - most);
+  for (int64_t t = 0; t < length; ++t) sum += weights[t];
+  std::memset(y, 0, static_cast<size_t>(width) * sizeof(float));
+  for (int64_t t = 0; t < length; ++t)
+    for (int64_t i = 0; i < width; ++i) y[i] += weights[t] * values[t * width + i];
+  for (int64_t i = 0; i < width; ++i) y[i] /= sum;
+}
+
 QAT_TARGET uint64_t read(const uint64_t* words, int64_t n) {
   uint64_t sum[4][8] = {};
   int64_t i = 0;

@@ -1,11 +1,18 @@
 // Which paths this machine has.
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace qat {
 namespace {
 
 #if defined(__x86_64__)
 const Isa* const kPaths[] = {&portable, &avx2, &avx512};
+#elif defined(__aarch64__)
+const Isa* const kPaths[] = {&portable, &neon};
 #else
 const Isa* const kPaths[] = {&portable};
 #endif
@@ -21,6 +28,11 @@ int best_isa() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
     return 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return 1;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  return 1;  // every Apple machine with an Arm CPU has it
 #endif
   return 0;
 }

@@ -11,6 +11,7 @@ Legend: M tokens, N out_features, K in_features, G groups along K.
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from typing import Any
 
@@ -23,7 +24,7 @@ from qat.ops.choice import Status, choose
 from qat.ops.derived import Derived
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
 
-_PATHS = ("portable", "avx2", "avx512")
+_PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
 MAX_WIDTH = 2**18
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,8 +72,13 @@ def start_isa() -> str:
     return isa()
 
 
+def _fake_linear(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, n: int, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
 def _load() -> str:
     library, _ = build_cpu.load()
+    torch.library.register_fake("qat::cpu_linear", _fake_linear)  # so that torch.compile may hold it (qat.inference)
     return f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
 
 
@@ -228,7 +234,18 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     return torch.ops.qat.cpu_linear(_narrow(x), tiles, torch.ones(1), None, k, n, 1, False, False, eps).to(x.dtype)
 
 
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in _DTYPES or codes.numel() == 0 or not compiled():
+        return reference.dequantize(codes, scale, dtype)
+    groups = scale.shape[-1]
+    if scale.numel() > 1:
+        scale = scale.expand(*codes.shape[:-1], groups)
+    rows = codes.contiguous().view(-1, codes.shape[-1] // groups)
+    return torch.ops.qat.cpu_dequantize(rows, scale.reshape(-1).contiguous(), _DTYPES.index(dtype)).view(codes.shape)
+
+
 KERNELS = {
+    "dequantize": dequantize,
     "quantize_activation": quantize_activation,
     "quantize_weight": quantize_weight,
     "packed_linear": packed_linear,

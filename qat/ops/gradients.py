@@ -26,30 +26,19 @@ def _bias_gradient(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
 
 
-def _scaled(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(codes * scale).to(dtype), computed in float32, in one pass over the memory of a GPU."""
-    return torch.mul(codes, scale, out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
-
-
-def _dequantized(t: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    (n, k), groups = t.shape, w_scale.shape[1]
-    if groups <= 1:
-        return _scaled(t, w_scale, dtype)
-    return _scaled(t.reshape(n, groups, k // groups), w_scale[..., None], dtype).reshape(n, k)
-
-
 def _input_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
-    return grad @ _dequantized(t, w_scale, grad.dtype)
+    return grad @ torch.ops.qat.dequantize(t, w_scale, grad.dtype)
 
 
 def _input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    return _weight_gradient(grad, _scaled(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype))
+    values = torch.ops.qat.dequantize(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype)
+    return _weight_gradient(grad, values)
 
 
 def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
     """The codes are exact in bfloat16; scales are applied outside of the matmul where their shape allows."""
     if w_scale.shape[1] > 1:
-        return grad.bfloat16() @ _dequantized(t, w_scale, torch.bfloat16)
+        return grad.bfloat16() @ torch.ops.qat.dequantize(t, w_scale, torch.bfloat16)
     if w_scale.shape[0] > 1:
         return (grad * w_scale.t()).bfloat16() @ t.bfloat16()
     return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())

@@ -55,6 +55,10 @@ def _fake_quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     return x.new_empty((*x.shape[:-1], t.shape[1]))
 
 
+def _fake_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
 def _fake_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
 
@@ -83,6 +87,7 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         reference.bitlinear,
         _fake_bitlinear,
     ),
+    "dequantize": ("(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor", reference.dequantize, _fake_dequantize),
     "quantized_matmul": (
         "(Tensor x, Tensor t, float eps) -> Tensor",
         reference.quantized_matmul,

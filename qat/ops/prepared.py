@@ -15,7 +15,12 @@ _CALLS = {"cpu": cpu.linear_call, "cuda": cuda.linear_call}
 
 
 class PreparedLinear:
-    """It holds the tensors that it was made from and serves a call only while they are the same objects, unchanged."""
+    """It holds the tensors that it was made from and serves a call only while they are the same objects, unchanged.
+
+    Slots, because between two calls of a large model everything here has left the caches.
+    """
+
+    __slots__ = ("arguments", "device", "k", "later", "run", "sources", "versions")
 
     def __init__(self, packed: Tensor, scale: Tensor, bias: Tensor | None, k: int, call: tuple[Any, ...]) -> None:
         self.k, self.sources, self.device = k, (packed, scale, bias), packed.device

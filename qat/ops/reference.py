@@ -84,6 +84,15 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     return integer_linear(codes, divisor, t.t(), x.new_ones(1, 1, dtype=torch.float32), None, x.dtype)
 
 
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale in float32, rounded to `dtype`: codes int8 [..., K], scale [..., G] with every size 1 or that of codes."""
+    if codes.numel() == 0:
+        return torch.empty_like(codes, dtype=dtype)
+    rows = codes.unflatten(-1, (scale.shape[-1], -1))
+    values = torch.empty(rows.shape, dtype=dtype, device=codes.device)
+    return torch.mul(rows, scale[..., None], out=values).reshape(codes.shape)  # one pass over the memory of a GPU
+
+
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in int32 for int8 matrices [M, K] and [K, N], exact: the weight's gradient of `backward=int8`."""
     if a.is_cpu:

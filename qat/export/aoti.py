@@ -1,0 +1,119 @@
+"""One file that runs without transformers: the traced model with our ops inside, by torch.export or compiled by AOTInductor.
+
+    kind "exported"  torch.export.save: the graph and its weights; any machine with torch and qat reads it
+    kind "compiled"  torch._inductor.aoti_compile_and_package: machine code for this CPU (needs g++); no tracing at load
+
+Both call `qat::packed_linear` by its schema, so the process that runs one imports torch and `qat.ops`, which brings kernels or
+the pure-torch reference, whichever that machine has. Packed bytes stay packed in the file. The graph takes token ids int64 [B, T]
+of any B and T from 2 on (T at most what the model was made for) and gives logits float32 [B, T, V]; it has no key-value cache.
+
+A file may also be a stack of PackedBitLinear layers without ids: give `example`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.export.folder import one_line
+from qat.export.tensors import packed_layers
+
+KINDS = ("exported", "compiled")
+Runner = Callable[[Tensor], Tensor]
+
+
+class _Logits(nn.Module):
+    """A transformers model as a function of token ids alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output: Any = self.model(input_ids=ids, use_cache=False)
+        return output.logits
+
+
+def trace(model: nn.Module, example: Tensor | None = None) -> torch.export.ExportedProgram:
+    """The packed model as a graph whose batch and length are free.
+
+    Args:
+        model: a transformers causal language model with PackedBitLinear layers, or, with `example`, any module of one tensor.
+        example: an input of at least 2 dimensions, each of the first two at least 2; default: token ids.
+
+    Raises:
+        ValueError: nothing is packed, or torch.export cannot trace the model; with its reason.
+    """
+    if not packed_layers(model):
+        raise ValueError(f"{type(model).__name__} has no packed layers; call qat.pack first")
+    module = model
+    most = None
+    if example is None:
+        example, module = torch.zeros(2, 8, dtype=torch.int64), _Logits(model)
+        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=2, max=most)}
+    try:
+        with torch.no_grad():
+            return torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,), strict=False)
+    except Exception as error:  # torch.export raises nearly any class
+        raise ValueError(f"torch.export cannot trace {type(model).__name__}: {one_line(error)}") from error
+
+
+def save(model: nn.Module, file: str | Path, *, kind: str = "exported", example: Tensor | None = None) -> Path:
+    """Write the packed model as one .pt2 file, which appears whole or not at all; see `trace` for the arguments.
+
+    Raises:
+        ValueError: unknown kind, another suffix than .pt2, a model that cannot be traced or compiled, a disk that refuses.
+    """
+    target = Path(file)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not allowed; choose one of {', '.join(KINDS)}")
+    if target.suffix != ".pt2":
+        raise ValueError(f"{file} must end in .pt2")
+    partial = target.with_name(f".{target.stem}.partial-{os.getpid()}.pt2")
+    program = trace(model, example)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "exported":
+            torch.export.save(program, partial)
+        else:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
+        partial.replace(target)
+    except Exception as error:  # OSError, or whatever the compiler raised
+        raise ValueError(f"cannot write {target}: {one_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def load(file: str | Path) -> Runner:
+    """The function that a .pt2 file holds, of either kind. Needs torch and qat.ops only.
+
+    Raises:
+        ValueError: the file is missing, damaged, or was compiled for another machine.
+    """
+    from qat import ops  # the graph names its ops
+
+    assert ops.library is not None
+    if not Path(file).is_file():
+        raise ValueError(f"{file} is missing")
+    try:
+        if _is_compiled(Path(file)):
+            runner: Any = torch._inductor.aoti_load_package(str(file))
+            return runner
+        module: Any = torch.export.load(file).module()
+        return module
+    except Exception as error:  # zip, JSON, dynamic linker: nearly any class
+        raise ValueError(f"{file} is no .pt2 file that this machine can run: {one_line(error)}") from error
+
+
+def _is_compiled(file: Path) -> bool:
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith((".so", ".wrapper.so")) for name in archive.namelist())

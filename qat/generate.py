@@ -1,0 +1,271 @@
+"""The verb `python -m qat.generate MODEL --prompt TEXT`: a model's continuation, streamed, with its speed and memory.
+
+Plain flags, no Hydra: prompts are not Hydra grammar. The text goes to stdout, everything else to stderr. Packed models run
+as `qat.inference` makes them: fused, and with a head of 6 or 8 bits if asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qat.loading import Loaded, load, run_verb
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qat.decode import Decoder
+
+HEADS = ("full", "6bit", "8bit")
+
+
+@dataclass
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn from the smallest set of at least top_p."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            raise ValueError(f"--temperature {self.temperature} is not allowed; it must be 0 (the likeliest token) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p} is not allowed; it must be above 0 and at most 1")
+
+
+@dataclass
+class Continuation:
+    """Tokens that were generated and what they cost. Decoding is every token but the first, which prefill gives."""
+
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens a second, sampling and printing included; 0 where only one was generated."""
+        return len(self.step_seconds) / sum(self.step_seconds) if self.step_seconds else 0.0
+
+    def summary(self) -> str:
+        """One line a person reads."""
+        decoded = (
+            f"decode {len(self.step_seconds)} tokens, {self.decode_rate:.1f} tokens/s" if self.step_seconds else "no decoding"
+        )
+        return f"prefill {self.prompt_tokens} tokens, {self.prefill_rate:.1f} tokens/s; {decoded}"
+
+
+def sampler(sampling: Sampling) -> Callable[[Tensor], int]:
+    """A function from logits [V] to the next token."""
+    import torch
+
+    generator = torch.Generator().manual_seed(sampling.seed)
+
+    def choose(logits: Tensor) -> int:
+        if not bool(torch.isfinite(logits.max())):
+            raise ValueError("the model's logits are not finite; python -m qat.evaluate says more about it")
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        probabilities = (logits.float() / sampling.temperature).softmax(0)
+        kept, ids = nucleus(probabilities, sampling.top_p)
+        return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+    return choose
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """(probabilities, ids) of the smallest set of likeliest tokens whose sum reaches top_p (arXiv:1904.09751).
+
+    Looks at the 256 likeliest first: sorting a large vocabulary costs more than a small model's step.
+    """
+    import torch
+
+    size = len(probabilities)
+    if top_p == 1:
+        return probabilities, torch.arange(size)
+    for count in (min(256, size), size):
+        kept, ids = probabilities.topk(count)
+        before = kept.cumsum(0) - kept
+        if count == size or float(before[-1] + kept[-1]) >= top_p:
+            break
+    inside = before < top_p
+    return kept[inside], ids[inside]
+
+
+def continue_tokens(
+    decoder: Decoder, prompt: Tensor, max_new_tokens: int, stop: set[int], choose: Callable[[Tensor], int]
+) -> Iterator[Continuation]:
+    """Yield the growing continuation after each token; ends at `max_new_tokens` or after a token of `stop`."""
+    done, clock = Continuation(len(prompt)), time.perf_counter
+    start = clock()
+    logits = decoder.read(prompt)
+    last = clock()
+    done.prefill_seconds = last - start
+    while True:
+        token = choose(logits)
+        done.tokens.append(token)
+        yield done
+        if token in stop or len(done.tokens) == max_new_tokens:
+            return
+        logits = decoder.read(prompt.new_tensor([token]))
+        start, last = last, clock()
+        done.step_seconds.append(last - start)
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The ids that end a text, of the model's generation config and of its tokenizer."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
+    return {i for i in ids if i is not None}
+
+
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool, system: str | None) -> Tensor:
+    """Token ids int64 [T] of a plain prompt, or of one user message in the tokenizer's chat template.
+
+    Raises:
+        ValueError: an empty prompt, --system without --chat, or no chat template.
+    """
+    import torch
+
+    if system is not None and not chat:
+        raise ValueError("--system needs --chat")
+    if not chat:
+        ids = tokenizer(prompt)["input_ids"]
+    elif not tokenizer.chat_template:
+        raise ValueError("--chat: this tokenizer has no chat template; leave --chat out to continue plain text")
+    else:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if not ids:
+        raise ValueError("--prompt has no tokens; give at least one")
+    return torch.tensor(ids)
+
+
+def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
+    """How many new tokens fit into the model's context; says so on stderr where that is less than was asked for.
+
+    Raises:
+        ValueError: the prompt alone fills the context, or max_new_tokens is below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed; it must be at least 1")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or prompt + max_new_tokens <= most:
+        return max_new_tokens
+    if prompt >= most:
+        raise ValueError(f"the prompt has {prompt} tokens, but the model's context is {most}; shorten it")
+    print(f"qat: {most - prompt} new tokens at most, as the model's context is {most} tokens", file=sys.stderr)
+    return most - prompt
+
+
+def ready(path: str, head: str = "full") -> tuple[Loaded, str]:
+    """Load `path` and prepare it for generation; and what was done to it, in words."""
+    from qat import inference
+
+    found = load(path)
+    found.model.requires_grad_(False)
+    fused = inference.tile(found.model)
+    if head != "full":
+        inference.quantize_head(found.model, head)
+    return found, f"{found.kind}; {fused} packed layers fused and tiled, {head} head"
+
+
+def generate(
+    path: str,
+    prompt: str,
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    threads: int | None = None,
+    head: str = "full",
+) -> Continuation:
+    """Print the continuation of `prompt` as it comes; its tokens and timings.
+
+    Args:
+        path: run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE.
+        chat: put the prompt into the tokenizer's chat template; `system` is its system message.
+        head: `full`, or `6bit`, `8bit`: the output head in fewer bits.
+
+    Raises:
+        ValueError: the model cannot be loaded, or an argument is out of range.
+    """
+    sampling = Sampling(temperature, top_p, seed)
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads {threads} is not allowed; it must be at least 1")
+        torch.set_num_threads(threads)
+    found, about = ready(path, head)
+    from transformers import TextStreamer
+
+    from qat.decode import Decoder
+
+    ids = prompt_ids(found.tokenizer, prompt, chat, system)
+    count = room_for(found.model, len(ids), max_new_tokens)
+    print(f"qat: {path}: {about}", file=sys.stderr, flush=True)
+    streamer = TextStreamer(found.tokenizer, skip_special_tokens=True)
+    stop = stop_tokens(found.model, found.tokenizer)
+    done = Continuation(len(ids))
+    for done in continue_tokens(Decoder(found.model, len(ids) + count), ids, count, stop, sampler(sampling)):
+        streamer.put(torch.tensor(done.tokens[-1:]))
+    streamer.end()
+    print(f"qat: {done.summary()}; {torch.get_num_threads()} threads, {memory()}", file=sys.stderr)
+    return done
+
+
+def memory() -> str:
+    """The process's peak resident memory, in words."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qat.generate", description="Continue a text, token by token.")
+    parser.add_argument(
+        "model", metavar="MODEL", help="run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE"
+    )
+    parser.add_argument("--prompt", required=True, help="text to continue, or - to read it from stdin")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument("--system", help="with --chat: the system message")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after so many tokens (default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default), 1 samples plainly")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens that reach this sum (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--head", default="full", choices=HEADS, help="bits of the output head: fewer are faster, less exact")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after a user's error, which is one line on stderr."""
+    args = vars(_parser().parse_args(arguments))
+    path, prompt = args.pop("model"), args.pop("prompt")
+    return run_verb("generate", lambda: _run(path, sys.stdin.read() if prompt == "-" else prompt, args))
+
+
+def _run(path: str, prompt: str, args: dict[str, Any]) -> None:
+    generate(path, prompt, **args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""A packed model as a .pt2 file: the same numbers as the model, in a process that never imports transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import qat
+from qat.export import aoti
+
+RUN = """
+import sys, torch
+from qat.export import aoti
+run, ids = aoti.load(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(run(ids), sys.argv[3])
+assert not any(name.split(".")[0] in ("transformers", "lightning") for name in sys.modules)
+"""
+
+
+def packed_stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    stack = nn.Sequential(nn.Linear(48, 80), nn.ReLU(), nn.Linear(80, 33, bias=False)).requires_grad_(False)
+    qat.convert(stack, qat.QuantConfig(granularity="channel"))
+    qat.pack(stack, layout="base3")
+    return stack.eval()
+
+
+def run_elsewhere(file: Path, x: torch.Tensor, folder: Path) -> torch.Tensor:
+    torch.save(x, folder / "x.pt")
+    arguments = [sys.executable, "-c", RUN, str(file), str(folder / "x.pt"), str(folder / "y.pt")]
+    done = subprocess.run(arguments, cwd=Path(qat.__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "y.pt", weights_only=True)
+
+
+def test_a_language_model_runs_without_transformers(tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval().requires_grad_(False)
+    qat.convert(model, qat.QuantConfig())
+    qat.pack(model)
+    file = aoti.save(model, tmp_path / "model.pt2")
+    ids = torch.randint(31, (3, 17))
+    expected = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(run_elsewhere(file, ids, tmp_path), expected, rtol=1e-5, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind", aoti.KINDS)
+def test_a_stack_of_layers_in_either_kind(kind, tmp_path):
+    stack = packed_stack()
+    file = aoti.save(stack, tmp_path / "stack.pt2", kind=kind, example=torch.zeros(2, 3, 48))
+    for shape in ((2, 3, 48), (1, 7, 48)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(run_elsewhere(file, x, tmp_path), stack(x), rtol=0, atol=0)
+
+
+def test_the_codes_stay_packed_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(1024, 1024, bias=False)).requires_grad_(False)
+    qat.convert(layer, qat.QuantConfig())
+    qat.pack(layer)
+    file = aoti.save(layer, tmp_path / "layer.pt2", example=torch.zeros(2, 2, 1024))
+    assert file.stat().st_size < 1.2 * 1024 * 1024 / 4 + 50_000
+
+
+def test_what_it_refuses(tmp_path):
+    with pytest.raises(ValueError, match="no packed layers"):
+        aoti.save(nn.Linear(4, 4), tmp_path / "a.pt2", example=torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match="exported, compiled"):
+        aoti.save(packed_stack(), tmp_path / "a.pt2", kind="onnx")
+    with pytest.raises(ValueError, match="must end in .pt2"):
+        aoti.save(packed_stack(), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="is missing"):
+        aoti.load(tmp_path / "none.pt2")
+    (tmp_path / "bad.pt2").write_bytes(b"PK\x03\x04 not a model")
+    with pytest.raises(ValueError, match="no .pt2 file"):
+        aoti.load(tmp_path / "bad.pt2")
