@@ -20,6 +20,7 @@ from qat.packing import get_layout
 from qat.selection import Context, Selection, is_conv1d, is_linear, other_matrices, patterns, refuse_experts, refuse_quantized
 
 VERSION = 1
+LISTENERS: list[Callable[[nn.Module, str], None]] = []  # called with every model that was "packed" or "unpacked"
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -89,7 +90,8 @@ class Conversion:
         if self.kind == "bitlinear":
             return BitLinear.from_linear(plain, self.config)
         bias = plain.bias is not None
-        layer = PackedBitLinear(plain.in_features, plain.out_features, bias, self.config, str(self.layout), plain.weight.device)
+        shape, weight = (plain.in_features, plain.out_features), plain.weight
+        layer = PackedBitLinear(*shape, bias, self.config, str(self.layout), weight.device, weight.dtype)
         return layer.train(linear.training)
 
     def summary(self) -> str:
@@ -219,6 +221,8 @@ def _exchange(
             raise ValueError(f"{name} and {next(iter(old))} have different configs; have each part {done} on its own")
     layers = {name: build(name, module) for name, module in old.items()}
     _swap(model, layers)
+    for listener in LISTENERS:
+        listener(model, done)
     return Conversion(done, config, list(layers), {}, layout)
 
 
