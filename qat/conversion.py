@@ -59,11 +59,13 @@ class Conversion:
             if version != VERSION:
                 raise ValueError(f"version {version} is not known; this qat reads version {VERSION}")
             record = cls(**{**data, "config": QuantConfig(**data["config"])})
+            if not all(isinstance(name, str) for name in (*record.converted, *record.skipped, *record.skipped.values())):
+                raise ValueError("converted must be a list of names, and skipped must map names to reasons")
             if record.kind not in ("bitlinear", "packed"):
                 raise ValueError(f"kind={record.kind!r} is not known; allowed are bitlinear and packed")
             if record.kind == "packed":
                 get_layout(str(record.layout))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a conversion record of qat: {error}") from error
         return record
 

@@ -20,7 +20,7 @@ from qat.export import __main__ as verb
 from qat.export import verify as verification
 from qat.export.folder import new_folder, read_metadata
 from qat.export.hf_tensors import pack_rows
-from qat.export.manifest import parse
+from qat.export.manifest import parse, sealed
 from qat.perplexity import windows
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -141,7 +141,7 @@ def rewrite(file, change, **metadata):
     """Write `file` again after `change(tensors)`."""
     tensors, old = load_file(file), read_metadata(file)
     change(tensors)
-    save_file(tensors, file, {**old, **metadata})
+    save_file(tensors, file, {key: value for key, value in {**old, **metadata}.items() if value is not None})
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -162,9 +162,10 @@ def test_damaged_packed_files_are_named(tmp_path):
     def say(change):
         manifest = json.loads(said)
         change(manifest["quantization_config"])
+        manifest["quantization_config"] = sealed(manifest["quantization_config"])
         config.write_text(json.dumps(manifest))
 
-    unchecked = {"crc32": "{}"}
+    unchecked = {"crc32": None}
     cases = [
         (lambda: rewrite(file, flip), rf"'{Q}.weight' is damaged"),
         (lambda: rewrite(file, bad_byte, **unchecked), rf"{Q}.packed\[1, 2\] = 243"),
@@ -177,12 +178,14 @@ def test_damaged_packed_files_are_named(tmp_path):
         (lambda: rewrite(file, lambda t: t["model.norm.weight"].fill_(torch.nan), **unchecked), "model.norm.weight has NaN"),
         (lambda: rewrite(file, lambda t: t.update(extra=torch.ones(1))), "unexpected keys extra"),
         (lambda: rewrite(file, lambda t: None, crc32="["), "checksums are damaged"),
+        (lambda: rewrite(file, lambda t: None, crc32="{}"), "has no checksum"),
         (lambda: say(lambda q: q.update(version=3)), "version 3 of the packed format"),
         (lambda: say(lambda q: q.update(quant_method="qqq")), "quant_method is 'qqq'"),
         (lambda: say(lambda q: q.pop("layout")), "'layout' is missing"),
         (lambda: say(lambda q: q.update(more=1)), "'more' is not known"),
         (lambda: say(lambda q: q["layers"].update({Q: 31})), "in_features=31"),
         (lambda: say(lambda q: q["layers"].update(none=31)), "'none', which is missing"),
+        (lambda: config.write_text(said.replace("1e-05", "1e-04", 1)), "manifest is damaged"),
         (lambda: config.write_text("{"), "is not the config"),
         (lambda: file.write_bytes(whole[:-7]), "not a whole safetensors file"),
         (lambda: file.write_bytes(b""), "not a whole safetensors file"),

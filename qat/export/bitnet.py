@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from qat.config import QuantConfig
 from qat.conversion import convert, pack
 from qat.export.files import opened, weight_files
-from qat.export.folder import one_line, refuse_report
-from qat.export.manifest import METHOD, VERSION
+from qat.export.folder import one_line, refuse_depth, refuse_report
+from qat.export.manifest import METHOD, VERSION, sealed
 from qat.export.packed import empty_model, quiet
 from qat.packing import pack_ternary
 
@@ -45,9 +45,11 @@ def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
     """
     folder = Path(folder)
     config, said = _config(folder)
+    tensors = _read(folder)
+    refuse_depth(config.to_dict(), len(tensors))
     skeleton = empty_model(config, "meta")
     layers = _layers(skeleton, said)
-    tensors = _read(folder)
+    _refuse_shapes(skeleton, tensors, layers)
     online = said.get("linear_class") == "autobitlinear" and said.get("quantization_mode") == "online"
     if not online:
         _decode(tensors, layers, multiplies=said.get("linear_class") == "autobitlinear", latent=latent)
@@ -81,6 +83,9 @@ def _config(folder: Path) -> tuple[Any, dict[str, Any]]:
     for key, allowed in (("linear_class", ("bitlinear", "autobitlinear")), ("quantization_mode", ("offline", "online"))):
         if said.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{folder}: {key}={said[key]!r} is not known; allowed are {', '.join(allowed)}")
+    kept = said.get("modules_to_not_convert")
+    if kept is not None and not (isinstance(kept, list) and all(isinstance(name, str) for name in kept)):
+        raise ValueError(f"{folder}: modules_to_not_convert must be a list of names, not {kept!r}"[:300])
     if said.get("use_rms_norm"):
         raise ValueError(f"{folder} has use_rms_norm: every layer norms its input, which BitLinear does not; it cannot be read")
     return config, said
@@ -106,6 +111,14 @@ def _read(folder: Path) -> dict[str, Tensor]:
         with opened(file) as stored:
             tensors.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
     return tensors
+
+
+def _refuse_shapes(skeleton: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Linear]) -> None:
+    """Before anything of the config's size is allocated. The layers' own weights are checked where they are decoded."""
+    for name, wanted in skeleton.state_dict().items():
+        found = tensors.get(name)
+        if found is not None and found.shape != wanted.shape and name.removesuffix(".weight") not in layers:
+            raise ValueError(f"{name} is {list(found.shape)}, but the config asks for {list(wanted.shape)}")
 
 
 def _decode(tensors: dict[str, Tensor], layers: Mapping[str, nn.Linear], multiplies: bool, latent: bool) -> None:
@@ -152,7 +165,8 @@ def _manifest(layers: Mapping[str, nn.Linear]) -> dict[str, Any]:
     quant = asdict(QuantConfig())
     del quant["kernels"]
     widths = {name: linear.in_features for name, linear in layers.items()}
-    return {"quant_method": METHOD, "version": VERSION, "layout": "2bit", "quant": quant, "layers": widths, "skipped": {}}
+    kind = {"quant_method": METHOD, "version": VERSION, "layout": "2bit", "quant": quant}
+    return sealed({**kind, "layers": widths, "skipped": {}})
 
 
 def _build(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> nn.Module:

@@ -72,7 +72,7 @@ class Stored:
 
     def others(self, layers: Iterable[str]) -> dict[str, tuple[int, int]]:
         """dtype -> count and bytes of the tensors that belong to none of the quantized `layers`."""
-        own = {f"{name}.{key}" for name in layers for key in ("weight", "weight_scale", "bias")}
+        own = own_tensors(layers)
         found: dict[str, tuple[int, int]] = {}
         for name, (_, dtype, shape) in self.places.items():
             if name not in own:
@@ -80,6 +80,11 @@ class Stored:
                 count, size = found.get(what, (0, 0))
                 found[what] = (count + 1, size + stored_bytes([(dtype, shape)]))
         return found
+
+
+def own_tensors(layers: Iterable[str]) -> set[str]:
+    """The names of the tensors of quantized layers."""
+    return {f"{name}.{key}" for name in layers for key in ("weight", "weight_scale", "bias")}
 
 
 def read(path: str | Path) -> Contents:
@@ -147,7 +152,7 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
     record, widths = parse(said)
     quant, layout = record.config, str(record.layout)
     for file in files:
-        check_checksums(file)
+        check_checksums(file, own_tensors(widths))
     group = f" of {quant.group_size}" if quant.group_size else ""
     convention = f"{quant.weight} {quant.scale} per {quant.granularity}{group}, {layout}; weight_scale (float32) multiplies"
     stored = Stored(files)

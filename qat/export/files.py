@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from qat.export.folder import WEIGHTS, WRITER, read_metadata
 from qat.export.tensors import packed_layers, parameter_count
 
 INDEX = "model.safetensors.index.json"
-_CHECKSUMS = "crc32"
+CHECKSUMS = "crc32"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -62,7 +62,7 @@ def module_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
 def file_metadata(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Who wrote it, how many parameters the full-precision model has (tied ones once), and the checksums."""
     checksums = {name: checksum(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
-    return {"format": "pt", **WRITER, "parameters": str(parameter_count(model)), _CHECKSUMS: json.dumps(checksums)}
+    return {"format": "pt", **WRITER, "parameters": str(parameter_count(model)), CHECKSUMS: json.dumps(checksums)}
 
 
 def checksum(tensor: Tensor) -> str:
@@ -73,14 +73,22 @@ def checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(data, zlib.crc32(about)):08x}"
 
 
-def check_checksums(file: Path) -> None:
-    """Raise ValueError naming the first tensor whose bytes are not those that were written."""
+def check_checksums(file: Path, required: Container[str]) -> None:
+    """Raise ValueError naming the first tensor whose bytes are not those that were written.
+
+    A file that has checksums must have one for each of its tensors that are `required` to.
+    """
+    text = read_metadata(file).get(CHECKSUMS)
+    if text is None:
+        return
     try:
-        expected = dict(json.loads(read_metadata(file).get(_CHECKSUMS, "{}")))
-    except (ValueError, TypeError) as error:
+        expected = dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: its checksums are damaged: {error}") from error
     with opened(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  # no mapping
+            if name not in expected and name in required:
+                raise ValueError(f"{file}: {name!r} has no checksum")
             if name in expected and checksum(tensors.get_tensor(name)) != expected[name]:
                 raise ValueError(f"{file}: {name!r} is damaged: its checksum is not the one that was written")
 

@@ -93,6 +93,13 @@ def _readable(folder: Path) -> None:
             file.chmod(0o666 & ~mask)
 
 
+def refuse_depth(config: Mapping[str, Any], tensors: int) -> None:
+    """Raise ValueError for a damaged number of layers, with which transformers would go on building for hours."""
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, int | float) and value > tensors:
+            raise ValueError(f"config.json has {key}={value}, but the weights are {tensors} tensors")
+
+
 def refuse_report(report: Mapping[str, Any], folder: str | Path) -> None:
     """Raise ValueError for missing, unexpected or misshapen weights in transformers' loading report: it only warns of them."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -10,6 +10,8 @@ skipped       name -> why a layer stays in full precision
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,7 +25,7 @@ from qat.export.tensors import packed_layers
 from qat.packing import get_layout
 
 METHOD, VERSION = "qat", 2
-_KEYS = ("quant_method", "version", "layout", "quant", "layers", "skipped")
+_KEYS = ("quant_method", "version", "layout", "quant", "layers", "skipped", "crc32")
 
 
 def describe(model: nn.Module, record: Conversion | None = None) -> dict[str, Any]:
@@ -38,14 +40,22 @@ def describe(model: nn.Module, record: Conversion | None = None) -> dict[str, An
         raise ValueError("every packed layer has in_features=1: the packed weights would look like plain ones to other readers")
     quant = asdict(first.config)
     del quant["kernels"]
-    return {
-        "quant_method": METHOD,
-        "version": VERSION,
-        "layout": first.layout,
-        "quant": quant,
-        "layers": {name: layer.in_features for name, layer in layers.items()},
-        "skipped": dict(record.skipped) if record is not None else {},
-    }
+    return sealed(
+        {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "layout": first.layout,
+            "quant": quant,
+            "layers": {name: layer.in_features for name, layer in layers.items()},
+            "skipped": dict(record.skipped) if record is not None else {},
+        }
+    )
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with its checksum."""
+    rest = {key: value for key, value in manifest.items() if key != "crc32"}
+    return {**rest, "crc32": f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"}
 
 
 def _one_kind(model: nn.Module, layers: Mapping[str, PackedBitLinear]) -> PackedBitLinear:
@@ -75,7 +85,10 @@ def parse(manifest: object) -> tuple[Conversion, dict[str, int]]:
         config = QuantConfig(**_mapping(manifest, "quant", object))
     except TypeError as error:
         raise ValueError(f"the manifest's quant is wrong: {error}") from error
-    return Conversion("packed", config, list(layers), _mapping(manifest, "skipped", str), manifest["layout"]), layers
+    skipped = _mapping(manifest, "skipped", str)
+    if sealed(manifest) != dict(manifest):
+        raise ValueError("the manifest is damaged: its checksum is not the one that was written")
+    return Conversion("packed", config, list(layers), skipped, manifest["layout"]), layers
 
 
 def _mapping(manifest: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:

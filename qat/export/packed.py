@@ -21,8 +21,17 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from qat.conversion import Conversion
-from qat.export.files import check_checksums, file_metadata, file_names, module_names, read_shapes, stored_bytes, weight_files
-from qat.export.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_report
+from qat.export.files import (
+    CHECKSUMS,
+    check_checksums,
+    file_metadata,
+    file_names,
+    module_names,
+    read_shapes,
+    stored_bytes,
+    weight_files,
+)
+from qat.export.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_depth, refuse_report
 from qat.export.manifest import METHOD, describe, parse
 from qat.export.tensors import (
     byte_count,
@@ -78,10 +87,10 @@ def load(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     config = read_config(folder)
     parse(config["quantization_config"])
-    _refuse_depth(config, sum(len(read_shapes(file)) for file in weight_files(folder)))
-    named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-    reader: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
+    refuse_depth(config, sum(len(read_shapes(file)) for file in weight_files(folder)))
     try:
+        named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+        reader: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
         with quiet():
             model, report = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     except Exception as error:  # transformers raises nearly any class here
@@ -128,13 +137,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_depth(config: Mapping[str, Any], tensors: int) -> None:
-    """A damaged number of layers would keep transformers building for hours."""
-    for key, value in config.items():
-        if "layer" in key and isinstance(value, int | float) and value > tensors:
-            raise ValueError(f"config.json has {key}={value}, but the weights are {tensors} tensors")
-
-
 def transformers_config(model: nn.Module) -> Any:
     """The model's transformers config, or ValueError."""
     config = getattr(model, "config", None)
@@ -162,8 +164,8 @@ def empty_model(config: Any, device: str = "cpu") -> nn.Module:
 
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
     try:
+        named = getattr(transformers, str((config.architectures or [""])[0]), None)
         with torch.device(device), no_init_weights():
             if isinstance(named, type) and hasattr(named, "_from_config"):
                 model = named._from_config(config, dtype=torch.float32)
@@ -198,11 +200,12 @@ def load_state(model: nn.Module, file: str | Path) -> Conversion:
     """
     file = Path(file)
     metadata = read_metadata(file)
-    if "manifest" not in metadata:
-        raise ValueError(f"{file} was not written by qat.export.packed.save_state: it has no manifest")
+    for key in ("manifest", CHECKSUMS):
+        if key not in metadata:
+            raise ValueError(f"{file} was not written by qat.export.packed.save_state: its metadata has no {key}")
     try:
         record, widths = parse(json.loads(metadata["manifest"]))
-        check_checksums(file)
+        check_checksums(file, read_shapes(file))
         record.apply(model)
         for name, layer in packed_layers(model).items():
             if widths[name] != layer.in_features:

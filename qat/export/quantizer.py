@@ -123,17 +123,17 @@ def _renaming(names: Sequence[str]) -> list[Any]:
 
 def _check_files(files: Sequence[Path], model: nn.Module, stored: Mapping[str, str]) -> None:
     """Compare what the files say they hold with the skeleton, before anything of its size is allocated."""
-    found: dict[str, tuple[torch.dtype | str, list[int]]] = {}
-    for file in files:
-        if file.suffix != ".safetensors":
-            raise ValueError(f"{file}: a packed model of qat is in safetensors files only; this may be a pickle")
-        found |= read_shapes(file)
-        check_checksums(file)
     needed = {
         f"{stored[name]}.{key}": tensor
         for name, layer in packed_layers(model).items()
         for key, tensor in file_names(layer, layer.state_dict()).items()
     }
+    found: dict[str, tuple[torch.dtype | str, list[int]]] = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{file}: a packed model of qat is in safetensors files only; this may be a pickle")
+        found |= read_shapes(file)
+        check_checksums(file, needed)
     for name, tensor in needed.items():
         if name not in found:
             raise ValueError(f"{files[0].parent} has no tensor {name}")
