@@ -1,10 +1,13 @@
 """qat: pretrained model in, ternary or binary BitLinear model out, fine-tuned with the quantization in the loop.
 
-Names load on first use, because torch alone takes more than a second to import.
+Names load on first use, because torch alone takes more than a second to import. Folders of packed models load with
+`transformers.AutoModel...from_pretrained` from here on.
 """
 
 from importlib import import_module
 from typing import Any
+
+from qat.registration import register as _register
 
 __version__ = "0.1.0"
 
@@ -28,3 +31,6 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module("qat.ops")
     raise AttributeError(f"module 'qat' has no attribute {name!r}")
+
+
+_register()

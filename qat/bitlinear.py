@@ -101,7 +101,8 @@ class BitLinear(nn.Linear):
 class PackedBitLinear(nn.Module):
     """A linear layer that runs from packed codes: uint8 `packed` and float32 `weight_scale`, and `bias` if any.
 
-    Moving it to another floating dtype leaves `weight_scale` in float32: it is part of the format.
+    Moving it to another floating dtype leaves `weight_scale` in float32: it is part of the format. `dtype` is the one of the
+    float weight that it stands for.
     """
 
     packed: Tensor
@@ -109,13 +110,20 @@ class PackedBitLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, config: QuantConfig, layout: str = "2bit", device: Any = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        config: QuantConfig,
+        layout: str = "2bit",
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         ops.check_kernels(config.kernels)
         check_group_size(in_features, config.group_size)
         self.in_features, self.out_features = in_features, out_features
-        self.config, self.layout = replace(config), layout
+        self.config, self.layout, self.dtype = replace(config), layout, dtype
         self._version = f"layout {layout}, in_features={in_features}"  # type: ignore[assignment]  # state_dict keeps it
         self._prepared: PreparedLinear | None = None
         scales = scale_shape(out_features, in_features, config.granularity, config.group_size)
@@ -127,13 +135,23 @@ class PackedBitLinear(nn.Module):
     @classmethod
     def from_bitlinear(cls, layer: BitLinear, layout: str = "2bit") -> PackedBitLinear:
         """Pack a trained layer. Its outputs stay the same to the bit (at lambda 1)."""
-        packed = cls(layer.in_features, layer.out_features, False, layer.config, layout, device="meta")
+        packed = cls(layer.in_features, layer.out_features, False, layer.config, layout, "meta", layer.weight.dtype)
         with torch.no_grad():
             codes, scale = ops.quantize_weight(layer.weight, layer.config)
             packed.packed = ops.pack_ternary(codes, layout)
             packed.weight_scale = scale
             packed.bias = None if layer.bias is None else layer.bias.detach().clone()
         return packed.train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The shape, dtype and device of the float weight, without memory and without values (NaN): models ask their layers
+        for these (T5: `self.wo.weight.dtype`), and conversion leaves out layers whose weight is read otherwise."""
+        nothing = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.packed.device)
+        weight = nothing.expand(self.out_features, self.in_features)
+        if not torch.compiler.is_compiling():
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: GPT-2 initializes by this name
+        return weight
 
     def codes(self) -> Tensor:
         """int8 [out_features, in_features] in {-1, 0, 1}; ValueError if a byte holds no codes."""
@@ -183,10 +201,16 @@ class PackedBitLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBitLinear:
         scale = self.weight_scale
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, with the layer's `name`, for bytes and scales that no writer of ours produced."""
+        check_packed(self.packed, self.in_features, self.layout, f"{name}.packed")
+        _check_scale(self.weight_scale, f"{name}.weight_scale")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
         """Refuse bytes and scales that no writer of ours produced, before they become garbage output."""
@@ -197,8 +221,8 @@ class PackedBitLinear(nn.Module):
         if name in state_dict:
             check_packed(state_dict[name], self.in_features, self.layout, name)
         scale = state_dict.get(prefix + "weight_scale")
-        if scale is not None and not bool(torch.isfinite(scale).all() and (scale > 0).all()):
-            raise ValueError(f"{prefix}weight_scale holds values that are not finite and above 0")
+        if scale is not None:
+            _check_scale(scale, f"{prefix}weight_scale")
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def extra_repr(self) -> str:
@@ -206,3 +230,8 @@ class PackedBitLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.config.weight} {self.layout}, scale {list(self.weight_scale.shape)}"
         )
+
+
+def _check_scale(scale: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError(f"{name} holds values that are not finite and above 0")

@@ -20,6 +20,7 @@ from qat.packing import get_layout
 from qat.selection import Context, Selection, is_conv1d, is_linear, other_matrices, patterns, refuse_experts, refuse_quantized
 
 VERSION = 1
+LISTENERS: list[Callable[[nn.Module, str], None]] = []  # called with every model that was "packed" or "unpacked"
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -58,11 +59,13 @@ class Conversion:
             if version != VERSION:
                 raise ValueError(f"version {version} is not known; this qat reads version {VERSION}")
             record = cls(**{**data, "config": QuantConfig(**data["config"])})
+            if not all(isinstance(name, str) for name in (*record.converted, *record.skipped, *record.skipped.values())):
+                raise ValueError("converted must be a list of names, and skipped must map names to reasons")
             if record.kind not in ("bitlinear", "packed"):
                 raise ValueError(f"kind={record.kind!r} is not known; allowed are bitlinear and packed")
             if record.kind == "packed":
                 get_layout(str(record.layout))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a conversion record of qat: {error}") from error
         return record
 
@@ -89,7 +92,8 @@ class Conversion:
         if self.kind == "bitlinear":
             return BitLinear.from_linear(plain, self.config)
         bias = plain.bias is not None
-        layer = PackedBitLinear(plain.in_features, plain.out_features, bias, self.config, str(self.layout), plain.weight.device)
+        shape, weight = (plain.in_features, plain.out_features), plain.weight
+        layer = PackedBitLinear(*shape, bias, self.config, str(self.layout), weight.device, weight.dtype)
         return layer.train(linear.training)
 
     def summary(self) -> str:
@@ -219,6 +223,8 @@ def _exchange(
             raise ValueError(f"{name} and {next(iter(old))} have different configs; have each part {done} on its own")
     layers = {name: build(name, module) for name, module in old.items()}
     _swap(model, layers)
+    for listener in LISTENERS:
+        listener(model, done)
     return Conversion(done, config, list(layers), {}, layout)
 
 

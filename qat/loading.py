@@ -32,13 +32,11 @@ def load(path: str) -> Loaded:
     Raises:
         ValueError: it cannot be loaded, or a stock folder's keys do not fit its model.
     """
-    from qat.export.folder import PACKED_WEIGHTS
-
     folder = Path(path).expanduser()
     _refuse_missing(path, folder)
-    if (folder / "packed" / PACKED_WEIGHTS).exists():  # where it is damaged, loading names the file
+    if (folder / "packed").is_dir():  # where it is damaged, loading names the file
         return _load_packed(folder / "packed", f"packed model of the run {folder}")
-    if (folder / PACKED_WEIGHTS).exists():
+    if _quant_method(folder) == "qat":
         return _load_packed(folder, "packed model of qat")
     if _quant_method(folder) == "bitnet":
         return _load_stock(folder)

@@ -88,7 +88,7 @@ class Context:
         parent = self.modules.get(parent_name)
         if id(module.weight) in self.owners:
             return f"tied to {self.owners[id(module.weight)]}"
-        if module is self.head or (leaf in HEADS and name):
+        if module is self.head or any(part in HEADS for part in name.split(".")):
             return _HEAD_REASON
         if leaf in ROUTERS and hasattr(parent, "experts"):
             return _ROUTER_REASON

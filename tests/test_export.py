@@ -20,6 +20,7 @@ from qat.export import __main__ as verb
 from qat.export import verify as verification
 from qat.export.folder import new_folder, read_metadata
 from qat.export.hf_tensors import pack_rows
+from qat.export.manifest import parse, sealed
 from qat.perplexity import windows
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -104,10 +105,10 @@ def test_packed_round_trip_is_exact(tmp_path, layout, tied):
     again = packed.load(folder)
     assert torch.equal(again(IDS[None, :64]).logits, model(IDS[None, :64]).logits)
     assert not again.training and packed.read_extra(folder) == {"card": {"license": "mit"}}
-    kept, widths = packed.read_record(folder / "packed.safetensors")
-    assert kept.converted == record.converted and kept.skipped == record.skipped and kept.layout == layout
+    kept, widths = parse(packed.read_config(folder)["quantization_config"])
+    assert set(kept.converted) == set(record.converted) and kept.skipped == record.skipped and kept.layout == layout
     assert widths["model.layers.0.mlp.down_proj"] == 43
-    assert ("lm_head.weight" in load_file(folder / "packed.safetensors")) is not tied
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
 
 
 def test_packed_state_of_any_module(tmp_path):
@@ -125,17 +126,12 @@ def test_packed_state_of_any_module(tmp_path):
     assert torch.equal(again(x), model(x))
 
 
-def test_packed_folder_is_no_stock_bitnet_folder(tmp_path, llama):
-    packed.save(llama, tmp_path / "packed")
-    assert "quantization_config" not in json.loads((tmp_path / "packed/config.json").read_text())
-
-
 def test_sizes(tmp_path, llama):
     packed.save(llama, tmp_path / "packed")
     rows = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (43, 32), "up": (43, 32), "down": (32, 43)}
     linears = 2 * sum(n * -(-k // 4) + 4 for n, k in rows.values())
     parameters = 64 * 32 + 2 * (sum(n * k for n, k in rows.values()) + 2 * 32) + 32
-    whole = (tmp_path / "packed/packed.safetensors").stat().st_size
+    whole = (tmp_path / "packed/model.safetensors").stat().st_size
     expected = {"packed_model": whole, "packed_linears": linears, "full_precision_bf16": 2 * parameters}
     assert packed.sizes(llama) == packed.sizes(tmp_path / "packed") == expected
     assert packed.full_precision_bf16(AutoModelForCausalLM.from_config(llama.config)) == 2 * parameters
@@ -145,7 +141,7 @@ def rewrite(file, change, **metadata):
     """Write `file` again after `change(tensors)`."""
     tensors, old = load_file(file), read_metadata(file)
     change(tensors)
-    save_file(tensors, file, {**old, **metadata})
+    save_file(tensors, file, {key: value for key, value in {**old, **metadata}.items() if value is not None})
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -153,33 +149,56 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def test_damaged_packed_files_are_named(tmp_path):
     model, record = packed_model(layout="base3")
-    file = packed.save(model, tmp_path / "packed", record) / "packed.safetensors"
-    whole = file.read_bytes()
+    file = packed.save(model, tmp_path / "packed", record) / "model.safetensors"
+    config = file.with_name("config.json")
+    whole, said = file.read_bytes(), config.read_text()
+
+    def flip(tensors):
+        tensors[f"{Q}.weight"][1, 2] ^= 1
 
     def bad_byte(tensors):
-        tensors[f"{Q}.packed"][1, 2] = 243
+        tensors[f"{Q}.weight"][1, 2] = 243
 
+    def say(change):
+        manifest = json.loads(said)
+        change(manifest["quantization_config"])
+        manifest["quantization_config"] = sealed(manifest["quantization_config"])
+        config.write_text(json.dumps(manifest))
+
+    unchecked = {"crc32": None}
     cases = [
-        (lambda: rewrite(file, bad_byte), rf"{Q}.packed\[1, 2\] = 243"),
-        (lambda: rewrite(file, lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"][:, 1:].contiguous()})), f"{Q}.packed"),
-        (lambda: rewrite(file, lambda t: t.update({f"{Q}.packed": t[f"{Q}.packed"][1:].contiguous()})), f"{Q}.packed"),
-        (lambda: rewrite(file, lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"] * -1})), "weight_scale"),
-        (lambda: rewrite(file, lambda t: t.pop(f"{Q}.packed")), f"missing tensor '{Q}.packed'"),
-        (lambda: rewrite(file, lambda t: t.update(extra=torch.ones(1))), "unexpected tensor 'extra'"),
-        (lambda: rewrite(file, lambda t: None, version="2"), "version '2'"),
-        (lambda: rewrite(file, lambda t: None, format="pt"), "not a packed model"),
-        (lambda: rewrite(file, lambda t: None, conversion="{"), "metadata is damaged"),
-        (lambda: rewrite(file, lambda t: None, widths="{}"), "in_features=None"),
+        (lambda: rewrite(file, flip), rf"'{Q}.weight' is damaged"),
+        (lambda: rewrite(file, bad_byte, **unchecked), rf"{Q}.packed\[1, 2\] = 243"),
+        (lambda: rewrite(file, lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:, 1:].contiguous()})), f"{Q}.weight"),
+        (lambda: rewrite(file, lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float()}), **unchecked), f"{Q}.weight is"),
+        (lambda: rewrite(file, lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][1:].contiguous()})), f"{Q}.weight"),
+        (lambda: rewrite(file, lambda t: t[f"{Q}.weight_scale"].mul_(-1), **unchecked), "not finite and above 0"),
+        (lambda: rewrite(file, lambda t: t.pop(f"{Q}.weight")), f"no tensor {Q}.weight"),
+        (lambda: rewrite(file, lambda t: t.pop("model.norm.weight")), "no weights for 1 tensors of the model, the first is"),
+        (lambda: rewrite(file, lambda t: t["model.norm.weight"].fill_(torch.nan), **unchecked), "model.norm.weight has NaN"),
+        (lambda: rewrite(file, lambda t: t.update(extra=torch.ones(1))), "unexpected keys extra"),
+        (lambda: rewrite(file, lambda t: None, crc32="["), "checksums are damaged"),
+        (lambda: rewrite(file, lambda t: None, crc32="{}"), "has no checksum"),
+        (lambda: say(lambda q: q.update(version=3)), "version 3 of the packed format"),
+        (lambda: say(lambda q: q.update(quant_method="qqq")), "quant_method is 'qqq'"),
+        (lambda: say(lambda q: q.pop("layout")), "'layout' is missing"),
+        (lambda: say(lambda q: q.update(more=1)), "'more' is not known"),
+        (lambda: say(lambda q: q["layers"].update({Q: 31})), "in_features=31"),
+        (lambda: say(lambda q: q["layers"].update(none=31)), "'none', which is missing"),
+        (lambda: config.write_text(said.replace("1e-05", "1e-04", 1)), "manifest is damaged"),
+        (lambda: config.write_text("{"), "is not the config"),
         (lambda: file.write_bytes(whole[:-7]), "not a whole safetensors file"),
         (lambda: file.write_bytes(b""), "not a whole safetensors file"),
         (lambda: file.unlink(), "is missing"),
+        (lambda: file.rename(file.with_name("packed.safetensors")), "version 1"),
     ]
     for damage, message in cases:
         file.write_bytes(whole)
+        config.write_text(said)
         damage()
         with pytest.raises(ValueError, match=message) as caught:
             packed.load(tmp_path / "packed")
-        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 # folders
@@ -275,7 +294,7 @@ def test_stock_subprocess_reads_padded_tied_llama(tmp_path, llama):
     readme = (tmp_path / "x/README.md").read_text()
     assert readme.startswith("---\n") and 'base_model: "me/base"' in readme and "| full precision | 4.9 |" in readme
     assert "from 43 to 44" in readme and 'license: "mit"' in readme
-    assert llama.config.intermediate_size == 43 and not hasattr(llama.config, "quantization_config")
+    assert llama.config.intermediate_size == 43 and llama.config.quantization_config.quant_method == "qat"
 
 
 def test_stock_subprocess_reads_qwen2_with_biases_as_autobitlinear(tmp_path, qwen):

@@ -11,13 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
-    0: ["config"],
+    0: ["config", "registration"],
     1: ["quantizers", "packing", "ops"],
     2: ["bitlinear", "selection", "conversion", "inference"],
     3: ["distill", "schedule", "perplexity", "compare"],
     4: ["export"],
     5: ["models", "glass", "provenance", "data", "module", "callbacks", "fit", "decode", "loading", "zeroshot"],
-    6: ["train", "runs", "measure", "outputs", "estimate", "report", "evaluate", "generate", "bench", "ggml", "export.__main__"],
+    6: ["train", "runs", "measure", "outputs", "estimate", "report", "evaluate", "generate", "bench", "ggml", "inspect", "export.__main__"],
 }
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 HOME = {name: layer for layer, names in LAYERS.items() for name in names}

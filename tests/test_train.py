@@ -97,7 +97,7 @@ def test_a_whole_run(config: TrainConfig) -> None:
         "config.yaml",
         "metrics.csv",
         "checkpoints/last.ckpt",
-        "packed/packed.safetensors",
+        "packed/model.safetensors",
         "model/config.json",
         "samples.md",
     ):

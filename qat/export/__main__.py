@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from qat.evaluate import DEFAULT_CONTEXT, run_verb
 from qat.export import FORMATS, get_format
-from qat.export.folder import PACKED_WEIGHTS
 
 if TYPE_CHECKING:
     from qat.perplexity import Window
@@ -72,7 +71,7 @@ def packed_folder(run: str) -> Path:
     inner = folder / "packed"
     if inner.is_dir():
         return inner  # where it is damaged, loading names the file
-    if not is_packed(folder) and not (folder / PACKED_WEIGHTS).exists():
+    if not is_packed(folder):
         raise ValueError(f"RUN={run!r} is neither the folder of a finished run (it has no packed/) nor a packed folder of qat")
     return folder
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
-PACKED_WEIGHTS = "packed.safetensors"
 WRITER = {"writer": "qat"}
 _KNOWN = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
@@ -33,8 +33,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 def is_ours(folder: Path) -> bool:
     """Whether an earlier export of ours wrote this folder."""
     try:
-        name = PACKED_WEIGHTS if (folder / PACKED_WEIGHTS).exists() else WEIGHTS
-        return read_metadata(folder / name).get("writer") == WRITER["writer"]
+        return read_metadata(folder / WEIGHTS).get("writer") == WRITER["writer"]
     except ValueError:
         return False
 
@@ -92,6 +91,21 @@ def _readable(folder: Path) -> None:
     for file in folder.iterdir():
         if file.is_file():
             file.chmod(0o666 & ~mask)
+
+
+def refuse_depth(config: Mapping[str, Any], tensors: int) -> None:
+    """Raise ValueError for a damaged number of layers, with which transformers would go on building for hours."""
+    for key, value in config.items():
+        if "layer" in key and isinstance(value, int | float) and value > tensors:
+            raise ValueError(f"config.json has {key}={value}, but the weights are {tensors} tensors")
+
+
+def refuse_report(report: Mapping[str, Any], folder: str | Path) -> None:
+    """Raise ValueError for missing, unexpected or misshapen weights in transformers' loading report: it only warns of them."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            first = sorted(map(str, report[what]))[0]
+            raise ValueError(f"{folder} does not fit its own config: {what.replace('_', ' ')} {first}")
 
 
 def one_line(error: Exception) -> str:

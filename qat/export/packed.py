@@ -1,17 +1,16 @@
-"""Our own folder: one safetensors file that says all about itself, and the transformers config and tokenizer beside it.
+"""Our own folder: a transformers folder with `quant_method: "qat"`, written for every run, because it holds what no stock format
+can (groups, channels, binary, base-3, any width).
 
-Written for every run, because it holds what no stock format can (groups, channels, binary, base-3, any width). Metadata of
-`packed.safetensors` (by that name, so that stock transformers refuses the folder instead of loading
-random weights): format "qat-packed", version, `conversion` (the record that rebuilds the layers), `widths` (the unpadded
-in_features of every packed layer, which its bytes do not tell) and `parameters` (of the full-precision model, tied ones once).
-The file never depends on the machine: `kernels` is written as auto.
+config.json carries the manifest (`qat.export.manifest`), model.safetensors the tensors; after `import qat`, transformers loads
+it (`qat.export.quantizer`). Without qat, transformers stops at the shape of the packed weights.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,27 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as serialize
 from torch import nn
 
-from qat.bitlinear import BitLinear, PackedBitLinear
 from qat.conversion import Conversion
-from qat.export.folder import PACKED_WEIGHTS, WRITER, new_folder, one_line, read_metadata
+from qat.export.files import (
+    CHECKSUMS,
+    check_checksums,
+    file_metadata,
+    file_names,
+    module_names,
+    read_shapes,
+    stored_bytes,
+    weight_files,
+)
+from qat.export.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_depth, refuse_report
+from qat.export.manifest import METHOD, describe, parse
 from qat.export.tensors import (
     byte_count,
+    check_finite,
     check_tensors,
     full_precision_bf16,
     packed_layers,
-    parameter_count,
     unique_tensors,
 )
-
-FORMAT, VERSION = "qat-packed", "1"
 
 
 def save(
@@ -43,7 +50,10 @@ def save(
     tokenizer: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a packed transformers model: packed.safetensors, config.json, generation config and tokenizer.
+    """Write a packed transformers model: model.safetensors, config.json, generation config and tokenizer.
+
+    `model.save_pretrained` writes the same, in shards too; this adds the reasons of skipped layers and `extra`, leaves
+    nothing behind where it fails, and takes generation configs that transformers refuses to save.
 
     Args:
         model: with PackedBitLinear layers (`qat.pack`).
@@ -55,9 +65,11 @@ def save(
     Raises:
         ValueError: nothing is packed, no transformers config, a foreign target, or the disk refuses.
     """
-    config = transformers_config(model)
+    config = copy.deepcopy(transformers_config(model))
+    config.quantization_config = describe(model, record)
+    config.dtype = getattr(model, "dtype", torch.float32)
     with new_folder(folder) as partial:
-        save_state(model, partial / PACKED_WEIGHTS, record, extra)
+        _write(model, partial / WEIGHTS, {} if extra is None else {"extra": json.dumps(extra)})
         save_config(model, config, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -65,30 +77,64 @@ def save(
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The packed model of a folder, rebuilt with transformers: float32, eval mode, on the CPU.
+    """The packed model of a folder, read by transformers: float32, eval mode, on the CPU. Stricter than `from_pretrained`.
 
     Raises:
         ValueError: not such a folder, unknown version, truncated or wrong contents; the file is named.
     """
-    from transformers import AutoConfig
+    import transformers
 
-    file = Path(folder) / PACKED_WEIGHTS
-    read_record(file)
+    folder = Path(folder)
+    config = read_config(folder)
+    parse(config["quantization_config"])
+    refuse_depth(config, sum(len(read_shapes(file)) for file in weight_files(folder)))
     try:
-        config = AutoConfig.from_pretrained(folder)
+        named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+        reader: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
+        with quiet():
+            model, report = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     except Exception as error:  # transformers raises nearly any class here
-        raise ValueError(f"{Path(folder) / 'config.json'} is not a transformers config: {one_line(error)}") from error
-    model = empty_model(config)
-    load_state(model, file)
+        raise ValueError(f"cannot load {folder}: {one_line(error)}") from error
+    refuse_report(report, folder)
+    check_finite(model, str(folder))
     return model.eval()
 
 
-def is_packed(folder: str | Path) -> bool:
-    """Whether `folder` holds a packed model of ours."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its bars and warnings: what matters of them is raised as an error of ours."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        return read_metadata(Path(folder) / PACKED_WEIGHTS).get("format") == FORMAT
-    except ValueError:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether `folder` says of itself that it is a packed model of ours."""
+    try:
+        return read_config(Path(folder))["quantization_config"]["quant_method"] == METHOD
+    except (ValueError, KeyError, TypeError):
         return False
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a packed folder; ValueError where it is none."""
+    file = folder / "config.json"
+    if (folder / "packed.safetensors").exists():
+        raise ValueError(f"{folder} is a packed folder of version 1, which this qat does not read; write it again from its run")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config["quantization_config"]["quant_method"] != METHOD:
+            raise ValueError(f"quant_method is {config['quantization_config']['quant_method']!r}, not {METHOD!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is not the config of a packed model of qat: {one_line(error)}") from error
+    return config
 
 
 def transformers_config(model: nn.Module) -> Any:
@@ -116,8 +162,10 @@ def empty_model(config: Any, device: str = "cpu") -> nn.Module:
     import transformers
     from transformers.initialization import no_init_weights
 
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
     try:
+        named = getattr(transformers, str((config.architectures or [""])[0]), None)
         with torch.device(device), no_init_weights():
             if isinstance(named, type) and hasattr(named, "_from_config"):
                 model = named._from_config(config, dtype=torch.float32)
@@ -132,13 +180,13 @@ def empty_model(config: Any, device: str = "cpu") -> nn.Module:
 def save_state(
     model: nn.Module, file: str | Path, record: Conversion | None = None, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the tensors of any module with PackedBitLinear layers, tied ones once; arguments as in `save`.
+    """Write the tensors of any module with PackedBitLinear layers, tied ones once, into a file that says all about itself.
 
-    The file appears whole or not at all: safetensors writes it under a temporary name.
+    Arguments as in `save`. The file appears whole or not at all: safetensors writes it under a temporary name.
     """
-    metadata = _metadata(model, record, extra)
+    metadata = {"manifest": json.dumps(describe(model, record))}
     try:
-        save_file(unique_tensors(model), file, metadata)
+        _write(model, Path(file), metadata if extra is None else {**metadata, "extra": json.dumps(extra)})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {file}: {error}") from error
 
@@ -147,89 +195,62 @@ def load_state(model: nn.Module, file: str | Path) -> Conversion:
     """Put the file's packed layers into a fresh, unconverted `model`, load every tensor, and return the record.
 
     Raises:
-        ValueError: naming the file: not of this format, unknown version, truncated, a missing, unexpected or misshapen
-            tensor, a byte that holds no codes, or a record that does not fit the model.
+        ValueError: naming the file: not written by `save_state`, unknown version, truncated, a missing, unexpected, damaged
+            or misshapen tensor, a byte that holds no codes, or a manifest that does not fit the model.
     """
     file = Path(file)
-    record, widths = read_record(file)
+    metadata = read_metadata(file)
+    for key in ("manifest", CHECKSUMS):
+        if key not in metadata:
+            raise ValueError(f"{file} was not written by qat.export.packed.save_state: its metadata has no {key}")
     try:
-        tensors = load_file(file)
+        record, widths = parse(json.loads(metadata["manifest"]))
+        check_checksums(file, read_shapes(file))
         record.apply(model)
-        _check_widths(model, widths)
+        for name, layer in packed_layers(model).items():
+            if widths[name] != layer.in_features:
+                raise ValueError(f"{name} was packed with in_features={widths[name]}, but the model has {layer.in_features}")
+        tensors = module_names(model, load_file(file))
         check_tensors(model, tensors)
         model.load_state_dict(tensors, strict=False)
-    except (ValueError, RuntimeError, SafetensorError, OSError) as error:
+    except (ValueError, RuntimeError, SafetensorError, OSError, RecursionError) as error:
         raise ValueError(f"{file}: {one_line(error)}") from error
     return record
 
 
-def read_record(file: Path) -> tuple[Conversion, dict[str, int]]:
-    """The conversion record and the widths from a file's metadata; ValueError for another format or version."""
-    metadata = read_metadata(file)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a packed model of qat: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"{file} has version {metadata.get('version')!r} of {FORMAT}; this qat reads version {VERSION!r}")
-    try:
-        record, widths = Conversion.from_json(metadata["conversion"]), json.loads(metadata["widths"])
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{file}: its metadata is damaged: {error}") from error
-    return record, widths
-
-
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """The further facts that `save` was given."""
-    return json.loads(read_metadata(Path(folder) / PACKED_WEIGHTS).get("extra", "{}"))
+    text = read_metadata(weight_files(Path(folder))[0]).get("extra", "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: the metadata's extra facts are damaged: {error}") from error
 
 
 def sizes(source: nn.Module | str | Path) -> dict[str, int]:
-    """Bytes: `packed_model` (the whole safetensors file), `packed_linears` (codes, scales and biases of the packed layers)
+    """Bytes: `packed_model` (the safetensors files), `packed_linears` (codes, scales and biases of the packed layers)
     and `full_precision_bf16` (2 bytes a parameter of the full-precision model, tied ones once).
 
     `source` is a packed model or a folder of ours.
     """
     if isinstance(source, nn.Module):
+        tensors = file_names(source, unique_tensors(source))
         return {
-            "packed_model": len(serialize(unique_tensors(source), _metadata(source, None, None))),
+            "packed_model": len(serialize(tensors, file_metadata(source, tensors))),
             "packed_linears": sum(byte_count(layer.state_dict()) for layer in packed_layers(source).values()),
             "full_precision_bf16": full_precision_bf16(source),
         }
-    file = Path(source) / PACKED_WEIGHTS
-    record, _ = read_record(file)
-    own = {f"{name}.{key}".lstrip(".") for name in record.converted for key in ("packed", "weight_scale", "bias")}
-    linears = byte_count({key: tensor for key, tensor in load_file(file).items() if key in own})
-    parameters = int(read_metadata(file)["parameters"])
-    return {"packed_model": file.stat().st_size, "packed_linears": linears, "full_precision_bf16": 2 * parameters}
-
-
-def _metadata(model: nn.Module, record: Conversion | None, extra: Mapping[str, Any] | None) -> dict[str, str]:
-    layers = packed_layers(model)
-    conversion = _packed_record(model, layers, record)
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        **WRITER,
-        "conversion": conversion.to_json(),
-        "widths": json.dumps({name: layer.in_features for name, layer in layers.items()}),
-        "parameters": str(parameter_count(model)),
+    files = weight_files(Path(source))
+    record, _ = parse(read_config(Path(source))["quantization_config"])
+    own = {f"{name}.{key}" for name in record.converted for key in ("weight", "weight_scale", "bias")}
+    shapes = {name: shape for file in files for name, shape in read_shapes(file).items() if name in own}
+    return {
+        "packed_model": sum(file.stat().st_size for file in files),
+        "packed_linears": stored_bytes(shapes.values()),
+        "full_precision_bf16": 2 * int(read_metadata(files[0])["parameters"]),
     }
-    return metadata if extra is None else {**metadata, "extra": json.dumps(extra)}
 
 
-def _packed_record(model: nn.Module, layers: Mapping[str, PackedBitLinear], record: Conversion | None) -> Conversion:
-    """What the model is, from its layers; only the reasons of the skipped ones come from `record`."""
-    if not layers:
-        hint = "; call qat.pack first" if any(isinstance(m, BitLinear) for m in model.modules()) else ""
-        raise ValueError(f"{type(model).__name__} has no packed layers to save{hint}")
-    kinds = {(repr(replace(layer.config, kernels="auto")), layer.layout) for layer in layers.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"{type(model).__name__} mixes {len(kinds)} kinds of packed layers; one file holds one kind")
-    first = next(iter(layers.values()))
-    skipped = dict(record.skipped) if record is not None else {}
-    return Conversion("packed", replace(first.config, kernels="auto"), list(layers), skipped, first.layout)
-
-
-def _check_widths(model: nn.Module, widths: Mapping[str, int]) -> None:
-    for name, layer in packed_layers(model).items():
-        if widths.get(name) != layer.in_features:
-            raise ValueError(f"{name} was packed with in_features={widths.get(name)}, but the model has {layer.in_features}")
+def _write(model: nn.Module, file: Path, metadata: Mapping[str, str]) -> None:
+    tensors = file_names(model, unique_tensors(model))
+    save_file(tensors, file, {**file_metadata(model, tensors), **metadata})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qat.bitlinear import BitLinear, PackedBitLinear
@@ -78,3 +79,10 @@ def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if tensor.shape != state[name].shape or (fixed and tensor.dtype != state[name].dtype):
             wanted = f"{state[name].dtype} {list(state[name].shape)}"
             raise ValueError(f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, but the model has {wanted}")
+
+
+def check_finite(model: nn.Module, what: str) -> None:
+    """Raise ValueError, saying `what` was read, if a floating-point tensor of the model holds NaN or infinite values."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{what}: the tensor {name} has NaN or infinite values; the file is damaged")

@@ -88,7 +88,7 @@ def _float32(model: nn.Module) -> nn.Module:
     """The model itself, or a copy in float32, which is what the folder holds."""
     if all(p.dtype == torch.float32 for p in model.parameters()):
         return model
-    return copy.deepcopy(model).float()
+    return copy.deepcopy(model).to(torch.float32)
 
 
 def _layer_inputs(model: nn.Module) -> dict[str, Tensor]:
