@@ -4,13 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: quickstart test lint sanitize bench help clean
+.PHONY: quickstart test lint sanitize bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
 	@echo "make lint         ruff and mypy"
 	@echo "make sanitize     the op tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
+	@echo "make llama-cpp    llama.cpp for Python, compiled once (6 minutes on 2 cores): GGUF exports are then run in it"
 
 # torch first and by exact version: an open range would fetch gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +36,10 @@ sanitize: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m qat.bench
+
+# With cmake and g++. pip keeps the wheel in its cache, so a second environment gets it in seconds.
+llama-cpp: $(READY)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e .[llamacpp]
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -20,6 +20,7 @@ from urllib.request import getproxies
 import torch
 
 from qat.config import ModelConfig
+from qat.export import gguf_file
 from qat.glass import load_glass_model, load_glass_tokenizer
 from qat.provenance import gguf_facts, package_license, readme_license
 
@@ -120,6 +121,7 @@ def _pretrained_model(source: str, arguments: dict[str, Any]) -> PreTrainedModel
 
     folder = str(Path(source).parent) if "gguf_file" in arguments else source
     if "gguf_file" in arguments:
+        gguf_file.read(source)  # refuses what is damaged: transformers' own messages on it say nothing
         # without it, weights may stay in 4 bits where a kernel for them exists
         arguments = {**arguments, "quantization_config": GgufConfig(dequantize=True)}
     else:
@@ -222,7 +224,7 @@ def describe_source(config: ModelConfig) -> dict[str, str]:
 
 
 def _read_gguf(source: str) -> Any:
-    """A gguf.GGUFReader; transformers' own messages on a damaged file say nothing."""
+    """A gguf.GGUFReader."""
     from gguf import GGUFReader
 
     try:
