@@ -2,9 +2,9 @@
 
 Three of llama.cpp's tokenizers can be the one that a BPE tokenizer.json describes:
 
-    gpt2     byte-level BPE; `pre` names one of the text splits that are compiled into llama.cpp
-    llama    spaces are U+2581, unknown characters fall back to bytes; no merges but scores: minus the merge's rank
-    gemma4   spaces are U+2581, merges, no byte fallback: llama.cpp drops characters that the vocabulary does not know
+    gpt2    byte-level BPE; `pre` names one of the text splits that are compiled into llama.cpp
+    llama   spaces are U+2581, unknown characters fall back to bytes; no merges but scores: minus the merge's rank
+    gpt2, with the `pre` sarvam-moe   spaces are U+2581, no bytes: llama.cpp drops characters that the vocabulary does not know
 
 Whether it tokenizes alike is not believed but tried: see `qat.export.gguf_verify`.
 """
@@ -17,6 +17,7 @@ from typing import Any
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _PREFIX = "tokenizer.ggml."
+_NO_BYTES = "sarvam-moe"  # of the two that work without bytes, the one that does not force a bos token on every text
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -39,7 +40,7 @@ def vocabulary(tokenizer: Any, rows: int, pre: str | None = None) -> dict[str, A
         ValueError: llama.cpp has no such tokenizer; the reason is named.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    kind = _kind(state)
+    kind, level = _kind(state)
     ids = tokenizer.get_vocab()
     if len(ids) and max(ids.values()) >= rows:
         raise ValueError(f"the tokenizer has the id {max(ids.values())}, but the embedding only {rows} rows")
@@ -50,28 +51,29 @@ def vocabulary(tokenizer: Any, rows: int, pre: str | None = None) -> dict[str, A
     values: dict[str, Any] = {
         "model": kind,
         "tokens": tokens,
-        "token_type": _types(tokenizer, tokens, set(ids.values()), kind),
-        **_special_ids(tokenizer, kind),
+        "token_type": _types(tokenizer, tokens, set(ids.values()), kind, level),
+        **_special_ids(tokenizer),
         **_added(tokenizer, kind),
     }
     if kind == "llama":
         values["scores"] = _scores(tokens, merges)
     else:
         values["merges"] = [" ".join(pair) for pair in merges]
-        values["pre"] = kind if kind == "gemma4" else pre or _split_name(state["pre_tokenizer"])
+        values["pre"] = pre or (_split_name(state["pre_tokenizer"]) if level else _NO_BYTES)
     template = getattr(tokenizer, "chat_template", None)
     found = {_PREFIX + key: value for key, value in values.items()}
     return {**found, "tokenizer.chat_template": template} if isinstance(template, str) and template else found
 
 
-def _kind(state: dict[str, Any]) -> str:
+def _kind(state: dict[str, Any]) -> tuple[str, bool]:
+    """llama.cpp's kind of tokenizer, and whether it is byte-level."""
     model, text = state["model"], json.dumps([state["normalizer"], state["pre_tokenizer"]], ensure_ascii=False)
     if model["type"] != "BPE":
         raise ValueError(f"a {model['type']} tokenizer is not done for gguf, only BPE")
     if "ByteLevel" in text:
-        return "gpt2"
+        return "gpt2", True
     if SPACE in text:
-        return "llama" if model.get("byte_fallback") and "<0x00>" in model["vocab"] else "gemma4"
+        return "llama" if model.get("byte_fallback") and "<0x00>" in model["vocab"] else "gpt2", False
     raise ValueError("this BPE tokenizer neither works on bytes nor writes spaces as U+2581; llama.cpp has no such one")
 
 
@@ -80,13 +82,13 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return left, right
 
 
-def _types(tokenizer: Any, tokens: list[str], used: set[int], kind: str) -> list[int]:
+def _types(tokenizer: Any, tokens: list[str], used: set[int], kind: str, level: bool) -> list[int]:
     types = [NORMAL if i in used else UNUSED for i in range(len(tokens))]
     if kind == "llama":
         types = [BYTE if _is_byte(token) else types[i] for i, token in enumerate(tokens)]
     for i, added in tokenizer.added_tokens_decoder.items():
         types[i] = CONTROL if added.special else USER_DEFINED
-    if tokenizer.unk_token_id is not None and kind != "gpt2":
+    if tokenizer.unk_token_id is not None and not level:
         types[tokenizer.unk_token_id] = UNKNOWN
     return types
 
@@ -95,14 +97,14 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _special_ids(tokenizer: Any, kind: str) -> dict[str, int]:
+def _special_ids(tokenizer: Any) -> dict[str, int]:
     """Ids of special tokens. Without an end, llama.cpp takes some ordinary token for it: one that texts never hold stands in."""
     keys = {"bos_token_id": "bos", "eos_token_id": "eos", "unknown_token_id": "unk", "padding_token_id": "pad"}
     found = {key: i for key, name in keys.items() if (i := getattr(tokenizer, f"{name}_token_id")) is not None}
     spare = next((found[key] for key in ("eos_token_id", "padding_token_id", "unknown_token_id") if key in found), None)
-    if spare is None and kind != "gemma4":
+    if spare is None:
         raise ValueError("the tokenizer has no eos, pad or unk token, and llama.cpp would stop at an ordinary one instead")
-    return found if kind == "gemma4" else {"bos_token_id": spare, "eos_token_id": spare, **found}  # type: ignore[dict-item]
+    return {"bos_token_id": spare, "eos_token_id": spare, **found}
 
 
 def _added(tokenizer: Any, kind: str) -> dict[str, bool]:
