@@ -219,7 +219,7 @@ def packed_model(
             elif "embed" in key or "wte" in key or "wpe" in key:
                 parameter.normal_(std=0.5)
             else:
-                parameter.normal_(std=0.12)
+                parameter.normal_(std=0.3 if re.search("q_proj|k_proj", key) else 0.12)
     qat.convert(model, QuantConfig(**quant), exclude=exclude)  # type: ignore[arg-type]
     qat.pack(model)
     return model
@@ -238,7 +238,7 @@ def test_every_architecture_in_llama_cpp(tmp_path: Path, name: str) -> None:
     if llamacpp.version() is None:
         pytest.skip("llama-cpp-python is not installed: make llama-cpp")
     found = gguf.verify(tmp_path / "x.gguf", model, IDS[:64][None], WINDOWS)
-    assert found["perplexity_difference"] < 0.02, found
+    assert found["logits_difference"] < 0.03, found  # 0.46 with llama's heads in the wrong order
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_a_model_with_other_rows_is_found_by_llama_cpp(tmp_path: Path, monkeypat
     model = packed_model()
     wrong = gguf_models.Architecture("llama", ("silu",))  # without interleaving
     monkeypatch.setitem(gguf_models.ARCHITECTURES, "llama", wrong)
-    with pytest.raises(ValueError, match="another model from the file than was packed: perplexity"):
+    with pytest.raises(ValueError, match="another model from the file than was packed: logits by 4"):
         save(model, tmp_path / "x.gguf", check=lambda file: gguf.verify(file, model, IDS[:64][None], WINDOWS))
 
 

@@ -184,7 +184,9 @@ def _locate(data: NDArray[np.uint8], infos: list[_Info], start: int, alignment: 
             raise ValueError(f"tensor {info.name!r} ends {start + offset + size - len(data)} bytes behind the end of the file")
         tensors[info.name] = Tensor(info.shape, info.kind, data[start + offset : start + offset + size])
         if data[start + offset + size : start + offset + _padded(size, alignment)].any():
-            raise ValueError(f"the padding behind tensor {info.name!r} is not zero, so the tensor is larger than its type {info.kind}")
+            raise ValueError(
+                f"the padding behind tensor {info.name!r} is not zero, so the tensor is larger than its type {info.kind}"
+            )
         offset += _padded(size, alignment)
     if len(data) > start + offset:
         raise ValueError(f"{len(data) - start - offset} bytes follow the last tensor")
