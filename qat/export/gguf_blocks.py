@@ -83,7 +83,7 @@ def _merge(fields: Bytes, bits: int) -> Bytes:
 def _part(packed: Bytes, count: int, bits: int) -> Bytes:
     """[B, W] -> [B, F, W], inverse of `_merge`."""
     shifts = np.arange(count, dtype=np.uint8)[:, None] * bits
-    return packed[:, None] >> shifts & ((1 << bits) - 1)
+    return (packed[:, None] >> shifts & ((1 << bits) - 1)).astype(np.uint8, copy=False)
 
 
 def _ternary(q: Bytes) -> Codes:

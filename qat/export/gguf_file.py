@@ -123,7 +123,7 @@ def read(file: str | Path) -> GGUFFile:
 
 def parse(data: NDArray[np.uint8]) -> GGUFFile:
     """`read` for bytes in memory."""
-    cursor = _Cursor(memoryview(data), 0)
+    cursor = _Cursor(data.data, 0)
     if cursor.take(4, "magic") != MAGIC:
         raise ValueError("it does not begin with GGUF")
     version = cursor.scalar("I", "version")

@@ -64,6 +64,7 @@ class Source:
 
     def rounding(self, half: NDArray[np.float16]) -> float:
         """The largest relative change of a scale by rounding."""
+        assert self.scale is not None
         return float(np.abs(half.astype(np.float64) / self.scale - 1).max())
 
 

@@ -129,8 +129,9 @@ def verify(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Seque
 
     Returns:
         {"llama_cpp": version of llama-cpp-python}, `perplexity` (in llama.cpp), `perplexity_packed`, `perplexity_difference`
-        (relative), `logits_difference`, `top1_difference` (share of the probes' positions), `greedy_equal` of `greedy_tokens` (how many tokens of a
-        greedy continuation are PyTorch's before the first that is not). Only {"llama_cpp": None, "why"} where it cannot be run.
+        (relative), `logits_difference`, `top1_difference` (share of the probes' positions whose likeliest token is another) and
+        `greedy_equal` of `greedy_tokens` (how many tokens of a greedy continuation are PyTorch's before the first that is not).
+        Only {"llama_cpp": None, "why"} where it cannot be run.
 
     Raises:
         ValueError: llama.cpp refuses the file, or a difference is above TOLERANCE; the numbers are named.
@@ -153,7 +154,7 @@ def verify(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Seque
     )
     nll, count = answer["nll"]
     packed = exp_mean(*log_likelihood(model, windows))
-    found = {
+    found: dict[str, Any] = {
         "llama_cpp": llamacpp.version(),
         "perplexity": exp_mean(float(nll), int(count)),
         "perplexity_packed": packed,
