@@ -16,6 +16,7 @@ import qat
 from qat import QuantConfig
 from qat.export import gguf_blocks, gguf_file, gguf_i2s, gguf_models, gguf_tensors, gguf_tokenizer, gguf_verify, llamacpp
 from qat.export.gguf_blocks import BLOCKS, decode, encode
+from qat.export.tensors import packed_layers
 from qat.perplexity import windows
 
 pytest.importorskip("gguf")
@@ -581,6 +582,40 @@ def test_the_stock_reader_agrees_on_types_that_it_knows(tmp_path: Path) -> None:
     assert info["verification"]["stock_reader"] is True  # type: ignore[index]
     reader = GGUFReader(tmp_path / "x.gguf")
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {"TQ1_0", "F32"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"), [("tq1_0", "ternary"), ("tq2_0", "ternary"), ("q2_0", "ternary"), ("q1_0", "binary")]
+)
+def test_stock_transformers_gets_the_weights_back(tmp_path: Path, kind: str, weight: str) -> None:
+    """Heads in transformers' order again, tokenizer included; Q2_0 and Q1_0 by way of a plain copy."""
+    from qat.config import ModelConfig
+    from qat.models import describe_source, load_model, load_tokenizer
+
+    wide = {"hidden_size": 256, "intermediate_size": 256, "attention_bias": False, "mlp_bias": False}
+    model = packed_model(changes={**wide, "vocab_size": 261, "eos_token_id": 260}, weight=weight, scale_dtype="float16")
+    tokenizer, config = byte_level(), ModelConfig(path=str(tmp_path / "x.gguf"))
+    save(model, tmp_path / "x.gguf", tokenizer=tokenizer, type=kind, card={"license": "mit"})
+    again = load_model(config)
+    for name, layer in packed_layers(model).items():
+        assert torch.equal(again.get_submodule(name).weight, layer.dequantize()), name
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert load_tokenizer(config)("the 12 cats").input_ids == tokenizer("the 12 cats").input_ids
+    bits = 1 if "1" in kind else 2
+    assert describe_source(config) == {
+        "base_model": "x.gguf",
+        "license": "mit",
+        "note": f"{bits}-bit GGUF ({kind.upper()}) dequantized",
+    }
+
+
+def test_i2_s_is_not_loaded(tmp_path: Path) -> None:
+    from qat.config import ModelConfig
+    from qat.models import load_model
+
+    save(packed_model("qwen2", {"hidden_size": 128}), tmp_path / "x.gguf", type="i2_s")
+    with pytest.raises(ValueError, match="is I2_S of bitnet.cpp, which does not say for which machine"):
+        load_model(ModelConfig(path=str(tmp_path / "x.gguf")))
 
 
 def test_loading_a_model_from_a_damaged_gguf_is_one_clear_error(tmp_path: Path, tiny: bytes) -> None:

@@ -7,7 +7,9 @@ the file, tensors must follow one another without gap or overlap (as llama.cpp d
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from qat.export.gguf_blocks import BLOCKS, OLD_Q2_0, decode, dequantize
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 WRITER_KEY = "qat.version"
 _NAMES = {kind.number: name for name, kind in BLOCKS.items()}
+_NEW = (BLOCKS["q1_0"].number, BLOCKS["q2_0"].number)  # which the gguf package cannot dequantize
 _MOST_DIMENSIONS = 4
 _SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of the value type
 _STRING, _ARRAY = 8, 9
@@ -91,7 +94,8 @@ def write(file: Path, architecture: str, metadata: Mapping[str, Any], tensors: M
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
-            writer.add_key_value(key, value, kinds[type(value)])
+            large = isinstance(value, int) and not 0 <= value < 2**32
+            writer.add_key_value(key, value, GGUFValueType.INT64 if large else kinds[type(value)])
     known = {int(number) for number in GGMLQuantizationType}
     for name, tensor in tensors.items():
         number: Any = GGMLQuantizationType(tensor.kind) if tensor.kind in known else tensor.kind
@@ -103,6 +107,38 @@ def write(file: Path, architecture: str, metadata: Mapping[str, Any], tensors: M
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+@contextmanager
+def stock_readable(file: str | Path) -> Iterator[str]:
+    """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float32.
+
+    Raises:
+        ValueError: the file is damaged, or holds I2_S, whose order it does not tell.
+    """
+    found = read(file)
+    for name, tensor in found.tensors.items():
+        if tensor.kind == gguf_i2s.NUMBER:
+            raise ValueError(f"{file}: {name!r} is I2_S of bitnet.cpp, which does not say for which machine it was written")
+    if not any(tensor.kind in _NEW for tensor in found.tensors.values()):
+        yield str(file)
+        return
+    plain = {
+        name: Tensor(tensor.shape, 0, found.float32(name).reshape(-1).view(np.uint8)) if tensor.kind in _NEW else tensor
+        for name, tensor in found.tensors.items()
+    }
+    metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
+    with tempfile.TemporaryDirectory(prefix="qat-gguf-") as folder:
+        copy = Path(folder, Path(file).name)
+        write(copy, found.metadata["general.architecture"], metadata, plain)
+        yield str(copy)
+
+
+def kind_name(kind: int) -> str:
+    """What llama.cpp calls the type of that number."""
+    from gguf import GGMLQuantizationType
+
+    return _NAMES[kind].upper() if kind in _NAMES else GGMLQuantizationType(kind).name
 
 
 def read(file: str | Path) -> GGUFFile:

@@ -5,7 +5,8 @@ whose types the `gguf` package knows are also read by its stock reader, which mu
 
 llama.cpp quantizes activations in blocks, not per token, so the model as a whole agrees only nearly. TOLERANCE says how nearly,
 for perplexity (relative) and for logits (relative Frobenius norm of the difference, after each position's mean is taken off).
-A wrong order of rows, a missing norm offset or another RoPE is far outside of it.
+Measured: perplexity 1e-3, logits 0.02 and less (stories260k, glassllm); 0.08 and 0.14 for SmolLM2-135M converted and not trained
+(30 layers, perplexity 1e8), which the limits must admit. A wrong order of rows gave logits 0.46 off in a model of two layers.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from qat.export.gguf_tensors import I2S, Source
 from qat.perplexity import Window, exp_mean, log_likelihood, logits_of
 
 TOLERANCE = {
-    "tq1_0": {"perplexity": 0.02, "logits": 0.05},
-    "tq2_0": {"perplexity": 0.02, "logits": 0.05},
-    "q1_0": {"perplexity": 0.02, "logits": 0.05},
-    "q2_0": {"perplexity": 0.02, "logits": 0.05},
+    "tq1_0": {"perplexity": 0.15, "logits": 0.2},
+    "tq2_0": {"perplexity": 0.15, "logits": 0.2},
+    "q1_0": {"perplexity": 0.15, "logits": 0.25},
+    "q2_0": {"perplexity": 0.15, "logits": 0.25},
 }
 _GREEDY_PROMPT, _GREEDY_TOKENS = 16, 24
 TEXTS = (
@@ -224,5 +225,6 @@ def report(info: Mapping[str, Any]) -> list[str]:
         *lines,
         f"llama.cpp (llama-cpp-python {found['llama_cpp']}): perplexity {found['perplexity']:.6g},"
         f" packed {found['perplexity_packed']:.6g} (relative difference {found['perplexity_difference']:.1e});"
-        f" likeliest tokens differ at {differing}; greedy continuation equal for {equal}",
+        f" logits differ by {found['logits_difference']:.1e}, likeliest tokens at {differing};"
+        f" greedy continuation equal for {equal}",
     ]
