@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 # GPUs to compile for in cuda-check; any list of compute capabilities from 80 on
 CUDA_ARCHS ?= 80 90a
 
-.PHONY: quickstart test lint sanitize cuda-check bench help clean
+.PHONY: quickstart test lint sanitize cuda-check bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make sanitize     the op tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make cuda-check   the CUDA kernels compiled, linked and loaded by nvcc, for CUDA_ARCHS; needs no GPU"
 	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
+	@echo "make llama-cpp    llama.cpp for Python, compiled once (6 minutes on 2 cores): GGUF exports are then run in it"
 
 # torch first and by exact version: an open range would fetch gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
@@ -42,6 +43,10 @@ cuda-check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m qat.bench
+
+# With cmake and g++. pip keeps the wheel in its cache, so a second environment gets it in seconds.
+llama-cpp: $(READY)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 -e .[llamacpp]
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -320,12 +320,18 @@ class ExportConfig:
     """Of our own packed folder: `2bit` or `base3` (five weights a byte)."""
     linear_class: str = "bitlinear"
     """Scale convention of the Hugging Face folder: `bitlinear` or `autobitlinear`."""
+    gguf_type: str = "auto"
+    """Type of the quantized layers in the GGUF file; `auto` chooses by each layer's shape."""
+    gguf_floats: str = "f16"
+    """Type of embeddings, head and full-precision layers in the GGUF file."""
 
     def __post_init__(self) -> None:
         for name in self.formats:
-            _choose("export.formats", name, ("hf",))
+            _choose("export.formats", name, ("hf", "gguf"))
         _choose("export.layout", self.layout, ("2bit", "base3"))
         _choose("export.linear_class", self.linear_class, ("bitlinear", "autobitlinear"))
+        _choose("export.gguf_type", self.gguf_type, ("auto", "tq1_0", "tq2_0", "q1_0", "q2_0", "i2_s", "i2_s_arm"))
+        _choose("export.gguf_floats", self.gguf_floats, ("f32", "f16", "q8_0", "q6_k", "bf16"))
 
 
 @dataclass

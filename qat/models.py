@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import socket
-from contextlib import redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from urllib.request import getproxies
 import torch
 
 from qat.config import ModelConfig
+from qat.export import gguf_file
 from qat.glass import load_glass_model, load_glass_tokenizer
 from qat.provenance import gguf_facts, package_license, readme_license
 
@@ -75,9 +76,15 @@ def load_model(config: ModelConfig, path: str | None = None) -> PreTrainedModel:
         model: PreTrainedModel = load_glass_model(source)
     else:
         _silence()
-        model = _pretrained_model(source, _arguments(config, path, source))
+        with _stock_readable(source) as readable:
+            model = _pretrained_model(readable, _arguments(config, path, readable))
     _check_finite(model, source)
     return model.eval()
+
+
+def _stock_readable(source: str) -> AbstractContextManager[str]:
+    """A damaged .gguf file is refused here: transformers' own messages on it say nothing."""
+    return gguf_file.stock_readable(source) if source.endswith(".gguf") else nullcontext(source)
 
 
 def _silence() -> None:
@@ -174,13 +181,13 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
     _silence()
     from transformers import AutoTokenizer
 
-    arguments = _arguments(config, path, source)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(Path(source).parent) if "gguf_file" in arguments else source, **arguments
-        )
-    except Exception as error:
-        raise ValueError(_explain("tokenizer", source, error)) from error
+    with _stock_readable(source) as readable:
+        arguments = _arguments(config, path, readable)
+        folder = str(Path(readable).parent) if "gguf_file" in arguments else readable
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, **arguments)
+        except Exception as error:
+            raise ValueError(_explain("tokenizer", source, error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"the tokenizer of {source} is {type(tokenizer).__name__}, a slow one; a tokenizer.json is needed")
     return tokenizer
@@ -212,20 +219,10 @@ def describe_source(config: ModelConfig) -> dict[str, str]:
     source = resolve(config.path)
     facts = {"base_model": Path(source).name if Path(source).exists() else source}
     if source.endswith(".gguf"):
-        facts |= gguf_facts(_read_gguf(source))
+        facts |= gguf_facts(gguf_file.read(source))
     license_ = readme_license(source, config.revision)
     if config.path.startswith("package://"):
         package = config.path.removeprefix("package://").split("/")[0]
         facts["base_model"] = facts["base_model"] if source.endswith(".gguf") else f"{package} {Path(source).name}"
         license_ = license_ or package_license(package)
     return {**facts, "license": license_} if license_ else facts
-
-
-def _read_gguf(source: str) -> Any:
-    """A gguf.GGUFReader; transformers' own messages on a damaged file say nothing."""
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(source)
-    except Exception as error:
-        raise ValueError(f"{source} is not a whole GGUF file: {error}") from error

@@ -11,7 +11,7 @@ from qat.conversion import Conversion
 from qat.export import hf, packed
 from qat.export.tensors import packed_layers
 from qat.measure import Measure
-from qat.perplexity import windows
+from qat.perplexity import Window, windows
 from qat.report import RunResult
 
 if TYPE_CHECKING:
@@ -38,31 +38,69 @@ def export_all(
     """
     result.export = {"done": [], "skipped": {}}
     for name in config.export.formats:
-        assert name == "hf"
-        if reason := hf.unsupported(model):
+        reason = _EXPORTS[name](config, model, folder, tokenizer, result, measure)
+        if reason is None:
+            result.export["done"].append(name)
+        else:
             result.export["skipped"][name] = reason
-            continue
-        found = _export_hf(config, model, folder / "model", tokenizer, result, measure)
-        result.export["done"].append(name)
-        result.perplexity["exported"] = found["perplexity"]
-        result.verify({"hf": found, "summary": [_hf_summary(folder / "model", found)]})
 
 
 def _export_hf(
     config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
-) -> dict[str, float]:
-    card: dict[str, Any] = {**models.describe_source(config.model), "recipe": config.run.name, "name": config.run.name}
-    card["results"] = _card_results(result)
-    batches = list(windows(measure.texts[""], measure.context, measure.stride, measure.batch_size))
+) -> str | None:
+    """Write <run>/model, or return why the format cannot hold the model."""
+    if reason := hf.unsupported(model):
+        return reason
+    card = {**_card(config), "results": _card_results(result)}
+    batches = _windows(measure)
     info = hf.save(
         model,
-        folder,
+        folder / "model",
         tokenizer,
         linear_class=config.export.linear_class,
         card=card,
         check=lambda written: hf.verify(written, model, measure.probe(), batches),
     )
-    return info["verification"]
+    found = info["verification"]
+    result.perplexity["exported"] = found["perplexity"]
+    result.verify({"hf": found, "summary": [_hf_summary(folder / "model", found)]})
+    return None
+
+
+def _export_gguf(
+    config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
+) -> str | None:
+    """Write <run>/model.gguf, or return why the format cannot hold the model."""
+    from qat.export import gguf
+    from qat.export.gguf_verify import report
+
+    kind = config.export.gguf_type
+    if reason := gguf.unsupported(model, tokenizer, type=kind):
+        return reason
+    batches = _windows(measure)
+    info = gguf.save(
+        model,
+        folder / "model.gguf",
+        tokenizer,
+        type=kind,
+        floats=config.export.gguf_floats,
+        card=_card(config),
+        check=lambda written: gguf.verify(written, model, measure.probe(), batches),
+    )
+    result.verify({"gguf": {key: info[key] for key in ("types", "scale_rounding", "verification")}, "summary": report(info)})
+    result.bytes["gguf"] = info["bytes"]
+    return None
+
+
+_EXPORTS = {"hf": _export_hf, "gguf": _export_gguf}
+
+
+def _card(config: TrainConfig) -> dict[str, Any]:
+    return {**models.describe_source(config.model), "recipe": config.run.name, "name": config.run.name}
+
+
+def _windows(measure: Measure) -> list[Window]:
+    return list(windows(measure.texts[""], measure.context, measure.stride, measure.batch_size))
 
 
 def _card_results(result: RunResult) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from qat.export.gguf_file import GGUFFile, kind_name
 
 
 def package_license(package: str) -> str | None:
@@ -40,17 +42,17 @@ def _hub_readme(repo: str, revision: str | None) -> Path | None:
         return None
 
 
-def gguf_facts(reader: Any) -> dict[str, str]:
-    """`license` and `note` from an open gguf.GGUFReader, each where the file has it.
+def gguf_facts(file: GGUFFile) -> dict[str, str]:
+    """`license` and `note` of a GGUF file, each where it has it.
 
     The note names the type that holds most weights, since a number measured on a dequantized model must say so.
     """
-    declared = reader.get_field("general.license")
-    facts = {} if declared is None else {"license": str(declared.contents())}
+    declared = file.metadata.get("general.license")
+    facts = {} if declared is None else {"license": str(declared)}
     sizes: dict[str, int] = {}
-    for tensor in reader.tensors:
-        name = tensor.tensor_type.name
-        sizes[name] = sizes.get(name, 0) + int(tensor.n_elements)
+    for tensor in file.tensors.values():
+        name = kind_name(tensor.kind)
+        sizes[name] = sizes.get(name, 0) + math.prod(tensor.shape)
     kind = max(sizes, key=lambda name: sizes[name])
     bits = re.search(r"Q(\d)", kind)
     facts["note"] = f"{bits.group(1)}-bit GGUF ({kind}) dequantized" if bits else f"{kind} GGUF"

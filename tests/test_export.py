@@ -359,8 +359,8 @@ def test_a_failed_check_leaves_no_folder(tmp_path, llama):
 
 
 def test_formats():
-    assert get_format("hf") is hf and list(FORMATS) == ["hf"]
-    with pytest.raises(ValueError, match="choose one of hf"):
+    assert get_format("hf") is hf and list(FORMATS) == ["hf", "gguf"]
+    with pytest.raises(ValueError, match="choose one of hf, gguf"):
         get_format("onnx")
 
 

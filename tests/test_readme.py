@@ -42,7 +42,7 @@ def test_commands_name_real_recipes_keys_and_verbs(command: str) -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, flags=re.M):
+    for target in re.findall(r"^make ([\w-]+)", README, flags=re.M):
         assert re.search(rf"^{target}:", makefile, flags=re.M)
 
 

@@ -187,9 +187,10 @@ def test_ctrl_c_keeps_a_checkpoint_and_a_readable_result(config: TrainConfig, tm
 
 def test_channel_scales_train_and_the_export_says_why_it_is_skipped(config: TrainConfig) -> None:
     config.quant = QuantConfig(granularity="channel", scale_dtype="float16")
-    config.export = ExportConfig(formats=["hf"], layout="base3")
+    config.export = ExportConfig(formats=["hf", "gguf"], layout="base3")
     result = run(config)
     assert result.export["done"] == [] and "quant.granularity=channel" in result.export["skipped"]["hf"]
+    assert "WordLevel tokenizer" in result.export["skipped"]["gguf"]
     assert "exported" not in result.perplexity
     assert result.perplexity["packed"] == result.perplexity["trained"]
 

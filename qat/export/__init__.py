@@ -6,11 +6,15 @@
 from importlib import import_module
 from types import ModuleType
 
-FORMATS = {"hf": "qat.export.hf"}
+FORMATS = {"hf": "qat.export.hf", "gguf": "qat.export.gguf"}
 
 
 def get_format(name: str) -> ModuleType:
-    """The module of a format, with `unsupported`, `save` and `verify`; ValueError naming the known ones."""
+    """The module of a format, with `unsupported`, `save`, `verify` and `OPTIONS`, the names of `save`'s own keywords.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
     if name not in FORMATS:
         raise ValueError(f"format={name!r} is not known; choose one of {', '.join(FORMATS)}")
     return import_module(FORMATS[name])

@@ -27,25 +27,29 @@ def export(
     out: str,
     *,
     format: str = "hf",
-    linear_class: str = "bitlinear",
     text: str = "pydoc_data.topics",
     max_tokens: int = 16_384,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Write the packed model of `run` to the folder `out`, and read it back with the format's stock reader.
+    """Write the packed model of `run` to `out`, and read it back with the format's stock reader.
 
     Args:
         run: a run folder (its `packed/` is used) or a packed folder.
-        out: replaced if an earlier export wrote it; it appears only when what was read back is equal.
+        out: a folder, or for gguf a file; an earlier export is replaced; it appears only when what was read back is equal.
         text: a file or `pydoc_data.topics`; perplexity is compared on its first `max_tokens` tokens.
+        options: keywords of the format's `save`; None is the format's default.
 
     Returns:
         what the format's `save` returned (with "verification"), and "sizes".
 
     Raises:
-        ValueError: `run` is no such folder, the format cannot hold the model, or what was read back differs.
+        ValueError: `run` is no such folder, the format cannot hold the model or lacks an option, or what was read back differs.
     """
     folder = packed_folder(run)
     writer = get_format(format)
+    given = {key: value for key, value in options.items() if value is not None}
+    if unknown := sorted(set(given) - set(writer.OPTIONS)):
+        raise ValueError(f"--{unknown[0].replace('_', '-')} does not fit --format {format}, only {_owner(unknown[0])}")
     from qat.config import ModelConfig
     from qat.export import packed
     from qat.models import load_tokenizer
@@ -54,11 +58,13 @@ def export(
     windows = _windows(model, tokenizer, text, max_tokens)
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
     facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
-    info = writer.save(
-        model, out, tokenizer, linear_class=linear_class, card=facts, check=lambda new: writer.verify(new, model, probes, windows)
-    )
+    info = writer.save(model, out, tokenizer, **given, card=facts, check=lambda new: writer.verify(new, model, probes, windows))
     about = f"the first {max_tokens:,} tokens of {Path(text).name}"
-    return {**info, "text": about, "sizes": packed.sizes(folder)}
+    return {**info, "format": format, "text": about, "sizes": packed.sizes(folder)}
+
+
+def _owner(option: str) -> str:
+    return next((name for name in FORMATS if option in get_format(name).OPTIONS), "no format")
 
 
 def packed_folder(run: str) -> Path:
@@ -96,11 +102,14 @@ def _results(run: Path) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qat.export", description="Write a trained run in another format.")
     parser.add_argument("run", metavar="RUN", help="folder of a run, or a packed folder of qat")
-    parser.add_argument("--format", default="hf", choices=sorted(FORMATS), help="hf: stock transformers, quant_method bitnet")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; an earlier export is replaced")
+    parser.add_argument("--format", default="hf", choices=sorted(FORMATS), help="hf: stock transformers; gguf: llama.cpp")
     parser.add_argument(
-        "--linear-class", default="bitlinear", choices=("bitlinear", "autobitlinear"), help="scale convention of hf"
+        "--out", required=True, metavar="PATH", help="hf: a folder, gguf: NAME.gguf; an earlier export is replaced"
     )
+    parser.add_argument("--linear-class", help="hf: scale convention, bitlinear (default) or autobitlinear")
+    parser.add_argument("--type", help="gguf: auto (default), tq1_0, tq2_0, q2_0, q1_0, i2_s (x86) or i2_s_arm")
+    parser.add_argument("--floats", help="gguf: embeddings, head and full-precision layers: f16 (default), f32, bf16, q8_0, q6_k")
+    parser.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name of the text split, if not recognized")
     parser.add_argument("--text", default="pydoc_data.topics", help="text on which perplexity is compared")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="how much of it (default: 16384)")
     return parser
@@ -113,7 +122,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(info: dict[str, Any]) -> None:
-    found, sizes = info["verification"], info["sizes"]
+    sizes = info["sizes"]
+    if info["format"] == "gguf":
+        from qat.export.gguf_verify import report
+
+        print(*report(info), sep="\n")
+    else:
+        _show_hf(info)
+    print(
+        f"bytes: {sizes['full_precision_bf16']:,} in bf16, {sizes['packed_model']:,} packed"
+        f" (of which {sizes['packed_linears']:,} the quantized layers)"
+    )
+
+
+def _show_hf(info: dict[str, Any]) -> None:
+    found = info["verification"]
     print(f"wrote {info['folder']} (linear_class {info['linear_class']}, {info['bytes']:,} bytes of weights)")
     if "padding" in info:
         print(info["padding"])
@@ -124,10 +147,6 @@ def _show(info: dict[str, Any]) -> None:
         f" single layers by {found['layers_difference']:.1e}"
     )
     print(f"loaded as bfloat16 its perplexity is {found['perplexity_bfloat16']:.6g}")
-    print(
-        f"bytes: {sizes['full_precision_bf16']:,} in bf16, {sizes['packed_model']:,} packed"
-        f" (of which {sizes['packed_linears']:,} the quantized layers)"
-    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from qat.export.tensors import packed_layers, quantized_layers
 from qat.export.verify import verify as verify
 
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
+OPTIONS = ("linear_class",)
 
 
 def save(
