@@ -1,8 +1,8 @@
 """Two causal language models on the same tokens: how far their distributions are apart, and in which layer it begins.
 
-KL is KL(p_reference || p_model) in nats, the mean over the scored tokens of `qat.perplexity.windows`; top-1 agreement is the share
-of them for which both models hold the same token for the likeliest. A layer's error is ||y - y_reference|| / ||y_reference||
-(Frobenius norms over all tokens), in two ways:
+KL is KL(p_reference || p_model) in nats, the mean over the scored tokens of `qat.perplexity.windows`; top-1 agreement is the
+share of them for which both models hold the same token for the likeliest. A layer's error is
+||y - y_reference|| / ||y_reference||, Frobenius norms over all tokens, in two ways:
 
     local        the layer is given the reference's input: what its own quantization costs
     accumulated  the layer is given what reaches it in its own model: the errors of all layers before it are in it

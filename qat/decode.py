@@ -4,9 +4,9 @@ transformers' own growing cache copies all keys and values at every token, its s
 at every token. Here the room is allocated once and attention gets a view of what is filled.
 
 A small model's token takes a few milliseconds, of which Python and torch's dispatcher are most: some 40 calls a layer. So the
-layers of the common shape (RMS norms, rotary halves, grouped queries, a SiLU gate: Llama, Mistral, Qwen 2 and 3) run in one call of
-the compiled kernels, `qat::cpu_decode`. Any other model runs as transformers runs it. Rejected: torch.compile of the step, which
-took minutes at a user's first prompt for a model of 30 layers.
+layers of the common shape (RMS norms, rotary halves, grouped queries, a SiLU gate: Llama, Mistral, Qwen 2 and 3) run in one call
+of the compiled kernels, `qat::cpu_decode`. Any other model runs as transformers runs it. Rejected: torch.compile of the step,
+which takes minutes before a user's first token where a model has 30 layers.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ class Decoder:
     def _step(self, native: Native, ids: Tensor) -> Tensor:
         core = self.model.model
         hidden = native(core.embed_tokens(ids), self.cache.get_seq_length())
-        for layer in self.cache.layers:
-            layer.length += 1
+        native.advance(self.cache.layers)
         return self.model.lm_head(core.norm(hidden))[0]
 
 
@@ -99,6 +98,12 @@ class Native(NamedTuple):
             hidden, self.weights, self.sizes, self.keys, self.values, cos, sin, position, *self.constants
         )
 
+    @staticmethod
+    def advance(layers: list[Any]) -> None:
+        """The cache holds one token more."""
+        for layer in layers:
+            layer.length += 1
+
 
 def native(model: Any, cache: list[Any], room: int) -> Native | None:
     """The native step of a model, its cache's buffers in one piece; None where model or cache are of another shape."""
@@ -111,7 +116,8 @@ def native(model: Any, cache: list[Any], room: int) -> Native | None:
     layers = [_layer(layer) for layer in model.model.layers]
     if not layers or any(layer is None for layer in layers):
         return None
-    weights, sizes = [[part for layer in layers for part in layer[i]] for i in range(2)]  # type: ignore[index]
+    weights = [tensor for layer in layers if layer for tensor in layer[0]]
+    sizes = [size for layer in layers if layer for size in layer[1]]
     attention, leader = model.model.layers[0].self_attn, model.model.layers[0].self_attn.q_proj
     shape = len(layers), config.num_key_value_heads, room, attention.head_dim
     keys, values = torch.zeros(shape), torch.zeros(shape)

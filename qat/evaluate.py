@@ -132,9 +132,7 @@ def _on_text(
     result = {"perplexity": exp_mean(total, scored), "text": name, "context": context, "stride": stride}
     result |= {"tokens": len(tokens), "scored_tokens": scored}
     if len(tokens) < context:
-        result["remark"] = (
-            f"the text has {len(tokens)} tokens, less than one window of {context}: it is measured as one of its length"
-        )
+        result["remark"] = f"the text is shorter than one window: its {len(tokens)} tokens are measured as one"
     teacher = load(asked.teacher) if asked.teacher else None
     if teacher is not None:
         _same_tokens(found, teacher)

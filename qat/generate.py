@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.loading import Loaded, load, run_verb
@@ -231,10 +232,19 @@ def generate(
 
 def memory() -> str:
     """The process's peak resident memory, in words."""
+    return f"peak memory {peak_bytes() / 2**20:,.0f} MiB"
+
+
+def peak_bytes() -> int:
+    """Linux keeps it by process; getrusage's value, taken elsewhere, begins with that of the process that started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) * 1024
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,10 +256,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--system", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after so many tokens (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default), 1 samples plainly")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens that reach this sum (default: 1)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest that reach this sum (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--head", default="full", choices=HEADS, help="bits of the output head: fewer are faster, less exact")

@@ -159,14 +159,22 @@ class DigitLinear(nn.Module):
         config = QuantConfig(granularity="group", group_size=k)
         layer = PackedBitLinear(digits * k, n, False, config, "base3", device="meta")
         with torch.no_grad():
-            codes, scale = ternary_digits(linear.weight.float(), digits)
-            layer.packed, layer.weight_scale = pack_ternary(codes, "base3"), scale
+            chunks = [_packed_digits(rows.float(), digits) for rows in linear.weight.split(_CHUNK)]
+            layer.packed, layer.weight_scale = (torch.cat(parts) for parts in zip(*chunks, strict=True))
             layer.bias = None if linear.bias is None else linear.bias.detach().clone()
         self.digits = digits
         self.linear = TiledLinear([layer]) if _tileable(layer) else layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.repeat(*[1] * (x.ndim - 1), self.digits))
+
+
+_CHUNK = 2048  # rows at once: a large vocabulary's digits would take gigabytes
+
+
+def _packed_digits(weight: Tensor, digits: int) -> tuple[Tensor, Tensor]:
+    codes, scale = ternary_digits(weight, digits)
+    return pack_ternary(codes, "base3"), scale
 
 
 def ternary_digits(weight: Tensor, digits: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qat
 from qat import evaluate
+from qat.compare import agreement, layer_errors
+from qat.export import packed
 from qat.perplexity import perplexity, windows
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -132,3 +134,159 @@ def test_full_precision_stories(capsys, tmp_path, monkeypatch):
     assert found["kind"].startswith("full precision") and found["text"] == "valid.txt"
     assert evaluate.main([*arguments[:3], "--context", "513"]) == 2
     assert "512 positions" in capsys.readouterr().err
+
+
+def test_agreement_equals_the_definition():
+    model, reference, ids = Bigram(), Bigram(), tokens(50)
+    with torch.no_grad():
+        model.table.add_(torch.randn(11, 11))
+    found = agreement(model, reference, list(windows(ids, 8, 3)))
+    p, q = reference.table[ids[:-1]].softmax(-1), model.table[ids[:-1]].softmax(-1)
+    assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5) and found.tokens == 49
+    assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    assert agreement(model, model, list(windows(ids, 8))) == (0.0, 1.0, 43)
+    with pytest.raises(ValueError, match="11 tokens against the teacher's 12"):
+        agreement(model, Bigram(12), list(windows(ids, 8)))
+
+
+def test_layer_errors_tell_a_layer_s_own_from_what_it_inherits(tiny_model):
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval().requires_grad_(False)
+    qat.convert(model, qat.QuantConfig())
+    qat.pack(model)
+    ids = torch.randint(31, (2, 16))
+    errors = layer_errors(model, reference, ids)
+    assert len(errors) == 14 and "lm_head" not in errors
+    first = errors["model.layers.0.self_attn.q_proj"]
+    assert first.local == first.accumulated > 0.05  # nothing before it is quantized
+    name, seen = "model.layers.1.mlp.down_proj", {}
+    reference.get_submodule(name).register_forward_hook(lambda _, x, y: seen.update(x=x[0], y=y))
+    reference(input_ids=ids)
+    expected = (model.get_submodule(name)(seen["x"]) - seen["y"]).norm() / seen["y"].norm()
+    assert errors[name].local == pytest.approx(float(expected), rel=1e-5) and errors[name].accumulated > errors[name].local
+    with pytest.raises(ValueError, match="no layer of the model is quantized"):
+        layer_errors(reference, reference, ids)
+
+
+@pytest.fixture
+def packed_folder(tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval().requires_grad_(False)
+    qat.convert(model, qat.QuantConfig())
+    qat.pack(model)
+    return packed.save(model, tmp_path / "run" / "packed", tokenizer=AutoTokenizer.from_pretrained(tiny_model))
+
+
+def test_everything_beside_a_teacher(packed_folder, tiny_model, text_file, capsys):
+    arguments = [str(packed_folder), "--text", str(text_file), "--max-tokens", "400", "--context", "64", "--stride", "32"]
+    more = ["--teacher", str(tiny_model), "--layers", "--samples", "2"]
+    assert evaluate.main([*arguments, *more, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    teacher = found["teacher"]
+    assert evaluate.main([str(tiny_model), *arguments[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == teacher["perplexity"]
+    assert found["scored_tokens"] == 399 and 0 < teacher["kl"] < 1 and 0 < teacher["top1"] < 1 and len(teacher["layers"]) == 14
+    first, second = found["samples"]
+    assert first["prompt"].replace(" ", "").startswith("thecatsat") and first["prompt"] != second["prompt"]
+    assert first["continuation"] and first["teacher"] and "remark" not in found
+    assert evaluate.main([*arguments, *more]) == 0
+    shown = capsys.readouterr().out
+    assert "KL " in shown and "top-1 agreement" in shown and "teacher: '" in shown and "relative error of 14 layers" in shown
+
+
+def test_a_smaller_head_changes_the_perplexity_a_little(packed_folder, text_file):
+    values = [
+        evaluate.evaluate(str(packed_folder), str(text_file), max_tokens=500, head=head) for head in ("full", "8bit", "6bit")
+    ]
+    full, eight, six = (value["perplexity"] for value in values)
+    assert eight != full != six and eight == pytest.approx(full, rel=0.01) and six == pytest.approx(full, rel=0.05)
+    assert values[2]["kind"].endswith("6bit head")
+
+
+def test_a_text_shorter_than_a_window_is_remarked(packed_folder, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("the cat sat.")
+    assert evaluate.main([str(packed_folder), "--text", str(tmp_path / "short.txt")]) == 0
+    assert "shorter than one window: its 12 tokens" in capsys.readouterr().out
+
+
+def test_an_export_that_was_skipped_says_why(packed_folder, capsys):
+    run = packed_folder.parent
+    (run / "result.json").write_text(json.dumps({"export": {"skipped": {"hf": "groups of 32"}}}))
+    assert evaluate.main([str(run / "model"), "--text", "pydoc_data.topics"]) == 2
+    error = capsys.readouterr().err
+    assert "groups of 32" in error and str(run) in error and "model.path" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --text FILE, --tasks NAMES"),
+        (["--tasks", "x", "--teacher", "y"], "give --text FILE"),
+        (["--text", "x", "--layers"], "give --teacher MODEL"),
+        (["--text", "x", "--samples", "-1"], "--samples -1"),
+        (["--text", "x", "--limit", "3"], "belong to --tasks"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, capsys):
+    assert evaluate.main(["anything", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+TASKS = Path(qat.__file__).parents[1] / "benchmarks" / "tasks"
+
+
+def write_tasks_data(folder: Path) -> None:
+    """Made-up data in the files' real forms: the grammatical sentence is one that a model of its own text prefers."""
+    for name in ("piqa", "arc_easy", "blimp"):
+        (folder / name).mkdir(parents=True)
+    goal = {"goal": "the cat", "sol1": "sat.", "sol2": "zzqqxx"}
+    (folder / "piqa/valid.jsonl").write_text("".join(json.dumps(goal) + "\n" for _ in range(4)))
+    (folder / "piqa/valid-labels.lst").write_text("0\n0\n0\n1\n")
+    choices = [{"text": "the sun.", "label": "A"}, {"text": "qxz", "label": "B"}]
+    question = {"question": {"stem": "we see", "choices": choices}, "answerKey": "A"}
+    (folder / "arc_easy/arc_easy_test.jsonl").write_text((json.dumps(question) + "\n") * 2)
+    pair = {"sentence_good": "a dog ran,", "sentence_bad": "xqzj kxqv"}
+    (folder / "blimp/a.jsonl").write_text((json.dumps(pair) + "\n") * 3)
+
+
+def run_tasks_on(folder, data, capsys, *flags):
+    tasks = ["--tasks", "local_piqa,local_arc_easy,local_blimp", "--include-path", str(TASKS), "--task-data", str(data)]
+    assert evaluate.main([str(folder), *tasks, *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["tasks"]
+
+
+def test_zero_shot_by_lm_eval_on_a_packed_model(packed_folder, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    write_tasks_data(tmp_path / "data")
+    found = run_tasks_on(packed_folder, tmp_path / "data", capsys)
+    piqa = found["local_piqa"]
+    assert piqa["acc"] in (0.25, 0.75) and piqa["examples"] == 4 and found["local_blimp"]["acc"] in (0.0, 1.0)
+    model, tokenizer = packed.load(packed_folder), AutoTokenizer.from_pretrained(packed_folder)
+    sums = []
+    for answer in (" sat.", " zzqqxx"):
+        context, whole = (tokenizer(f"Question: the cat\nAnswer:{end}")["input_ids"] for end in ("", answer))
+        ids = torch.tensor(whole)
+        logs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        sums.append(float(logs[len(context) - 1 : -1].gather(1, ids[len(context) :, None]).sum()))
+    assert piqa["acc"] == (0.75 if sums[0] > sums[1] else 0.25)
+
+
+def test_tasks_that_cannot_run_are_one_line(packed_folder, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    wrong = {
+        "choose from local_arc_easy, local_blimp, local_piqa": ["--tasks", "hellaswag", "--include-path", str(TASKS)],
+        "there is no folder": ["--tasks", "local_piqa", "--include-path", str(TASKS), "--task-data", str(tmp_path)],
+        "there is no such folder": ["--tasks", "local_piqa", "--include-path", str(tmp_path / "none")],
+    }
+    for message, flags in wrong.items():
+        assert evaluate.main([str(packed_folder), *flags]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("qat.evaluate:") and message in error
+
+
+@needs_shared
+def test_zero_shot_on_real_data(capsys):
+    """stories260k knows no science, but which of two sentences is grammatical; bounds are wide of what was measured."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    found = run_tasks_on(SHARED / "models/stories260k", SHARED / "data", capsys, "--limit", "100")
+    assert {name: found[name]["examples"] for name in found} == {"local_piqa": 100, "local_arc_easy": 100, "local_blimp": 100}
+    assert 0.1 < found["local_arc_easy"]["acc"] < 0.5 < found["local_blimp"]["acc"] and 0.3 < found["local_piqa"]["acc"] < 0.75

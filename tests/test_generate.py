@@ -1,4 +1,4 @@
-"""Fused layers give the packed model's numbers, the cache those of a full pass, the sampler its distribution; the verb's words."""
+"""Fused layers give the packed model's numbers, the cache those of a full pass, the sampler its distribution."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def packed_folder(tiny_model, tmp_path):
 needs_kernels = pytest.mark.skipif(not cpu.compiled(), reason=f"no compiled kernels: {cpu.status().why}")
 
 
+CONFIGS: list[dict[str, object]] = [{}, {"granularity": "channel"}, {"granularity": "group", "group_size": 16}]
+
+
 @needs_kernels
-@pytest.mark.parametrize(
-    "config", [{}, {"granularity": "channel"}, {"granularity": "group", "group_size": 16}, {"weight": "binary"}]
-)
+@pytest.mark.parametrize("config", [*CONFIGS, {"weight": "binary"}])
 def test_fused_layers_equal_the_packed_ones_to_the_bit(tiny_model, config):
     if config.get("group_size"):  # 43 has no divisor: leave the layer that reads it out
         model = AutoModelForCausalLM.from_pretrained(tiny_model).eval().requires_grad_(False)
@@ -115,23 +116,25 @@ def test_tokens_one_by_one_equal_one_pass(tiny_model):
     torch.testing.assert_close(torch.stack(rows), whole, rtol=1e-2, atol=1e-2)
 
 
-FAMILIES = {
+ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES: dict[str, dict[str, object]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {"attention_bias": True},
     "qwen3": {"head_dim": 24},
-    "llama with scaled rope": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
-                                        "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
-}  # fmt: skip
+    "llama with scaled rope": {"rope_parameters": {**ROPE, "original_max_position_embeddings": 16}},
+}
 
 
 @needs_kernels
-@pytest.mark.parametrize("config", [{}, {"granularity": "channel"}, {"granularity": "group", "group_size": 16}])
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_native_step_computes_what_transformers_computes(family, config):
     torch.manual_seed(3)
     sizes = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
-    settings = AutoConfig.for_model(family.split()[0], **sizes, num_key_value_heads=2, max_position_embeddings=64, **FAMILIES[family])
+    settings = AutoConfig.for_model(
+        family.split()[0], **sizes, num_key_value_heads=2, max_position_embeddings=64, **FAMILIES[family]
+    )
     model = AutoModelForCausalLM.from_config(settings).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "bias")):
