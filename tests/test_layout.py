@@ -17,7 +17,8 @@ LAYERS = {
     3: ["distill", "schedule", "perplexity", "compare"],
     4: ["export"],
     5: ["models", "glass", "provenance", "data", "module", "callbacks", "fit", "decode", "loading", "zeroshot"],
-    6: ["train", "runs", "measure", "outputs", "estimate", "report", "evaluate", "generate", "bench", "ggml", "inspect", "export.__main__"],
+    6: ["train", "runs", "measure", "outputs", "estimate", "report", "export.__main__"]
+    + ["evaluate", "generate", "bench", "ggml", "inspect"],
 }
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 HOME = {name: layer for layer, names in LAYERS.items() for name in names}
