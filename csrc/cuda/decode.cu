@@ -79,41 +79,39 @@ __device__ void take_codes(const Decode& p, int64_t token0, int tokens, unsigned
   const int total = p.blocks64 * tokens * 4;
   for (int i = static_cast<int>(threadIdx.x); i < total; i += kBlock) {
     const int part = i % 4, block = i / 4 % p.blocks64, token = i / 4 / p.blocks64;
-    const uint4 codes = *reinterpret_cast<const uint4*>(p.codes + ((token0 + token) * p.blocks64 + block) * 64 + part * 16);
+    const uint4 codes = load_fresh(p.codes + ((token0 + token) * p.blocks64 + block) * 64 + part * 16);
     *reinterpret_cast<uint4*>(x_shared + (block * tokens + token) * 64 + part * 16) = codes;
   }
-  if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = p.divisor[token0 + threadIdx.x];
+  if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = load_fresh_float(p.divisor + token0 + threadIdx.x);
 }
 
-template <bool WIDE, class T>
-__device__ float absmax_of(const T* x, int64_t k) {
-  constexpr int kSize = Chunk<T>::kSize;
-  float most = 0.0f;
-  for (int64_t begin = static_cast<int64_t>(threadIdx.x) * kSize; begin < k; begin += kBlock * kSize) {
-    const Chunk<T> chunk = load_chunk<WIDE>(x, begin, k);
+template <class T>
+__device__ __forceinline__ float larger(float most, const Chunk<T>& chunk) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) most = max_nan(most, bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu));
-  }
+  for (int i = 0; i < Chunk<T>::kSize; ++i) most = max_nan(most, bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu));
   return most;
 }
 
-// The same for one token that is not quantized yet; groups are whole blocks of 64, so only the end of x is padded.
+// The same for one token that is not quantized yet. It stays in registers, but for what is longer than 3 loads a thread.
 template <class T, bool WIDE>
 __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
+  constexpr int kKept = 3, kStep = kBlock * Chunk<T>::kSize;
   const T* x = static_cast<const T*>(p.x);
-  const float divisor = divisor_of(reduce_threads<kBlock>(absmax_of<WIDE>(x, p.k), MaxNan(), slots), p.eps);
-  for (int i = static_cast<int>(threadIdx.x); i < p.blocks64 * 4; i += kBlock) {
-    uint32_t words[4];
+  const int first = static_cast<int>(threadIdx.x) * Chunk<T>::kSize, padded = p.blocks64 * 64;
+  Chunk<T> kept[kKept];
 #pragma unroll
-    for (int w = 0; w < 4; w += Chunk<T>::kSize / 4) {
-      const Chunk<T> chunk = load_chunk<WIDE>(x, int64_t{i} * 16 + w * 4, p.k);
+  for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<WIDE, true>(x, first + i * kStep, p.k);
+  float most = 0.0f;
 #pragma unroll
-      for (int j = 0; j < Chunk<T>::kSize; j += 4)
-        words[w + j / 4] = gather_bytes(code_bits(chunk[j], divisor), code_bits(chunk[j + 1], divisor), code_bits(chunk[j + 2], divisor),
-                                        code_bits(chunk[j + 3], divisor));
-    }
-    *reinterpret_cast<uint4*>(x_shared + i * 16) = interleave({words[0], words[1], words[2], words[3]});
-  }
+  for (int i = 0; i < kKept; ++i) most = larger(most, kept[i]);
+  for (int begin = first + kKept * kStep; begin < p.k; begin += kStep) most = larger(most, load_chunk<WIDE, true>(x, begin, p.k));
+  const float divisor = divisor_of(reduce_threads<kBlock>(most, MaxNan(), slots), p.eps);
+  auto* codes = reinterpret_cast<int8_t*>(x_shared);
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    if (first + i * kStep < padded) store_interleaved(codes, first + i * kStep, kept[i], divisor);
+  for (int begin = first + kKept * kStep; begin < padded; begin += kStep)
+    store_interleaved(codes, begin, load_chunk<WIDE, true>(x, begin, p.k), divisor);
   if (threadIdx.x == 0) divisors[0] = divisor;
 }
 
@@ -293,7 +291,7 @@ int decode(const PackedLinear& p, cudaStream_t stream) {
   const int most = tokens_that_fit(p), slices = static_cast<int>(ceil_div<int64_t>(p.m, most));
   d.tokens = static_cast<int>(ceil_div<int64_t>(p.m, slices));
   d.splits = splits_of(p);
-  if (packed_linear_fused(p)) return run<1, true>(d, stream, p.overlap);
+  if (packed_linear_fused(p)) return run<1, true>(d, stream, p.overlap && d.wide);
   // The kernel right before is the one that quantized x, and writes no weights.
   return d.tokens <= 8 ? run<1, false>(d, stream, true) : run<2, false>(d, stream, true);
 }
