@@ -1,29 +1,25 @@
 #!/usr/bin/env bash
 # The CUDA kernels on a GPU: build, tests on the device, compute-sanitizer, then every table. Needs python3 with torch 2.11
 # or later and pytest, and nvcc; whatever else is missing (compute-sanitizer, transformers, triton) is named and left out.
-# Usage: benchmarks/gpu.sh [build|test|memcheck|racecheck|operations|step ...]     all parts by default
-# Text and JSON go to $OUT, or else to benchmarks/results. The exit status is 1 if a part failed; later parts still run.
+# Usage: benchmarks/gpu.sh [PART ...]     all parts by default, and later parts run although an earlier one failed:
+#   build                compile for this machine's GPUs
+#   test                 tests/test_cuda.py on the device        test-wgmma         the same with Hopper's own matmul
+#   memcheck racecheck   compute-sanitizer on the small tests
+#   operations           each op beside its peers                operations-wgmma   the same with Hopper's own matmul
+#   step                 the whole training step in tokens/s
+# What is printed goes to $OUT/gpu.txt too, the tables' numbers to $OUT/PART.json; $OUT is benchmarks/results if not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+parts=(build test test-wgmma memcheck racecheck operations operations-wgmma step)
+[ $# -gt 0 ] || set -- "${parts[@]}"
+for name in "$@"; do
+  [[ " ${parts[*]} " == *" $name "* ]] || { echo "unknown part $name: choose from ${parts[*]}"; exit 2; }
+done
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-[ $# -gt 0 ] || set -- build test memcheck racecheck operations step
-for name in "$@"; do
-  case $name in
-    build | test | memcheck | racecheck | operations | step) ;;
-    *) echo "unknown part $name: choose from build, test, memcheck, racecheck, operations, step"; exit 2 ;;
-  esac
-done
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
-failed=()
-
-part() { # NAME COMMAND...: run it, keep its output, remember a failure
-  local name=$1
-  shift
-  echo "== $name: $*"
-  "$@" 2>&1 | tee "$out/$name.txt" || { failed+=("$name"); echo "== $name FAILED"; }
-}
+tests=("$python" -m pytest -q tests/test_cuda.py -p no:cacheprovider)
 
 sanitize() { # TOOL: the small tests, without torch's caching allocator, which would hide accesses out of bounds
   local found
@@ -31,18 +27,29 @@ sanitize() { # TOOL: the small tests, without torch's caching allocator, which w
     echo "compute-sanitizer is not found: $1 was not run"
     return 0
   }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$1" --error-exitcode 9 --target-processes all \
-    "$python" -m pytest -q tests/test_cuda.py -k small -p no:cacheprovider
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$1" --error-exitcode 9 --target-processes all "${tests[@]}" -k small
 }
 
-nvidia-smi 2>&1 || echo "nvidia-smi is not found"
-"$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPU", torch.cuda.is_available())'
-for name in "$@"; do
-  case $name in
-    build) part build "$python" -m qat.ops.build --cuda-arch native ;;
-    test) part test "$python" -m pytest -q tests/test_cuda.py -p no:cacheprovider ;;
-    memcheck | racecheck) part "$name" sanitize "$name" ;;
-    operations | step) part "$name" "$python" -m benchmarks.gpu --parts "$name" --json "$out/$name.json" ;;
+run() { # PART
+  echo "== $1"
+  case $1 in
+    build) "$python" -m qat.ops.build --cuda-arch native ;;
+    test) "${tests[@]}" ;;
+    test-wgmma) QAT_CUDA_WGMMA=1 "${tests[@]}" ;;
+    memcheck | racecheck) sanitize "$1" ;;
+    operations-wgmma) QAT_CUDA_WGMMA=1 "$python" -m benchmarks.gpu --parts operations --json "$out/$1.json" ;;
+    operations | step) "$python" -m benchmarks.gpu --parts "$1" --json "$out/$1.json" ;;
   esac
-done
-[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
+}
+
+everything() {
+  local failed=() name
+  nvidia-smi 2>&1 || echo "nvidia-smi is not found"
+  "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "GPU", torch.cuda.is_available())'
+  for name in "$@"; do
+    run "$name" || { failed+=("$name"); echo "== $name FAILED"; }
+  done
+  [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; return 1; }
+}
+
+everything "$@" 2>&1 | tee "$out/gpu.txt"

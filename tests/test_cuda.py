@@ -330,19 +330,18 @@ def check_packed_linear(
 class TestDevice:
     """What only a GPU can show: large shapes, streams, graphs, compilation, gradients, messages."""
 
-    LARGE = [(1, 2560, 6912), (2, 13824, 2560), (16, 3840, 2560), (129, 577, 1537), (512, 2560, 2560)]
+    # decode and prefill of real models, odd shapes, and enough blocks for Hopper's own matmul, at edges of its tiles
+    LARGE = [(1, 2560, 6912), (2, 13824, 2560), (16, 3840, 2560), (129, 577, 1537), (512, 2560, 2560), (1100, 2601, 2560)]
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(
-        "shape", [(1, 2560, 6912), (2, 13824, 2560), (16, 3840, 2560), (129, 577, 1537), (512, 2560, 2560)], ids=str
-    )
+    @pytest.mark.parametrize("shape", LARGE, ids=str)
     def test_packed_linear_large(self, shape, dtype):
         m, n, k = shape
         place = torch.device("cuda"), on_the_gpu
         packed = packing.pack_ternary(codes(n, k), "2bit")
         check_packed_linear(place, inputs(m, k, dtype), packed, torch.rand(n, 1) + 0.01, torch.randn(n), k, "2bit", "token")
 
-    @pytest.mark.parametrize("shape", [(300, 577, 1537), (1024, 2560, 2560), (33, 6912, 2560)], ids=str)
+    @pytest.mark.parametrize("shape", [(300, 577, 1537), (1024, 2560, 2560), (33, 6912, 2560), (1100, 2601, 2576)], ids=str)
     def test_bitlinear_large(self, shape):
         m, n, k = shape
         x, w = inputs(m, k, torch.bfloat16), torch.randn(n, k) * 0.02

@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         about |= {"gpu": facts.name, "multiprocessors": facts.multi_processor_count, "L2 bytes": facts.L2_cache_size}
         about |= {"driver, clocks, power limit": driver, "kernels": ops.backend()["cuda"]["why"]}
         about["nvcc"] = (build_cuda.compiler() or ("", "not found"))[1]
-    return about
+    return about | {key: value for key, value in os.environ.items() if key.startswith("QAT_")}
 
 
 def main() -> None:

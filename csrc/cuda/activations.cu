@@ -33,42 +33,6 @@ struct Rows {
   bool wide;               // x is read by 16 bytes, and codes are written by 4 or 8
 };
 
-template <class T>
-__device__ __forceinline__ void round_chunk(const Chunk<T>& chunk, float divisor, uint32_t (&codes)[Chunk<T>::kSize]) {
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::kSize; ++i) codes[i] = code_bits(chunk[i], divisor);
-}
-
-// Elements [begin, begin + kSize) of a row by 4 or 8 bytes.
-template <class T>
-__device__ __forceinline__ void store_natural(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
-  uint32_t codes[Chunk<T>::kSize];
-  round_chunk(chunk, divisor, codes);
-  const uint32_t low = gather_bytes(codes[0], codes[1], codes[2], codes[3]);
-  if constexpr (Chunk<T>::kSize == 8) {
-    const uint32_t high = gather_bytes(codes[4], codes[5], codes[6], codes[7]);
-    *reinterpret_cast<uint64_t*>(row + begin) = low | static_cast<uint64_t>(high) << 32;
-  } else {
-    *reinterpret_cast<uint32_t*>(row + begin) = low;
-  }
-}
-
-// The same, interleaved: groups are whole blocks of 64, or there is one.
-template <class T>
-__device__ __forceinline__ void store_interleaved(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
-  uint32_t codes[Chunk<T>::kSize];
-  round_chunk(chunk, divisor, codes);
-  int8_t* block = row + begin / 16 * 16 + begin % 16 / 8 * 4;
-  if constexpr (Chunk<T>::kSize == 8) {
-    *reinterpret_cast<uint32_t*>(block) = gather_bytes(codes[0], codes[2], codes[4], codes[6]);
-    *reinterpret_cast<uint32_t*>(block + 8) = gather_bytes(codes[1], codes[3], codes[5], codes[7]);
-  } else {
-    block += begin % 8 / 4 * 2;
-    *reinterpret_cast<uint16_t*>(block) = static_cast<uint16_t>(byte_permute(codes[0], codes[2], 0x0040));
-    *reinterpret_cast<uint16_t*>(block + 8) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040));
-  }
-}
-
 // One code of any row.
 template <class T>
 __device__ __forceinline__ void store_one(const Rows<T>& p, int8_t* row, int64_t at, float value, float divisor) {

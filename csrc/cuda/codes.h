@@ -19,9 +19,40 @@ __device__ __forceinline__ uint32_t gather_bytes(uint32_t a, uint32_t b, uint32_
 // 9 11 13 15. A 2-bit word's even codes lie in separate nibbles, and so do its odd ones after a shift by 2: `expand`.
 __device__ __forceinline__ int interleaved(int j) { return ((j & 1) * 2 + (j >> 3)) * 4 + (j >> 1 & 3); }
 
-__device__ __forceinline__ uint4 interleave(uint4 natural) {
-  return {byte_permute(natural.x, natural.y, 0x6420), byte_permute(natural.z, natural.w, 0x6420),
-          byte_permute(natural.x, natural.y, 0x7531), byte_permute(natural.z, natural.w, 0x7531)};
+template <class T>
+__device__ __forceinline__ void round_chunk(const Chunk<T>& chunk, float divisor, uint32_t (&codes)[Chunk<T>::kSize]) {
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; ++i) codes[i] = code_bits(chunk[i], divisor);
+}
+
+// Codes of elements [begin, begin + kSize) of a row, by 4 or 8 bytes.
+template <class T>
+__device__ __forceinline__ void store_natural(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
+  uint32_t codes[Chunk<T>::kSize];
+  round_chunk(chunk, divisor, codes);
+  const uint32_t low = gather_bytes(codes[0], codes[1], codes[2], codes[3]);
+  if constexpr (Chunk<T>::kSize == 8) {
+    const uint32_t high = gather_bytes(codes[4], codes[5], codes[6], codes[7]);
+    *reinterpret_cast<uint64_t*>(row + begin) = low | static_cast<uint64_t>(high) << 32;
+  } else {
+    *reinterpret_cast<uint32_t*>(row + begin) = low;
+  }
+}
+
+// The same, interleaved: groups are whole blocks of 64, or there is one.
+template <class T>
+__device__ __forceinline__ void store_interleaved(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
+  uint32_t codes[Chunk<T>::kSize];
+  round_chunk(chunk, divisor, codes);
+  int8_t* block = row + begin / 16 * 16 + begin % 16 / 8 * 4;
+  if constexpr (Chunk<T>::kSize == 8) {
+    *reinterpret_cast<uint32_t*>(block) = gather_bytes(codes[0], codes[2], codes[4], codes[6]);
+    *reinterpret_cast<uint32_t*>(block + 8) = gather_bytes(codes[1], codes[3], codes[5], codes[7]);
+  } else {
+    block += begin % 8 / 4 * 2;
+    *reinterpret_cast<uint16_t*>(block) = static_cast<uint16_t>(byte_permute(codes[0], codes[2], 0x0040));
+    *reinterpret_cast<uint16_t*>(block + 8) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040));
+  }
 }
 
 // Four codes t + 1, one in each of the low 16 bits' nibbles, to four int8 t: a table of 4 bytes looked up by prmt.

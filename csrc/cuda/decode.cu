@@ -15,124 +15,14 @@
 // (5 KB from the L2 cache); with `overlap` they even start before the previous kernel on the stream has ended.
 // Activations lie in shared memory interleaved (codes.h), so that a B fragment is one 16-byte load without bank conflicts.
 // Not measured: no GPU was there when this was written.
-#include "codes.h"
+#include "decode_input.h"
 #include "internal.h"
-#include "reduce.h"
 
 namespace qat::cuda {
 namespace {
 
-constexpr int kRows = 16;                       // output rows of a warp's tile
-constexpr int kBytes = 64;                      // of each row in a stage: 256 codes
-constexpr int kStages = 4;
-constexpr int kStageBytes = kRows * kBytes;
-constexpr int kWarps = kBlock / kWarp;
-constexpr int kMostTokens = 16;
 constexpr int64_t kFusedWidth = 16384;          // a longer token is quantized by a launch of its own
 constexpr int64_t kWantedWarps = 2048;          // 15 an SM on a large GPU
-
-struct Decode {
-  const void* x;         // [1, K] if fused
-  const int8_t* codes;   // [M, KP] interleaved, else
-  const float* divisor;  // [M]
-  const uint8_t* packed;
-  Output out;
-  int64_t m, n, k, row_bytes;
-  int blocks64;          // KP / 64
-  int groups, group_blocks;  // group_blocks: blocks of 64 in a group
-  int tokens;            // of a thread block
-  int splits;            // warps that share a row tile
-  float eps;
-  bool wide;             // x can be read 16 bytes at a time
-};
-
-// Parts of shared memory, in bytes from its start, for blocks of `tiles` row tiles.
-struct Places {
-  std::size_t x, sums, scales, divisors, slots, end;
-};
-
-__host__ __device__ Places places(int blocks64, int tokens, int groups, int tiles) {
-  const auto g = static_cast<std::size_t>(groups), t = static_cast<std::size_t>(tokens);
-  Places at = {};
-  at.x = static_cast<std::size_t>(kWarps) * kStages * kStageBytes;
-  at.sums = at.x + static_cast<std::size_t>(blocks64) * t * 64;                                 // int32 [tiles][G][tokens][16]
-  at.scales = at.sums + static_cast<std::size_t>(tiles) * g * t * kRows * sizeof(int32_t);      // [16][G] where G > 1
-  at.divisors = at.scales + (groups > 1 ? kRows * g * sizeof(float) : 0);
-  at.slots = at.divisors + kMostTokens * sizeof(float);
-  at.end = at.slots + kWarps * sizeof(float);
-  return at;
-}
-
-// Stage `block` of a warp's row tile, 256 codes of 16 rows. Chunk c of row r lies at c ^ (r / 2 % 4): no bank conflicts.
-__device__ __forceinline__ void fetch(const Decode& p, int64_t row0, int64_t block, unsigned char* stage, int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int chunk = half * kWarp + lane, r = chunk / 4, c = chunk % 4;
-    const int64_t row = row0 + r, byte = block * kBytes + c * 16;
-    const bool valid = row < p.n && byte < p.row_bytes;
-    copy_async(stage + r * kBytes + ((c ^ (r >> 1 & 3)) * 16), p.packed + (valid ? row * p.row_bytes + byte : 0), valid);
-  }
-}
-
-// Block's tokens into shared memory: block64 b of token i at (b * tokens + i) * 64.
-__device__ void take_codes(const Decode& p, int64_t token0, int tokens, unsigned char* x_shared, float* divisors) {
-  const int total = p.blocks64 * tokens * 4;
-  for (int i = static_cast<int>(threadIdx.x); i < total; i += kBlock) {
-    const int part = i % 4, block = i / 4 % p.blocks64, token = i / 4 / p.blocks64;
-    const uint4 codes = *reinterpret_cast<const uint4*>(p.codes + ((token0 + token) * p.blocks64 + block) * 64 + part * 16);
-    *reinterpret_cast<uint4*>(x_shared + (block * tokens + token) * 64 + part * 16) = codes;
-  }
-  if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = p.divisor[token0 + threadIdx.x];
-}
-
-template <bool WIDE, class T>
-__device__ float absmax_of(const T* x, int64_t k) {
-  constexpr int kSize = Chunk<T>::kSize;
-  float most = 0.0f;
-  for (int64_t begin = static_cast<int64_t>(threadIdx.x) * kSize; begin < k; begin += kBlock * kSize) {
-    const Chunk<T> chunk = load_chunk<WIDE>(x, begin, k);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) most = max_nan(most, bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu));
-  }
-  return most;
-}
-
-// The same for one token that is not quantized yet; groups are whole blocks of 64, so only the end of x is padded.
-template <class T, bool WIDE>
-__device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
-  const T* x = static_cast<const T*>(p.x);
-  const float divisor = divisor_of(reduce_threads<kBlock>(absmax_of<WIDE>(x, p.k), MaxNan(), slots), p.eps);
-  for (int i = static_cast<int>(threadIdx.x); i < p.blocks64 * 4; i += kBlock) {
-    uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; w += Chunk<T>::kSize / 4) {
-      const Chunk<T> chunk = load_chunk<WIDE>(x, int64_t{i} * 16 + w * 4, p.k);
-#pragma unroll
-      for (int j = 0; j < Chunk<T>::kSize; j += 4)
-        words[w + j / 4] = gather_bytes(code_bits(chunk[j], divisor), code_bits(chunk[j + 1], divisor), code_bits(chunk[j + 2], divisor),
-                                        code_bits(chunk[j + 3], divisor));
-    }
-    *reinterpret_cast<uint4*>(x_shared + i * 16) = interleave({words[0], words[1], words[2], words[3]});
-  }
-  if (threadIdx.x == 0) divisors[0] = divisor;
-}
-
-template <class T>
-__device__ __forceinline__ void quantize_any_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
-  if (p.wide) {
-    quantize_token<T, true>(p, x_shared, divisors, slots);
-  } else {
-    quantize_token<T, false>(p, x_shared, divisors, slots);
-  }
-}
-
-// The scales of a block's only row tile, [16][G].
-__device__ void take_scales(const Decode& p, int64_t row0, float* scales) {
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * p.groups; i += kBlock) {
-    const int64_t row = row0 + i / p.groups;
-    scales[i] = p.out.scale[(row < p.n ? row : p.n - 1) * p.out.scale_stride + i % p.groups];
-  }
-}
 
 // One block of 64 codes of 16 rows times NT * 8 tokens.
 template <int NT>
@@ -293,7 +183,7 @@ int decode(const PackedLinear& p, cudaStream_t stream) {
   const int most = tokens_that_fit(p), slices = static_cast<int>(ceil_div<int64_t>(p.m, most));
   d.tokens = static_cast<int>(ceil_div<int64_t>(p.m, slices));
   d.splits = splits_of(p);
-  if (packed_linear_fused(p)) return run<1, true>(d, stream, p.overlap);
+  if (packed_linear_fused(p)) return run<1, true>(d, stream, p.overlap && d.wide);
   // The kernel right before is the one that quantized x, and writes no weights.
   return d.tokens <= 8 ? run<1, false>(d, stream, true) : run<2, false>(d, stream, true);
 }

@@ -35,12 +35,13 @@ struct alignas(16) Chunk {
 };
 
 // Elements [begin, begin + kSize) of a row, zeros from `end` on. WIDE: the row is 16-byte aligned and holds whole chunks.
-template <bool WIDE, class T>
+// FRESH: see load_fresh; for wide rows only.
+template <bool WIDE, bool FRESH = false, class T>
 __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t begin, int64_t end) {
   Chunk<T> out;
   if constexpr (WIDE) {
     uint4 bytes = {0, 0, 0, 0};
-    if (begin < end) bytes = load_streaming(row + begin);
+    if (begin < end) bytes = FRESH ? load_fresh(row + begin) : load_streaming(row + begin);
     memcpy(&out, &bytes, 16);
   } else {
 #pragma unroll

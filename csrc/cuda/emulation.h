@@ -13,10 +13,7 @@
 // Legend: a block's threads are numbered 0.., in warps of 32.
 #pragma once
 #include <setjmp.h>
-#include <signal.h>
-#include <sys/mman.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
@@ -31,6 +28,8 @@
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#include "guarded.h"
 
 #define __global__
 #define __device__
@@ -51,29 +50,6 @@ namespace qat::emulation {
 
 constexpr unsigned kWarp = 32;
 constexpr std::size_t kStack = 128 << 10;
-constexpr int kPoison = 0xA5;
-
-// Memory that ends, or begins, at a page that cannot be touched.
-class Guarded {
- public:
-  Guarded(std::size_t bytes, bool at_end) {
-    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    const std::size_t inside = (bytes + page - 1) / page * page;
-    length_ = inside + 2 * page;
-    base_ = static_cast<char*>(mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) throw std::bad_alloc();
-    if (inside) mprotect(base_ + page, inside, PROT_READ | PROT_WRITE);
-    data_ = base_ + page + (at_end ? inside - bytes : 0);
-    std::memset(data_, kPoison, bytes);
-  }
-  Guarded(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, length_); }
-  void* get() const { return data_; }
-
- private:
-  char *base_, *data_;
-  std::size_t length_;
-};
 
 struct Copy {
   void* to;
@@ -109,7 +85,6 @@ struct Machine {
   std::vector<Fiber> fibers;  // reused from block to block
   unsigned threads = 0, current = 0;
   jmp_buf scheduler;
-  sigjmp_buf escape;
   std::unique_ptr<Guarded> shared;
   void (*call)(void*) = nullptr;
   void* arguments = nullptr;
@@ -241,26 +216,6 @@ inline void run_block(std::size_t shared_bytes) {
   } while (release());
 }
 
-inline void on_fault(int) { siglongjmp(machine.escape, 1); }
-
-class FaultHandler {
- public:
-  FaultHandler() {
-    struct sigaction action = {};
-    action.sa_handler = on_fault;
-    action.sa_flags = SA_NODEFER;
-    sigaction(SIGSEGV, &action, &segv_);
-    sigaction(SIGBUS, &action, &bus_);
-  }
-  ~FaultHandler() {
-    sigaction(SIGSEGV, &segv_, nullptr);
-    sigaction(SIGBUS, &bus_, nullptr);
-  }
-
- private:
-  struct sigaction segv_, bus_;
-};
-
 inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {
   if (threads == 0 || threads % kWarp || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
   machine.threads = threads;
@@ -268,7 +223,7 @@ inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {
   machine.random = machine.order * 2 + 1;
   gridDim = grid;
   const FaultHandler handler;
-  if (sigsetjmp(machine.escape, 1) != 0)
+  if (sigsetjmp(escape, 1) != 0)
     throw std::runtime_error("an access outside of memory by thread " + std::to_string(machine.current) + ", block " +
                              std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y));
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;

@@ -65,6 +65,8 @@ inline uint4 load_streaming(const void* from) {
   std::memcpy(&out, from, 16);
   return out;
 }
+inline uint4 load_fresh(const void* from) { return load_streaming(from); }
+inline float load_fresh_float(const float* from) { return *from; }
 // The bytes come at wait_copies; until then they are poison, for those who still read what was there before, too.
 inline void copy_async(void* shared, const void* global, bool valid QAT_AT) {
   using namespace emulation;
@@ -100,6 +102,17 @@ inline void atomic_min(uint64_t* to, uint64_t value) { *to = std::min(*to, value
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+// What the previous kernel wrote, for a kernel that may have started before that one ended: from the L2 cache.
+__device__ __forceinline__ uint4 load_fresh(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ float load_fresh_float(const float* from) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
   return v;
 }
 // 16 bytes from global to shared memory without passing through registers; zeros where not valid.
