@@ -212,6 +212,16 @@ def profile(model: str, threads: int) -> None:
         for _ in range(BLOCK):
             decoder.read(token)
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+    hidden = torch.zeros(1, loaded.config.hidden_size)
+    assert decoder.native is not None
+    for position in (0, 4 * PROMPT - 1):
+        seconds = []
+        with torch.inference_mode():
+            for _ in range(50):
+                start = time.perf_counter()
+                decoder.native(hidden, position)
+                seconds.append(time.perf_counter() - start)
+        print(f"all layers at position {position}: {1e3 * statistics.median(seconds):.2f} ms")
     core = loaded.model
     inputs = {width: torch.randn(1, width) for width in (core.config.hidden_size, core.config.intermediate_size)}
     linears = [m for m in core.modules() if type(m).__name__ == "TiledLinear"]

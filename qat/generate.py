@@ -7,6 +7,7 @@ as `qat.inference` makes them: fused, and with a head of 6 or 8 bits if asked fo
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -179,7 +180,7 @@ def ready(path: str, head: str = "full") -> tuple[Loaded, str]:
     fused = inference.tile(found.model)
     if head != "full":
         inference.quantize_head(found.model, head)
-    return found, f"{found.kind}; {fused} packed layers fused and tiled, {head} head"
+    return found, "; ".join([found.kind, *([f"{fused} packed layers tiled, some as one"] if fused else []), f"{head} head"])
 
 
 def generate(
@@ -267,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after a user's error, which is one line on stderr."""
     args = vars(_parser().parse_args(arguments))
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # stock unpacking is compiled at its first call: 19 s on a CPU
     path, prompt = args.pop("model"), args.pop("prompt")
     return run_verb("generate", lambda: _run(path, sys.stdin.read() if prompt == "-" else prompt, args))
 
