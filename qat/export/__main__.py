@@ -39,7 +39,7 @@ def export(
         text: a file or `pydoc_data.topics`; perplexity is compared on its first `max_tokens` tokens.
 
     Returns:
-        what the format's `save` returned (with "verification"), and "sizes".
+        what the format's `save` returned (with "verification"), "replaced": whether something was there, and "sizes".
 
     Raises:
         ValueError: `run` is no such folder, the format cannot hold the model, or what was read back differs.
@@ -54,11 +54,12 @@ def export(
     windows = _windows(model, tokenizer, text, max_tokens)
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
     facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
+    replaced = Path(out).expanduser().exists()
     info = writer.save(
         model, out, tokenizer, linear_class=linear_class, card=facts, check=lambda new: writer.verify(new, model, probes, windows)
     )
     about = f"the first {max_tokens:,} tokens of {Path(text).name}"
-    return {**info, "text": about, "sizes": packed.sizes(folder)}
+    return {**info, "replaced": replaced, "text": about, "sizes": packed.sizes(folder)}
 
 
 def packed_folder(run: str) -> Path:
@@ -114,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(info: dict[str, Any]) -> None:
     found, sizes = info["verification"], info["sizes"]
-    print(f"wrote {info['folder']} (linear_class {info['linear_class']}, {info['bytes']:,} bytes of weights)")
+    again = "; it replaces the earlier export there" if info["replaced"] else ""
+    print(f"wrote {info['folder']} (linear_class {info['linear_class']}, {info['bytes']:,} bytes of weights){again}")
     if "padding" in info:
         print(info["padding"])
     print(
