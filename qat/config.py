@@ -343,6 +343,10 @@ class RunConfig:
     dir: str | None = None
     """Its folder; null: runs/<name>/<time>."""
 
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"run.name={self.name!r} is not allowed; it must be a plain name, without folders (use run.dir)")
+
 
 @dataclass
 class TrainConfig:

@@ -40,7 +40,7 @@ def export(
         options: keywords of the format's `save`; None is the format's default.
 
     Returns:
-        what the format's `save` returned (with "verification"), and "sizes".
+        what the format's `save` returned (with "verification"), "replaced": whether something was there, and "sizes".
 
     Raises:
         ValueError: `run` is no such folder, the format cannot hold the model or lacks an option, or what was read back differs.
@@ -58,9 +58,10 @@ def export(
     windows = _windows(model, tokenizer, text, max_tokens)
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
     facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
+    replaced = Path(out).expanduser().exists()
     info = writer.save(model, out, tokenizer, **given, card=facts, check=lambda new: writer.verify(new, model, probes, windows))
     about = f"the first {max_tokens:,} tokens of {Path(text).name}"
-    return {**info, "format": format, "text": about, "sizes": packed.sizes(folder)}
+    return {**info, "format": format, "replaced": replaced, "text": about, "sizes": packed.sizes(folder)}
 
 
 def _owner(option: str) -> str:
@@ -129,6 +130,8 @@ def _show(info: dict[str, Any]) -> None:
         print(*report(info), sep="\n")
     else:
         _show_hf(info)
+    if info["replaced"]:
+        print("the earlier export there is replaced")
     print(
         f"bytes: {sizes['full_precision_bf16']:,} in bf16, {sizes['packed_model']:,} packed"
         f" (of which {sizes['packed_linears']:,} the quantized layers)"

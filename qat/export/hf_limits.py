@@ -58,7 +58,11 @@ def mlp_padding(model: nn.Module) -> Padding:
 
 def stock_skeleton(model: nn.Module, padding: Padding) -> nn.Module:
     """What stock AutoModelForCausalLM will build from the config, without memory; ValueError if it is another class."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     config = padding.raise_config(transformers_config(model))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{type(model).__name__} is no causal language model, and this format is read as one")
     config.architectures = None
     skeleton = empty_model(config, "meta")
     if type(skeleton).__name__ != type(model).__name__:

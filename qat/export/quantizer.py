@@ -76,7 +76,8 @@ class QatQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes."""
+        """What `save_pretrained` writes: by the model's own names, as the manifest has them, not by those of older files."""
+        model._weight_conversions = []  # type: ignore[assignment]  # what transformers would revert when saving
         state = file_names(model, model.state_dict())
         return state, file_metadata(model, state)
 
