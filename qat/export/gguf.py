@@ -181,6 +181,7 @@ def _general(
         "general.type": "model",
         "general.name": card.get("name"),
         "general.license": card.get("license"),
+        "general.base_model.count": int("base_model" in card),
         "general.base_model.0.name": card.get("base_model"),
         "general.file_type": gguf_i2s.FTYPE if most in gguf_tensors.I2S else BLOCKS[most].ftype,
         "general.quantization_version": 2,
