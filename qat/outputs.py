@@ -72,7 +72,7 @@ def _export_gguf(
 ) -> str | None:
     """Write <run>/model.gguf, or return why the format cannot hold the model."""
     from qat.export import gguf
-    from qat.export.gguf_verify import report
+    from qat.export.gguf_verify import comparisons
 
     kind = config.export.gguf_type
     if reason := gguf.unsupported(model, tokenizer, type=kind):
@@ -87,7 +87,8 @@ def _export_gguf(
         card=_card(config),
         check=lambda written: gguf.verify(written, model, measure.probe(), batches),
     )
-    result.verify({"gguf": {key: info[key] for key in ("types", "scale_rounding", "verification")}, "summary": report(info)})
+    facts = {key: info[key] for key in ("types", "scale_rounding", "verification")}
+    result.verify({"gguf": facts, "summary": [f"model.gguf: {line}" for line in comparisons(info)]})
     result.bytes["gguf"] = info["bytes"]
     return None
 

@@ -206,7 +206,11 @@ WINDOWS = list(windows(IDS, 64))
 
 
 def packed_model(
-    name: str = "llama", changes: dict[str, object] | None = None, exclude: str | None = None, **quant: object
+    name: str = "llama",
+    changes: dict[str, object] | None = None,
+    include: list[str] | None = None,
+    exclude: str | None = None,
+    **quant: object,
 ) -> nn.Module:
     """A random model with weights large enough that attention, norms and biases matter."""
     config_class, config = MODELS[name]
@@ -221,7 +225,7 @@ def packed_model(
                 parameter.normal_(std=0.5)
             else:
                 parameter.normal_(std=0.3 if re.search("q_proj|k_proj", key) else 0.12)
-    qat.convert(model, QuantConfig(**quant), exclude=exclude)  # type: ignore[arg-type]
+    qat.convert(model, QuantConfig(**quant), include=include, exclude=exclude)  # type: ignore[arg-type]
     qat.pack(model)
     return model
 
@@ -435,6 +439,26 @@ def test_a_failed_check_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="differs"):
         save(packed_model(), tmp_path / "x.gguf", check=fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, *rest: object) -> None:
+        file.write_bytes(b"GGUF")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_file, "write", full)
+    with pytest.raises(ValueError, match="cannot write .*x.gguf: .*No space left"):
+        save(packed_model(), tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_quantized_head_is_written_as_such(tmp_path: Path, name: str) -> None:
+    model = packed_model(name, {"tie_word_embeddings": False}, include=["*layers*", "lm_head"])
+    info = save(model, tmp_path / "x.gguf")
+    assert "lm_head" in packed_layers(model) and kinds(tmp_path / "x.gguf")["output.weight"] == 42
+    if llamacpp.version():
+        assert gguf.verify(tmp_path / "x.gguf", model, IDS[:64][None], WINDOWS)["logits_difference"] < 0.03, info
 
 
 def test_one_wrong_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from qat.bitlinear import BitLinear
 from qat.export import gguf_file, gguf_i2s, gguf_tensors
 from qat.export.gguf_blocks import BLOCKS
 from qat.export.gguf_models import Architecture, architecture, settings
+from qat.export.gguf_tensors import Source
 from qat.export.gguf_tokenizer import vocabulary
 from qat.export.gguf_verify import check_tensors, check_tokenizer
 from qat.export.gguf_verify import verify as verify
@@ -28,6 +29,8 @@ from qat.export.padding import Padding, plan
 from qat.export.tensors import packed_layers, quantized_layers
 
 OPTIONS = ("type", "floats", "pre_tokenizer")
+Choices = dict[str, tuple[str, str]]
+_NO_TOKENIZER = {"tokenizer.ggml.model": "no_vocab"}
 
 
 def unsupported(model: nn.Module, tokenizer: Any = None, *, type: str = "auto", pre_tokenizer: str | None = None) -> str | None:
@@ -85,22 +88,11 @@ def save(
     _refuse_foreign(target)
     _refuse_unpacked(model)
     found, config, padding = _plan(model, type)
-    tensors, choices, rounding = {}, {}, 0.0
-    for source in gguf_tensors.sources(model, config, found, padding):
-        if source.codes is None:
-            tensors[source.name] = gguf_tensors.to_tensor(source, gguf_tensors.float_kind(source, floats))
-            continue
-        choices[source.name] = gguf_tensors.choose(source, type)
-        rounding = max(rounding, 0.0 if type in gguf_tensors.I2S else source.rounding(source.half_scale()))
-        tensors[source.name] = gguf_tensors.to_tensor(source, choices[source.name][0])
+    tensors, choices, rounding = _build(gguf_tensors.sources(model, config, found, padding), type, floats)
     metadata = {
-        **_general(model, choices, tensors, card or {"name": target.stem}),
+        **_general(model, choices, tensors, {"name": target.stem, **(card or {})}),
         **{f"{found.name}.{key}": value for key, value in settings(config, getattr(config, "intermediate_size", None)).items()},
-        **(
-            vocabulary(tokenizer, config.vocab_size, pre_tokenizer)
-            if tokenizer is not None
-            else {"tokenizer.ggml.model": "no_vocab"}
-        ),
+        **(_NO_TOKENIZER if tokenizer is None else vocabulary(tokenizer, config.vocab_size, pre_tokenizer)),
     }
     info: dict[str, Any] = {"file": str(file), "types": gguf_tensors.summary(choices), "scale_rounding": rounding}
     info |= {"padding": padding.note()} if padding.added else {}
@@ -120,6 +112,21 @@ def save(
     finally:
         partial.unlink(missing_ok=True)
     return info
+
+
+def _build(sources: Iterable[Source], type: str, floats: str) -> tuple[dict[str, gguf_file.Tensor], Choices, float]:
+    """The tensors, the type of each quantized one and the reason, and the largest relative change of a scale."""
+    tensors: dict[str, gguf_file.Tensor] = {}
+    choices: Choices = {}
+    rounding = 0.0
+    for source in sources:
+        if source.codes is None:
+            tensors[source.name] = gguf_tensors.to_tensor(source, gguf_tensors.float_kind(source, floats))
+            continue
+        choices[source.name] = gguf_tensors.choose(source, type)
+        rounding = max(rounding, 0.0 if type in gguf_tensors.I2S else source.rounding(source.half_scale()))
+        tensors[source.name] = gguf_tensors.to_tensor(source, choices[source.name][0])
+    return tensors, choices, rounding
 
 
 def _check_options(type: str, floats: str) -> None:
@@ -160,7 +167,7 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
 
 
 def _general(
-    model: nn.Module, choices: Mapping[str, tuple[str, str]], tensors: Mapping[str, gguf_file.Tensor], card: Mapping[str, Any]
+    model: nn.Module, choices: Choices, tensors: Mapping[str, gguf_file.Tensor], card: Mapping[str, Any]
 ) -> dict[str, Any]:
     from qat import __version__
 
@@ -174,6 +181,7 @@ def _general(
         "general.type": "model",
         "general.name": card.get("name"),
         "general.license": card.get("license"),
+        "general.base_model.count": int("base_model" in card),
         "general.base_model.0.name": card.get("base_model"),
         "general.file_type": gguf_i2s.FTYPE if most in gguf_tensors.I2S else BLOCKS[most].ftype,
         "general.quantization_version": 2,

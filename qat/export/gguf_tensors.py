@@ -82,17 +82,17 @@ def sources(model: nn.Module, config: Any, found: Architecture, padding: Padding
         ValueError: llama.cpp's model of this architecture has no place for a tensor.
     """
     names = Names(found, config.num_hidden_layers)
-    floats = float_tensors(model, padding)
-    tied = None if "lm_head.weight" in floats or "embed_out.weight" in floats else model.get_input_embeddings()  # type: ignore[operator]
-    for key, value in floats.items():
+    for key, value in float_tensors(model, padding).items():
         yield Source(names[key], values=_values(model, config, found, key, value))
-    for name, layer in packed_layers(model).items():
+    layers = packed_layers(model)
+    for name, layer in layers.items():
         yield _quantized(name, layer, config, found, padding, names)
         if layer.bias is not None:
             bias = padding.grow_bias(name, layer.bias.detach().cpu())
             yield Source(names[f"{name}.bias"], values=_ordered(bias, found.row_order(name, len(bias), config)))
-    if found.head == "own" and tied is not None:
-        yield Source("output.weight", values=tied.weight.detach().cpu().float().numpy())
+    if found.head == "own" and config.tie_word_embeddings and "lm_head" not in layers:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        yield Source("output.weight", values=_ordered(embedding.weight.detach().cpu(), None))
     factors = rope_factors(config)
     if factors is not None:
         yield Source("rope_freqs.weight", values=factors.numpy())

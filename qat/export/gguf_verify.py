@@ -217,10 +217,13 @@ def _equal_before(first: list[int], second: list[int]) -> int:
 
 def report(info: Mapping[str, Any]) -> list[str]:
     """Lines for people about what `qat.export.gguf.save` returned."""
-    found = info["verification"]
-    lines = [f"wrote {info['file']} ({info['bytes']:,} bytes)", *info["types"]]
-    if "padding" in info:
-        lines.append(info["padding"])
+    padding = [info["padding"]] if "padding" in info else []
+    return [f"wrote {info['file']} ({info['bytes']:,} bytes)", *info["types"], *padding, *comparisons(info)]
+
+
+def comparisons(info: Mapping[str, Any]) -> list[str]:
+    """Those of the lines that say what was compared."""
+    found, lines = info["verification"], []
     if info["scale_rounding"]:
         share = f"{info['scale_rounding']:.1e}"
         lines.append(f"scales were rounded to float16, by at most {share}; training with quant.scale_dtype=float16 avoids it")
