@@ -12,7 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qat
+from qat import inference
 from qat.export import aoti
+from qat.ops import build, cpu
 
 RUN = """
 import sys, torch
@@ -21,6 +23,16 @@ run, ids = aoti.load(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
     torch.save(run(ids), sys.argv[3])
 assert not any(name.split(".")[0] in ("transformers", "lightning") for name in sys.modules)
+"""
+
+
+RUN_BARE = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+with torch.no_grad():
+    y = torch._inductor.aoti_load_package(sys.argv[2])(torch.load(sys.argv[3], weights_only=True))
+torch.save(y, sys.argv[4])
+assert "qat" not in sys.modules
 """
 
 
@@ -58,6 +70,19 @@ def test_a_stack_of_layers_in_either_kind(kind, tmp_path):
     for shape in ((2, 3, 48), (1, 7, 48)):
         x = torch.randn(shape)
         torch.testing.assert_close(run_elsewhere(file, x, tmp_path), stack(x), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not cpu.compiled(), reason=f"no compiled kernels: {cpu.status().why}")
+def test_a_tiled_stack_needs_only_torch_and_the_library_of_kernels(tmp_path):
+    stack, x = packed_stack(), torch.randn(2, 5, 48)
+    expected = stack(x)
+    inference.tile(stack)
+    file = aoti.save(stack, tmp_path / "tiled.pt2", kind="compiled", example=torch.zeros(2, 3, 48))
+    torch.save(x, tmp_path / "x.pt")
+    arguments = [str(build.load()), str(file), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    done = subprocess.run([sys.executable, "-c", RUN_BARE, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), expected)
 
 
 def test_the_codes_stay_packed_in_the_file(tmp_path):

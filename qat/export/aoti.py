@@ -3,10 +3,13 @@
     kind "exported"  torch.export.save: the graph and its weights; any machine with torch and qat reads it
     kind "compiled"  torch._inductor.aoti_compile_and_package: machine code for this CPU (needs g++); no tracing at load
 
-Both call `qat::packed_linear` by its schema, so the process that runs one imports torch and `qat.ops`, which brings kernels or
-the pure-torch reference, whichever that machine has. Packed bytes stay packed in the file. The graph takes token ids int64 [B, T]
-of any B and T from 2 on (T at most what the model was made for) and gives logits float32 [B, T, V]; it has no key-value cache.
+Both call `qat::packed_linear` by its schema (AOTInductor through its proxy executor, which takes strings and optional numbers),
+so the process that runs one imports torch and `qat.ops`, which brings kernels or the pure-torch reference, whichever that machine
+has. Packed bytes stay packed in the file. A model that `qat.inference.tile` prepared calls `qat::cpu_linear` instead: compiled,
+it runs where only torch and the library of kernels are loaded (torch.ops.load_library), but its tiles are this CPU's.
 
+The graph takes token ids int64 [B, T] of any B and any T from 2 to what the model was made for, and gives logits float32
+[B, T, V]; it has no key-value cache.
 A file may also be a stack of PackedBitLinear layers without ids: give `example`.
 """
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from qat.export.folder import one_line
 from qat.export.tensors import packed_layers
+from qat.inference import TiledLinear
 
 KINDS = ("exported", "compiled")
 Runner = Callable[[Tensor], Tensor]
@@ -49,7 +53,7 @@ def trace(model: nn.Module, example: Tensor | None = None) -> torch.export.Expor
     Raises:
         ValueError: nothing is packed, or torch.export cannot trace the model; with its reason.
     """
-    if not packed_layers(model):
+    if not packed_layers(model) and not any(isinstance(module, TiledLinear) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no packed layers; call qat.pack first")
     module = model
     most = None
