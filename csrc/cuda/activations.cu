@@ -3,8 +3,8 @@
 // Floor: K (sizeof(x) + 1) bytes a token; at 4.3 TB/s, 14.6 us for 8192 x 2560 bf16 and 39.5 us for 8192 x 6912.
 // Design: each token is read once, 16 bytes a load, all loads of a row issued before the first use, and stays in registers
 // between the maximum and the rounding. A warp takes a row of up to 12 loads a lane (no barrier at all), a block of 256 a
-// longer one. In flight on an SM for K = 2560 bf16: at least 20 warps (<= 96 registers) x 5 KB = 100 KB, more than twice
-// what latency x bandwidth asks for (about 40 KB). Arithmetic: about 7 instructions an element (convert, max, mul, add, and
+// longer one. In flight on an SM for K = 2560 bf16: 32 warps (64 registers) x 5 KB = 160 KB, four times what
+// latency x bandwidth asks for (about 40 KB). Arithmetic: about 7 instructions an element (convert, max, mul, add, and
 // 3/4 of a prmt), a third of the issue slots in that time; no F2I, which runs at a quarter of the rate.
 // Rows beyond the registers' reach, or not aligned to 16 bytes, are read twice and by elements.
 // Not measured: no GPU was there when this was written.

@@ -69,7 +69,7 @@ __device__ __forceinline__ void finish(const Decode& p, const int32_t* sums, int
 }
 
 template <int NT, bool FUSED>
-__global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
+__global__ void __launch_bounds__(kBlock, NT > 1 ? 3 : 4) decode_kernel(const Decode p) {
   unsigned char* ring = shared_memory();
   const int64_t token0 = static_cast<int64_t>(blockIdx.y) * p.tokens;
   const int tokens = static_cast<int>(p.m - token0 < p.tokens ? p.m - token0 : p.tokens);

@@ -1,8 +1,8 @@
 // Many tokens: y [M, N] = x_q [M, K] . t [N, K]^T on int8 tensor cores, t as int8 (training) or 2-bit bytes (inference).
 //
 // Floor at 2048 x 13824 x 2560: 145 Gop = 92 us at the paper rate of 1580 Top/s; 28 + 57 MB moved = 20 us. So arithmetic
-// is the limit, and this kernel's own one is mma.sync, which reaches about 60 % of a Hopper tensor core's int8 rate (wgmma
-// has the rest, and is not used here) and all of an Ampere's.
+// is the limit, and this kernel's own one is mma.sync, which reaches about 60 % of a Hopper tensor core's int8 rate
+// (gemm_hopper.cu has the rest) and all of an Ampere's.
 // Design: asynchronous copies into 4 stages of 64 codes along K, one barrier a stage, warp tiles of 64 x 64: for 32 mma of
 // 32 codes a warp reads 4 KB of shared memory, 32 cycles of an SM at 128 bytes, where the mma take 64 (Ampere) or about 50
 // (Hopper). ldmatrix rows are swizzled, so no bank conflicts. 2-bit weights stay packed in shared memory, a quarter of the
@@ -10,7 +10,7 @@
 // With groups the int32 sums are folded into float ones at the end of each group, in the order of the reference; those
 // double registers, so warps then take 64 x 32.
 // Blocks walk down 8 row tiles before the next column tile, which keeps both operands in the L2 cache.
-// Not measured: no GPU was there when this was written. Next step where one is: wgmma with x through the copy engine.
+// Not measured: no GPU was there when this was written.
 #include "internal.h"
 #include "operands.h"
 

@@ -41,6 +41,8 @@ struct Stage {
   static_assert(kBytes % 1024 == 0);
 };
 
+#if defined(QAT_WGMMA)  // for other targets the kernel is empty, and never launched
+
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kDepth + ((chunk ^ (row & 7)) * 16); }
 
 template <bool PACKED>
@@ -81,8 +83,6 @@ __device__ __forceinline__ void take_weights(const unsigned char* weights, int r
   }
 }
 
-#if defined(QAT_WGMMA)
-
 // A warp's weights of a whole stage, once its copies are there.
 template <bool PACKED>
 __device__ __forceinline__ void take_stage(const unsigned char* shared, int it, int row, int lane, uint32_t (&a)[4][4]) {
@@ -113,8 +113,6 @@ __device__ __forceinline__ void step(const Hopper& p, unsigned char* shared, int
   take_stage<PACKED>(shared, it + 1, row, lane, next);
   wait_products<0>();
 }
-
-#endif
 
 // Where y of a token and output lies in shared memory before it is written: rows of 128 outputs and 16 bytes.
 __device__ __forceinline__ int turned(int token, int output, int size) { return token * (kOutputs * size + 16) + output * size; }
@@ -160,6 +158,8 @@ __device__ __forceinline__ void write(const Hopper& p, unsigned char* shared, in
     }
   }
 }
+
+#endif
 
 template <bool PACKED>
 __global__ void __launch_bounds__(kThreads, 1) hopper_kernel(const Hopper p) {
