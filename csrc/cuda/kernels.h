@@ -52,7 +52,7 @@ struct QuantizeWeight {
   int64_t n, k, groups;     // groups: G > 1 only if granularity is group
   Granularity granularity;
   Reduce reduce;
-  bool binary;              // t = w > mean(w) ? 1 : -1, the mean over what shares a scale; else t = clip(rint(w / scale), -1, 1)
+  bool binary;              // t = w > mean(w) ? 1 : -1, the mean of what shares a scale; else t = clip(rint(w / scale), -1, 1)
   Dtype scale_dtype;
   float eps;
   int8_t* t;                // [N, K], or null
