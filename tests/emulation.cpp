@@ -58,7 +58,9 @@ int run_pack(const int8_t* t, int64_t n, int64_t k, int64_t layout, uint8_t* pac
 int run_unpack(const uint8_t* packed, int64_t n, int64_t k, int64_t layout, int8_t* t, uint64_t* bad) {
   return unpack(packed, n, k, static_cast<Layout>(layout), t, bad, nullptr);
 }
-int run_repack(const uint8_t* base3, int64_t n, int64_t k, uint8_t* bits, uint64_t* bad) { return repack(base3, n, k, bits, bad, nullptr); }
+int run_repack(const uint8_t* base3, int64_t n, int64_t k, uint8_t* bits, uint64_t* bad) {
+  return repack(base3, n, k, bits, bad, nullptr);
+}
 
 int run_linear(const Linear* p) { return linear(*p, nullptr); }
 // Tiles in the order of the enum, and one more for Hopper.

@@ -3,8 +3,8 @@
 // Floor: K (sizeof(x) + 1) bytes a token; at 4.3 TB/s, 14.6 us for 8192 x 2560 bf16 and 39.5 us for 8192 x 6912.
 // Design: each token is read once, 16 bytes a load, all loads of a row issued before the first use, and stays in registers
 // between the maximum and the rounding. A warp takes a row of up to 12 loads a lane (no barrier at all), a block of 256 a
-// longer one. In flight on an SM for K = 2560 bf16: at least 20 warps (<= 96 registers) x 5 KB = 100 KB, more than twice
-// what latency x bandwidth asks for (about 40 KB). Arithmetic: about 7 instructions an element (convert, max, mul, add, and
+// longer one. In flight on an SM for K = 2560 bf16: 32 warps (64 registers) x 5 KB = 160 KB, four times what
+// latency x bandwidth asks for (about 40 KB). Arithmetic: about 7 instructions an element (convert, max, mul, add, and
 // 3/4 of a prmt), a third of the issue slots in that time; no F2I, which runs at a quarter of the rate.
 // Rows beyond the registers' reach, or not aligned to 16 bytes, are read twice and by elements.
 // Not measured: no GPU was there when this was written.
@@ -23,14 +23,14 @@ struct Rows {
   const T* norm_weight;
   int8_t* codes;
   float *divisor, *scale;
-  uint32_t* absmax;        // of the whole tensor, as bits
+  uint32_t* absmax;  // of the whole tensor, as bits
   int64_t m, k;
   int64_t groups, length;  // of interleaved codes
   int64_t stride;          // bytes of a row of codes
   float eps, norm_eps;
   Phase phase;
   bool interleave;
-  bool wide;               // x is read by 16 bytes, and codes are written by 4 or 8
+  bool wide;  // x is read by 16 bytes, and codes are written by 4 or 8
 };
 
 // One code of any row.
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kBlock) quantize_rows(const Rows<T> p) {
     absmax = reduce_threads<THREADS>(absmax, MaxNan(), slots + kBlock / kWarp);
   }
   if (p.phase == Phase::measure) {
-    if (thread == 0) atomic_max(p.absmax, float_to_bits(absmax));  // of floats >= 0, and NaN above all, bits order as numbers do
+    if (thread == 0)
+      atomic_max(p.absmax, float_to_bits(absmax));  // of floats >= 0, and NaN above all, bits order as numbers do
     return;
   }
 
@@ -201,7 +202,8 @@ int quantize(const QuantizeActivation& a, bool interleave, int64_t groups, cudaS
 
 int quantize_any(const QuantizeActivation& p, bool interleave, int64_t groups, cudaStream_t stream) {
   if (p.m == 0 || p.k == 0) return 0;
-  if (p.m < 0 || p.k < 0 || p.k > kMaxWidth || groups < 1 || p.k % groups || (p.per_tensor && !p.workspace)) return kInvalidValue;
+  if (p.m < 0 || p.k < 0 || p.k > kMaxWidth || groups < 1 || p.k % groups || (p.per_tensor && !p.workspace))
+    return kInvalidValue;
   switch (p.dtype) {
     case Dtype::f32: return quantize<float>(p, interleave, groups, stream);
     case Dtype::bf16: return quantize<Bf16>(p, interleave, groups, stream);
@@ -214,6 +216,8 @@ int quantize_any(const QuantizeActivation& p, bool interleave, int64_t groups, c
 
 int quantize_activation(const QuantizeActivation& p, cudaStream_t stream) { return quantize_any(p, false, 1, stream); }
 
-int quantize_interleaved(const QuantizeActivation& p, int64_t groups, cudaStream_t stream) { return quantize_any(p, true, groups, stream); }
+int quantize_interleaved(const QuantizeActivation& p, int64_t groups, cudaStream_t stream) {
+  return quantize_any(p, true, groups, stream);
+}
 
 }  // namespace qat::cuda

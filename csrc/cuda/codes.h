@@ -5,10 +5,14 @@
 namespace qat::cuda {
 
 // 127 / max(absmax, eps) as torch computes it. A NaN stays one.
-__device__ __forceinline__ float divisor_of(float absmax, float eps) { return mul(reciprocal(absmax < eps ? eps : absmax), 127.0f); }
+__device__ __forceinline__ float divisor_of(float absmax, float eps) {
+  return mul(reciprocal(absmax < eps ? eps : absmax), 127.0f);
+}
 
 // rint(x * divisor) in the low byte: adding 1.5 * 2^23 rounds half to even, and |x * divisor| <= 127.00002 needs no clamp.
-__device__ __forceinline__ uint32_t code_bits(float x, float divisor) { return float_to_bits(add(mul(x, divisor), 12582912.0f)); }
+__device__ __forceinline__ uint32_t code_bits(float x, float divisor) {
+  return float_to_bits(add(mul(x, divisor), 12582912.0f));
+}
 
 // The low bytes of a, b, c, d in one word.
 __device__ __forceinline__ uint32_t gather_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -76,6 +80,8 @@ __device__ __forceinline__ float rescale(int32_t acc, float divisor, float inver
   return divide(static_cast<float>(acc), mul(divisor, inverse_scale));
 }
 
-__device__ __forceinline__ float accumulate(float y, int32_t acc, float scale) { return add(y, mul(static_cast<float>(acc), scale)); }
+__device__ __forceinline__ float accumulate(float y, int32_t acc, float scale) {
+  return add(y, mul(static_cast<float>(acc), scale));
+}
 
 }  // namespace qat::cuda

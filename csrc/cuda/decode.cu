@@ -21,8 +21,8 @@
 namespace qat::cuda {
 namespace {
 
-constexpr int64_t kFusedWidth = 16384;          // a longer token is quantized by a launch of its own
-constexpr int64_t kWantedWarps = 2048;          // 15 an SM on a large GPU
+constexpr int64_t kFusedWidth = 16384;  // a longer token is quantized by a launch of its own
+constexpr int64_t kWantedWarps = 2048;  // 15 an SM on a large GPU
 
 // One block of 64 codes of 16 rows times NT * 8 tokens.
 template <int NT>
@@ -56,7 +56,8 @@ __device__ __forceinline__ void flush(int32_t* sums, int tokens, int lane, int32
 }
 
 // One output from the sums of its groups, `step` apart.
-__device__ __forceinline__ void finish(const Decode& p, const int32_t* sums, int step, float divisor, const float* scales, int64_t row, int64_t token) {
+__device__ __forceinline__ void finish(const Decode& p, const int32_t* sums, int step, float divisor, const float* scales,
+                                       int64_t row, int64_t token) {
   float y = 0.0f;
   if (p.groups > 1) {
     for (int g = 0; g < p.groups; ++g) y = accumulate(y, sums[g * step], scales[g]);
@@ -69,7 +70,7 @@ __device__ __forceinline__ void finish(const Decode& p, const int32_t* sums, int
 }
 
 template <int NT, bool FUSED>
-__global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
+__global__ void __launch_bounds__(kBlock, NT > 1 ? 3 : 4) decode_kernel(const Decode p) {
   unsigned char* ring = shared_memory();
   const int64_t token0 = static_cast<int64_t>(blockIdx.y) * p.tokens;
   const int tokens = static_cast<int>(p.m - token0 < p.tokens ? p.m - token0 : p.tokens);
@@ -109,14 +110,16 @@ __global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
   for (int it = 0; it < count; ++it) {
     wait_copies<kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled next
-    if (it + kStages - 1 < count) fetch(p, row0, split + int64_t{it + kStages - 1} * p.splits, own + (it + kStages - 1) % kStages * kStageBytes, lane);
+    if (it + kStages - 1 < count)
+      fetch(p, row0, split + int64_t{it + kStages - 1} * p.splits, own + (it + kStages - 1) % kStages * kStageBytes, lane);
     commit_copies();
     const unsigned char* stage = own + it % kStages * kStageBytes;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int block = (split + it * p.splits) * 4 + j;
       if (block >= p.blocks64) break;
-      multiply<NT>(stage, j, x_shared + static_cast<std::size_t>(block) * static_cast<std::size_t>(tokens) * 64, tokens, lane, acc);
+      multiply<NT>(stage, j, x_shared + static_cast<std::size_t>(block) * static_cast<std::size_t>(tokens) * 64, tokens, lane,
+                   acc);
       const bool ends = (block + 1) % p.group_blocks == 0 || j == 3;  // what this warp has of the group
       if (p.groups > 1 && ends) flush(own_sums + block / p.group_blocks * group_sums, tokens, lane, acc);
     }
@@ -127,7 +130,9 @@ __global__ void __launch_bounds__(kBlock, 4) decode_kernel(const Decode p) {
   for (int i = static_cast<int>(threadIdx.x); i < tiles * group_sums; i += kBlock) {
     const int r = i % kRows, token = i / kRows % tokens, tile = i / group_sums;
     const int64_t row = block_row + tile * kRows + r;
-    if (row < p.n) finish(p, sums + tile * tile_sums + token * kRows + r, group_sums, divisors[token], scales + r * p.groups, row, token0 + token);
+    if (row < p.n)
+      finish(p, sums + tile * tile_sums + token * kRows + r, group_sums, divisors[token], scales + r * p.groups, row,
+             token0 + token);
   }
 }
 
@@ -150,8 +155,10 @@ int tokens_that_fit(const PackedLinear& p) {
 
 template <int NT, bool FUSED>
 int run(const Decode& d, cudaStream_t stream, bool overlap) {
-  const dim3 grid = {static_cast<unsigned>(ceil_div<int64_t>(d.n, kRows * (kWarps / d.splits))), static_cast<unsigned>(ceil_div<int64_t>(d.m, d.tokens))};
-  return launch(decode_kernel<NT, FUSED>, grid, kBlock, places(d.blocks64, d.tokens, d.groups, kWarps / d.splits).end, stream, d, overlap);
+  const dim3 grid = {static_cast<unsigned>(ceil_div<int64_t>(d.n, kRows * (kWarps / d.splits))),
+                     static_cast<unsigned>(ceil_div<int64_t>(d.m, d.tokens))};
+  return launch(decode_kernel<NT, FUSED>, grid, kBlock, places(d.blocks64, d.tokens, d.groups, kWarps / d.splits).end, stream,
+                d, overlap);
 }
 
 }  // namespace

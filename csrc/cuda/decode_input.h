@@ -6,8 +6,8 @@
 namespace qat::cuda {
 namespace {
 
-constexpr int kRows = 16;                       // output rows of a warp's tile
-constexpr int kBytes = 64;                      // of each row in a stage: 256 codes
+constexpr int kRows = 16;   // output rows of a warp's tile
+constexpr int kBytes = 64;  // of each row in a stage: 256 codes
 constexpr int kStages = 4;
 constexpr int kStageBytes = kRows * kBytes;
 constexpr int kWarps = kBlock / kWarp;
@@ -20,12 +20,12 @@ struct Decode {
   const uint8_t* packed;
   Output out;
   int64_t m, n, k, row_bytes;
-  int blocks64;          // KP / 64
+  int blocks64;              // KP / 64
   int groups, group_blocks;  // group_blocks: blocks of 64 in a group
-  int tokens;            // of a thread block
-  int splits;            // warps that share a row tile
+  int tokens;                // of a thread block
+  int splits;                // warps that share a row tile
   float eps;
-  bool wide;             // x can be read 16 bytes at a time
+  bool wide;  // x can be read 16 bytes at a time
 };
 
 // Parts of shared memory, in bytes from its start, for blocks of `tiles` row tiles.
@@ -37,8 +37,8 @@ __host__ __device__ Places places(int blocks64, int tokens, int groups, int tile
   const auto g = static_cast<std::size_t>(groups), t = static_cast<std::size_t>(tokens);
   Places at = {};
   at.x = static_cast<std::size_t>(kWarps) * kStages * kStageBytes;
-  at.sums = at.x + static_cast<std::size_t>(blocks64) * t * 64;                                 // int32 [tiles][G][tokens][16]
-  at.scales = at.sums + static_cast<std::size_t>(tiles) * g * t * kRows * sizeof(int32_t);      // [16][G] where G > 1
+  at.sums = at.x + static_cast<std::size_t>(blocks64) * t * 64;                             // int32 [tiles][G][tokens][16]
+  at.scales = at.sums + static_cast<std::size_t>(tiles) * g * t * kRows * sizeof(int32_t);  // [16][G] where G > 1
   at.divisors = at.scales + (groups > 1 ? kRows * g * sizeof(float) : 0);
   at.slots = at.divisors + kMostTokens * sizeof(float);
   at.end = at.slots + kWarps * sizeof(float);
@@ -86,7 +86,8 @@ __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* 
   float most = 0.0f;
 #pragma unroll
   for (int i = 0; i < kKept; ++i) most = larger(most, kept[i]);
-  for (int begin = first + kKept * kStep; begin < p.k; begin += kStep) most = larger(most, load_chunk<WIDE, true>(x, begin, p.k));
+  for (int begin = first + kKept * kStep; begin < p.k; begin += kStep)
+    most = larger(most, load_chunk<WIDE, true>(x, begin, p.k));
   const float divisor = divisor_of(reduce_threads<kBlock>(most, MaxNan(), slots), p.eps);
   auto* codes = reinterpret_cast<int8_t*>(x_shared);
 #pragma unroll

@@ -56,10 +56,14 @@ __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t begin, int6
   return out;
 }
 
-inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0; }
+inline bool aligned(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
 
 // Whether rows of k elements can be read by whole chunks.
-inline bool wide_rows(const void* pointer, int64_t k, int64_t element_size) { return aligned(pointer, 16) && k * element_size % 16 == 0; }
+inline bool wide_rows(const void* pointer, int64_t k, int64_t element_size) {
+  return aligned(pointer, 16) && k * element_size % 16 == 0;
+}
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 

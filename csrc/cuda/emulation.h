@@ -72,9 +72,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::ready;
   bool fresh = true;
-  std::source_location at;              // where it waits
-  void* slot = nullptr;                 // what it brings to a meeting of its warp
-  std::vector<Copy> issued;             // asynchronous copies not yet in a group
+  std::source_location at;                // where it waits
+  void* slot = nullptr;                   // what it brings to a meeting of its warp
+  std::vector<Copy> issued;               // asynchronous copies not yet in a group
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Product> products;          // asynchronous products not yet in a group
   std::vector<std::vector<Product>> product_groups;
@@ -90,9 +90,9 @@ struct Machine {
   void* arguments = nullptr;
   std::string failure;
   uint64_t order = 0, random = 1;
-  unsigned skip = 0;             // line, and
-  std::string skip_file;         // file of the barriers that do nothing
-  std::set<std::string> sites;   // every barrier and wait that was reached, as file:line
+  unsigned skip = 0;            // line, and
+  std::string skip_file;        // file of the barriers that do nothing
+  std::set<std::string> sites;  // every barrier and wait that was reached, as file:line
 };
 inline Machine machine;
 
@@ -217,7 +217,8 @@ inline void run_block(std::size_t shared_bytes) {
 }
 
 inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {
-  if (threads == 0 || threads % kWarp || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
+  if (threads == 0 || threads % kWarp || threads > 1024)
+    throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
   machine.threads = threads;
   if (machine.fibers.size() < threads) machine.fibers.resize(threads);
   machine.random = machine.order * 2 + 1;
@@ -229,7 +230,8 @@ inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t b = machine.order == 1 ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y), static_cast<unsigned>(b / grid.x / grid.y)};
+    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                static_cast<unsigned>(b / grid.x / grid.y)};
     run_block(shared_bytes);
   }
 }

@@ -1,8 +1,8 @@
 // Many tokens: y [M, N] = x_q [M, K] . t [N, K]^T on int8 tensor cores, t as int8 (training) or 2-bit bytes (inference).
 //
 // Floor at 2048 x 13824 x 2560: 145 Gop = 92 us at the paper rate of 1580 Top/s; 28 + 57 MB moved = 20 us. So arithmetic
-// is the limit, and this kernel's own one is mma.sync, which reaches about 60 % of a Hopper tensor core's int8 rate (wgmma
-// has the rest, and is not used here) and all of an Ampere's.
+// is the limit, and this kernel's own one is mma.sync, which reaches about 60 % of a Hopper tensor core's int8 rate
+// (gemm_hopper.cu has the rest) and all of an Ampere's.
 // Design: asynchronous copies into 4 stages of 64 codes along K, one barrier a stage, warp tiles of 64 x 64: for 32 mma of
 // 32 codes a warp reads 4 KB of shared memory, 32 cycles of an SM at 128 bytes, where the mma take 64 (Ampere) or about 50
 // (Hopper). ldmatrix rows are swizzled, so no bank conflicts. 2-bit weights stay packed in shared memory, a quarter of the
@@ -10,7 +10,7 @@
 // With groups the int32 sums are folded into float ones at the end of each group, in the order of the reference; those
 // double registers, so warps then take 64 x 32.
 // Blocks walk down 8 row tiles before the next column tile, which keeps both operands in the L2 cache.
-// Not measured: no GPU was there when this was written. Next step where one is: wgmma with x through the copy engine.
+// Not measured: no GPU was there when this was written.
 #include "internal.h"
 #include "operands.h"
 
@@ -18,7 +18,7 @@ namespace qat::cuda {
 namespace {
 
 constexpr int kStages = 4;
-constexpr int kSwath = 8;   // row tiles that share a pass over the columns
+constexpr int kSwath = 8;  // row tiles that share a pass over the columns
 
 struct Gemm {
   Operand a, b;
@@ -42,7 +42,8 @@ struct Shape {
 };
 
 template <class S>
-__device__ __forceinline__ void fetch(const Gemm& p, unsigned char* stage, int64_t row0, int64_t column0, Cursor& a, Cursor& b) {
+__device__ __forceinline__ void fetch(const Gemm& p, unsigned char* stage, int64_t row0, int64_t column0, Cursor& a,
+                                      Cursor& b) {
   fetch_codes<S::BM, S::kThreads>(stage, p.a, row0, a);
   if constexpr (S::PACKED) {
     fetch_bits<S::BN, S::kThreads>(stage + S::kBytesA, p.b, column0, b);
@@ -77,7 +78,8 @@ __device__ __forceinline__ void take_b(const unsigned char* stage, int column, i
 }
 
 template <class S>
-__device__ __forceinline__ void multiply(const unsigned char* stage, int row, int column, int lane, int32_t (&acc)[S::MI][S::NJ][4]) {
+__device__ __forceinline__ void multiply(const unsigned char* stage, int row, int column, int lane,
+                                         int32_t (&acc)[S::MI][S::NJ][4]) {
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     uint32_t b[S::NJ][2];
@@ -94,7 +96,8 @@ __device__ __forceinline__ void multiply(const unsigned char* stage, int row, in
 
 // The group's sums into the float ones; column scales were loaded before the group's last stage was multiplied.
 template <class S>
-__device__ __forceinline__ void fold(int32_t (&acc)[S::MI][S::NJ][4], float (&y)[S::MI][S::NJ][4], const float (&scale)[S::NJ][2]) {
+__device__ __forceinline__ void fold(int32_t (&acc)[S::MI][S::NJ][4], float (&y)[S::MI][S::NJ][4],
+                                     const float (&scale)[S::NJ][2]) {
 #pragma unroll
   for (int i = 0; i < S::MI; ++i)
 #pragma unroll
@@ -128,14 +131,15 @@ __device__ __forceinline__ void store_pair(const Gemm& p, int64_t row, int64_t c
     *reinterpret_cast<uint64_t*>(y) = float_to_bits(first) | static_cast<uint64_t>(float_to_bits(second)) << 32;
   } else {
     const bool bf16 = p.out.dtype == Dtype::bf16;
-    const uint32_t low = bf16 ? float_to_bfloat(first) : float_to_half(first), high = bf16 ? float_to_bfloat(second) : float_to_half(second);
+    const uint32_t low = bf16 ? float_to_bfloat(first) : float_to_half(first),
+                   high = bf16 ? float_to_bfloat(second) : float_to_half(second);
     *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out.y) + at) = low | high << 16;
   }
 }
 
 template <class S>
-__device__ __forceinline__ void write(const Gemm& p, int64_t row0, int64_t column0, int lane, const int32_t (&acc)[S::MI][S::NJ][4],
-                                      const float (&sums)[S::MI][S::NJ][4]) {
+__device__ __forceinline__ void write(const Gemm& p, int64_t row0, int64_t column0, int lane,
+                                      const int32_t (&acc)[S::MI][S::NJ][4], const float (&sums)[S::MI][S::NJ][4]) {
 #pragma unroll
   for (int j = 0; j < S::NJ; ++j) {
     const int64_t column = column0 + j * 8 + lane % 4 * 2, next = column + 1 < p.n ? column + 1 : column;
@@ -217,7 +221,9 @@ int run(const Gemm& p, cudaStream_t stream) {
 
 template <bool PACKED>
 int choose(const Gemm& p, Tile tile, cudaStream_t stream) {
-  if (p.groups > 1) return tile == Tile::small ? run<Shape<64, 64, 32, 32, PACKED, true>>(p, stream) : run<Shape<128, 128, 64, 32, PACKED, true>>(p, stream);
+  if (p.groups > 1)
+    return tile == Tile::small ? run<Shape<64, 64, 32, 32, PACKED, true>>(p, stream)
+                               : run<Shape<128, 128, 64, 32, PACKED, true>>(p, stream);
   switch (tile) {
     case Tile::small: return run<Shape<64, 64, 32, 32, PACKED, false>>(p, stream);
     case Tile::medium: return run<Shape<128, 128, 64, 32, PACKED, false>>(p, stream);
@@ -228,7 +234,8 @@ int choose(const Gemm& p, Tile tile, cudaStream_t stream) {
 
 Operand codes_operand(const int8_t* data, int64_t rows, int64_t width, int64_t groups) {
   const int64_t length = width / groups;
-  return {reinterpret_cast<const uint8_t*>(data), rows, width, length, aligned(data, 16) && width % 16 == 0 && length % 16 == 0};
+  return {reinterpret_cast<const uint8_t*>(data), rows, width, length,
+          aligned(data, 16) && width % 16 == 0 && length % 16 == 0};
 }
 
 Gemm problem(const Output& out, const float* divisor, int64_t m, int64_t n, int64_t k, int64_t groups) {
@@ -265,7 +272,8 @@ int packed_gemm(const PackedLinear& p, Tile tile, cudaStream_t stream) {
   Gemm g = problem(p.out, p.divisor, p.m, p.n, p.k, p.groups);
   g.a = codes_operand(p.codes, p.m, padded_width(p.k, p.groups), p.groups);
   const int64_t row_bytes = ceil_div<int64_t>(p.k, 4);
-  g.b = {p.packed, p.n, row_bytes, p.k / p.groups, aligned(p.packed, 16) && row_bytes % 16 == 0 && (p.groups == 1 || p.k / p.groups % 64 == 0)};
+  g.b = {p.packed, p.n, row_bytes, p.k / p.groups,
+         aligned(p.packed, 16) && row_bytes % 16 == 0 && (p.groups == 1 || p.k / p.groups % 64 == 0)};
   return choose<true>(g, tile, stream);
 }
 

@@ -5,11 +5,11 @@
 // 256 tokens, 12 instructions beside 256 cycles of the tensor core. Activations are the right one, read by the tensor core
 // from shared memory: 64 of its 128 bytes a cycle. A block has two warpgroups, 128 outputs x 256 tokens, and stages of 128
 // codes by asynchronous copies: a stage is 1024 cycles of arithmetic, and two are under way (72 to 96 KB in flight an SM).
-// A stage's products run while the next one's weights are expanded into other registers. Outputs are turned in shared memory and written by rows.
-// One group of weights only, and 16-byte aligned rows; everything else takes gemm.cu.
-// Not run on a GPU: none was there when this was written. The emulation proves indices, swizzle and waits as documented for
-// the instruction, not the descriptor's bits and not the fence between memory proxies. Hence it is taken only where
-// QAT_CUDA_WGMMA=1 asks for it, until it has been measured.
+// A stage's products run while the next one's weights are expanded into other registers. Outputs are turned in shared memory
+// and written by rows. One group of weights only, and 16-byte aligned rows; everything else takes gemm.cu. Not run on a GPU:
+// none was there when this was written. The emulation proves indices, swizzle and waits as documented for the instruction, not
+// the descriptor's bits and not the fence between memory proxies. Hence it is taken only where QAT_CUDA_WGMMA=1 asks for it,
+// until it has been measured.
 #include <cstdlib>
 
 #include "codes.h"
@@ -40,6 +40,8 @@ struct Stage {
   static constexpr std::size_t kShared = static_cast<std::size_t>(kStages) * kBytes;
   static_assert(kBytes % 1024 == 0);
 };
+
+#if defined(QAT_WGMMA)  // for other targets the kernel is empty, and never launched
 
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kDepth + ((chunk ^ (row & 7)) * 16); }
 
@@ -81,8 +83,6 @@ __device__ __forceinline__ void take_weights(const unsigned char* weights, int r
   }
 }
 
-#if defined(QAT_WGMMA)
-
 // A warp's weights of a whole stage, once its copies are there.
 template <bool PACKED>
 __device__ __forceinline__ void take_stage(const unsigned char* shared, int it, int row, int lane, uint32_t (&a)[4][4]) {
@@ -93,8 +93,9 @@ __device__ __forceinline__ void take_stage(const unsigned char* shared, int it, 
 
 // One stage's products, and while they are under way the next one's weights into `next`.
 template <bool PACKED>
-__device__ __forceinline__ void step(const Hopper& p, unsigned char* shared, int64_t output0, int64_t token0, int row, int lane, int it,
-                                     const uint32_t (&a)[4][4], uint32_t (&next)[4][4], int32_t (&low)[16][4], int32_t (&high)[16][4]) {
+__device__ __forceinline__ void step(const Hopper& p, unsigned char* shared, int64_t output0, int64_t token0, int row, int lane,
+                                     int it, const uint32_t (&a)[4][4], uint32_t (&next)[4][4], int32_t (&low)[16][4],
+                                     int32_t (&high)[16][4]) {
   using S = Stage<PACKED>;
   const unsigned char* stage = shared + it % kStages * S::kBytes;
   fence_products();
@@ -114,14 +115,14 @@ __device__ __forceinline__ void step(const Hopper& p, unsigned char* shared, int
   wait_products<0>();
 }
 
-#endif
-
 // Where y of a token and output lies in shared memory before it is written: rows of 128 outputs and 16 bytes.
-__device__ __forceinline__ int turned(int token, int output, int size) { return token * (kOutputs * size + 16) + output * size; }
+__device__ __forceinline__ int turned(int token, int output, int size) {
+  return token * (kOutputs * size + 16) + output * size;
+}
 
 // The block's y through shared memory, whose stages are no longer needed; `half` of the tokens at a time, as floats are long.
-__device__ __forceinline__ void write(const Hopper& p, unsigned char* shared, int64_t output0, int64_t token0, int output, int lane,
-                                      int32_t (&acc)[16][4]) {
+__device__ __forceinline__ void write(const Hopper& p, unsigned char* shared, int64_t output0, int64_t token0, int output,
+                                      int lane, int32_t (&acc)[16][4]) {
   const int size = p.raw || p.out.dtype == Dtype::f32 ? 4 : 2;
   float inverse[2] = {}, bias[2] = {};
 #pragma unroll
@@ -160,6 +161,8 @@ __device__ __forceinline__ void write(const Hopper& p, unsigned char* shared, in
     }
   }
 }
+
+#endif
 
 template <bool PACKED>
 __global__ void __launch_bounds__(kThreads, 1) hopper_kernel(const Hopper p) {
@@ -216,12 +219,15 @@ Hopper problem(const Output& out, const float* divisor, int64_t m, int64_t n, bo
 // Blocks for at least three quarters of 132 SMs, on a device and in a shape that it serves.
 bool hopper_wanted(int64_t m, int64_t n) {
   const char* asked = std::getenv("QAT_CUDA_WGMMA");
-  return asked && asked[0] == '1' && ceil_div<int64_t>(m, kTokens) * ceil_div<int64_t>(n, kOutputs) >= 100 && compute_capability() == 90;
+  return asked && asked[0] == '1' && ceil_div<int64_t>(m, kTokens) * ceil_div<int64_t>(n, kOutputs) >= 100 &&
+         compute_capability() == 90;
 }
 
 bool hopper_serves(const Linear& p) { return p.groups == 1 && p.k % 16 == 0 && aligned(p.codes, 16) && aligned(p.t, 16); }
 
-bool hopper_serves(const PackedLinear& p) { return p.groups == 1 && ceil_div<int64_t>(p.k, 4) % 16 == 0 && aligned(p.packed, 16); }
+bool hopper_serves(const PackedLinear& p) {
+  return p.groups == 1 && ceil_div<int64_t>(p.k, 4) % 16 == 0 && aligned(p.packed, 16);
+}
 
 int hopper_gemm(const Linear& p, cudaStream_t stream) {
   Hopper h = problem(p.out, p.divisor, p.m, p.n, p.raw);

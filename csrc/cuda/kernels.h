@@ -5,8 +5,8 @@
 // Every launcher returns a cudaError_t as an int (0 is success). It allocates nothing, never waits for the device, takes
 // grids from shapes alone and so can be captured into a CUDA graph; the caller sets the device. Pointers are device
 // pointers. All matrices are contiguous rows. Any shape and any alignment is served; what is 16-byte aligned (K a multiple
-// of 16 codes in int8, of 64 in 2bit, and aligned base pointers) is read 16 bytes at a time. K <= kMaxWidth. Sizes of 0
-// launch nothing.
+// of 16 codes in int8, of 64 in 2bit, and aligned base pointers) is read 16 bytes at a time. K <= kMaxWidth. Where a size is
+// 0 nothing is launched, but a linear of K = 0 is refused. A wrong size gives cudaErrorInvalidValue (1).
 //
 // The arithmetic is qat/ops/reference.py's, operation by operation, each rounded once to float32 (no contraction):
 //     divisor = (1 / max(max|x|, eps)) * 127        x_q = clamp(rint(x * divisor), -128, 127)
@@ -52,7 +52,7 @@ struct QuantizeWeight {
   int64_t n, k, groups;     // groups: G > 1 only if granularity is group
   Granularity granularity;
   Reduce reduce;
-  bool binary;              // t = w > mean(w) ? 1 : -1, the mean over what shares a scale; else t = clip(rint(w / scale), -1, 1)
+  bool binary;              // t = w > mean(w) ? 1 : -1, the mean of what shares a scale; else t = clip(rint(w / scale), -1, 1)
   Dtype scale_dtype;
   float eps;
   int8_t* t;                // [N, K], or null
@@ -80,6 +80,7 @@ struct Output {
 };
 
 // The training forward, from what quantize_activation and quantize_weight gave.
+// Many tokens take wgmma on sm_90 only where QAT_CUDA_WGMMA=1 is set (gemm_hopper.cu says why), else mma.sync everywhere.
 struct Linear {
   const int8_t* codes;      // [M, K], x_q
   const float* divisor;     // [M]

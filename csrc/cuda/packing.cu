@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kThreads) unpack_bytes(const Bytes p) {
   const int64_t row = i / row_bytes, first = (i - row * row_bytes) * kPerByte;
   uint32_t byte = p.packed[i];
   if (p.bad && !Form<BASE3>::valid(byte)) atomic_min(p.bad, static_cast<uint64_t>(i));
-  for (int d = 0; d < kPerByte && first + d < p.k; ++d, byte /= kBase) p.t[row * p.k + first + d] = static_cast<int8_t>(byte % kBase) - 1;
+  for (int d = 0; d < kPerByte && first + d < p.k; ++d, byte /= kBase)
+    p.t[row * p.k + first + d] = static_cast<int8_t>(byte % kBase) - 1;
 }
 
 // One byte's four 2-bit codes to four bytes.
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kThreads) unpack_words(const Bytes p) {
   }
   uint32_t t[4];
 #pragma unroll
-  for (int b = 0; b < 4; ++b) t[b] = ((spread(word >> 8 * b & 255u) | 0x80808080u) - 0x01010101u) ^ 0x80808080u;  // - 1 in each byte
+  for (int b = 0; b < 4; ++b)
+    t[b] = ((spread(word >> 8 * b & 255u) | 0x80808080u) - 0x01010101u) ^ 0x80808080u;  // - 1 in each byte
   *reinterpret_cast<uint4*>(p.t + i * 16) = {t[0], t[1], t[2], t[3]};
 }
 
@@ -127,7 +129,8 @@ int pack(const int8_t* t, int64_t n, int64_t k, Layout layout, uint8_t* packed, 
   if (empty(n, k)) return 0;
   const Bytes p = {const_cast<int8_t*>(t), packed, nullptr, n, k, bad};
   if (layout == Layout::base3) return run(pack_bytes<true>, n * ceil_div<int64_t>(k, 5), p, stream);
-  return by_words(t, packed, k) ? run(pack_words, n * k / 16, p, stream) : run(pack_bytes<false>, n * ceil_div<int64_t>(k, 4), p, stream);
+  return by_words(t, packed, k) ? run(pack_words, n * k / 16, p, stream)
+                                : run(pack_bytes<false>, n * ceil_div<int64_t>(k, 4), p, stream);
 }
 
 int unpack(const uint8_t* packed, int64_t n, int64_t k, Layout layout, int8_t* t, uint64_t* bad, cudaStream_t stream) {
@@ -135,7 +138,8 @@ int unpack(const uint8_t* packed, int64_t n, int64_t k, Layout layout, int8_t* t
   if (empty(n, k)) return 0;
   const Bytes p = {t, const_cast<uint8_t*>(packed), nullptr, n, k, bad};
   if (layout == Layout::base3) return run(unpack_bytes<true>, n * ceil_div<int64_t>(k, 5), p, stream);
-  return by_words(t, packed, k) ? run(unpack_words, n * k / 16, p, stream) : run(unpack_bytes<false>, n * ceil_div<int64_t>(k, 4), p, stream);
+  return by_words(t, packed, k) ? run(unpack_words, n * k / 16, p, stream)
+                                : run(unpack_bytes<false>, n * ceil_div<int64_t>(k, 4), p, stream);
 }
 
 int repack(const uint8_t* base3, int64_t n, int64_t k, uint8_t* bits, uint64_t* bad, cudaStream_t stream) {

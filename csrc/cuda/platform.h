@@ -17,9 +17,9 @@ namespace qat::cuda {
 
 constexpr int kWarp = 32;
 constexpr int64_t kMaxGridY = 65535;
-constexpr int kInvalidValue = 1;                    // cudaErrorInvalidValue
-constexpr std::size_t kDefaultShared = 48 << 10;    // more must be asked for
-constexpr std::size_t kMostShared = 96 << 10;       // what a block may ask for on every GPU from sm_80 on (sm_86: 99 KB)
+constexpr int kInvalidValue = 1;                  // cudaErrorInvalidValue
+constexpr std::size_t kDefaultShared = 48 << 10;  // more must be asked for
+constexpr std::size_t kMostShared = 96 << 10;     // what a block may ask for on every GPU from sm_80 on (sm_86: 99 KB)
 
 template <class T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
@@ -33,7 +33,8 @@ inline int compute_capability() { return 90; }
 inline unsigned char* shared_memory() { return static_cast<unsigned char*>(emulation::machine.shared->get()); }
 
 template <class P>
-int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t, const P& parameters, bool = false) {
+int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t, const P& parameters,
+           bool = false) {
   return emulation::launch(kernel, grid, threads, shared_bytes, parameters);
 }
 
@@ -58,7 +59,8 @@ template <class P>
 int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t stream, const P& parameters,
            bool overlap = false) {
   if (shared_bytes > kDefaultShared) {
-    const auto limit = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const auto limit =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (limit != cudaSuccess) return limit;
   }
   cudaLaunchAttribute attribute = {};

@@ -70,7 +70,8 @@ inline float load_fresh_float(const float* from) { return *from; }
 // The bytes come at wait_copies; until then they are poison, for those who still read what was there before, too.
 inline void copy_async(void* shared, const void* global, bool valid QAT_AT) {
   using namespace emulation;
-  if ((reinterpret_cast<uintptr_t>(shared) | (valid ? reinterpret_cast<uintptr_t>(global) : 0)) % 16) fail("a misaligned copy", at);
+  if ((reinterpret_cast<uintptr_t>(shared) | (valid ? reinterpret_cast<uintptr_t>(global) : 0)) % 16)
+    fail("a misaligned copy", at);
   std::memset(shared, kPoison, 16);
   machine.fibers[machine.current].issued.push_back({shared, global, 16, valid ? 16u : 0u});
 }
@@ -101,13 +102,18 @@ inline void atomic_min(uint64_t* to, uint64_t value) { *to = std::min(*to, value
 // 16 bytes that are read once: they leave no room taken in the L1 cache.
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
   return v;
 }
 // What the previous kernel wrote, for a kernel that may have started before that one ended: from the L2 cache.
 __device__ __forceinline__ uint4 load_fresh(const void* from) {
   uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
   return v;
 }
 __device__ __forceinline__ float load_fresh_float(const float* from) {

@@ -11,7 +11,9 @@ struct MaxNan {
 };
 struct Sum {
   template <class V>
-  __device__ V operator()(V a, V b) const { return a + b; }
+  __device__ V operator()(V a, V b) const {
+    return a + b;
+  }
 };
 
 template <int WIDTH, class V, class Op>
@@ -24,7 +26,7 @@ __device__ __forceinline__ V reduce_lanes(V value, Op op) {
 // Over THREADS neighbouring threads: at most a warp, or the whole block, which then needs its own shared slots[8].
 template <int THREADS, class V, class Op>
 __device__ __forceinline__ V reduce_threads(V value, Op op, V* slots) {
-  value = reduce_lanes<THREADS < kWarp ? THREADS : kWarp>(value, op);
+  value = reduce_lanes < THREADS<kWarp ? THREADS : kWarp>(value, op);
   if constexpr (THREADS > kWarp) {
     static_assert(THREADS == kBlock);
     if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;

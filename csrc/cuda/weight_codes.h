@@ -14,8 +14,8 @@ struct Moments {
 template <class T>
 struct Weight {
   const T* w;
-  int64_t rows, length;        // rows that share a scale, or in the streaming passes rows of any length
-  int64_t groups, row_bytes;   // of the packed matrix
+  int64_t rows, length;       // rows that share a scale, or in the streaming passes rows of any length
+  int64_t groups, row_bytes;  // of the packed matrix
   bool absmax, given, binary;
   Dtype scale_dtype;
   float eps;
@@ -23,8 +23,8 @@ struct Weight {
   uint8_t* packed;
   float* scale;
   Moments* partials;
-  int partial_count;           // 0 where nothing was measured
-  double count;                // weights that share a scale
+  int partial_count;  // 0 where nothing was measured
+  double count;       // weights that share a scale
   bool wide, wide_t;
 };
 
@@ -51,7 +51,8 @@ struct Larger {  // keeps a NaN
 
 template <int THREADS>
 __device__ __forceinline__ Moments combine(Moments m, bool absmax, bool binary, double* slots) {
-  m.magnitude = absmax ? reduce_threads<THREADS>(m.magnitude, Larger(), slots) : reduce_threads<THREADS>(m.magnitude, Sum(), slots);
+  m.magnitude =
+      absmax ? reduce_threads<THREADS>(m.magnitude, Larger(), slots) : reduce_threads<THREADS>(m.magnitude, Sum(), slots);
   if (binary) m.sum = reduce_threads<THREADS>(m.sum, Sum(), slots + kBlock / kWarp);
   return m;
 }
@@ -90,8 +91,8 @@ __device__ __forceinline__ int code_of(float w, const Limit& limit, bool binary)
 
 // The codes of elements [begin, end) of a row that starts at element `t_row` of t and byte `packed_row` of packed.
 template <class T>
-__device__ __forceinline__ void store(const Weight<T>& p, const Chunk<T>& chunk, const Limit& limit, int64_t t_row, int64_t packed_row,
-                                      int64_t begin, int64_t end) {
+__device__ __forceinline__ void store(const Weight<T>& p, const Chunk<T>& chunk, const Limit& limit, int64_t t_row,
+                                      int64_t packed_row, int64_t begin, int64_t end) {
   constexpr int kSize = Chunk<T>::kSize;
   int code[kSize];
 #pragma unroll

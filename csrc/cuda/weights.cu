@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kBlock) quantize_shared_rows(const Weight<T> p
 #pragma unroll
   for (int64_t i = 0; i < loads; ++i) {
     if (begin_of(i) < length)
-      store(p, LOADS > 0 ? kept[i % kKept] : load_chunk<false>(w, begin_of(i), length), limit, row * p.length, packed_row, begin_of(i),
-            length);
+      store(p, LOADS > 0 ? kept[i % kKept] : load_chunk<false>(w, begin_of(i), length), limit, row * p.length, packed_row,
+            begin_of(i), length);
   }
 }
 
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kBlock) measure(const Weight<T> p) {
   double* slots = reinterpret_cast<double*>(shared_memory());
   const int64_t size = p.rows * p.length, chunks = ceil_div<int64_t>(size, Chunk<T>::kSize);
   Moments m = {0.0, 0.0};
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kBlock * kLoads; base < chunks; base += static_cast<int64_t>(gridDim.x) * kBlock * kLoads) {
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kBlock * kLoads; base < chunks;
+       base += static_cast<int64_t>(gridDim.x) * kBlock * kLoads) {
     Chunk<T> kept[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
