@@ -38,6 +38,7 @@ DECODER = {
     "eos_token_id": 2,
 }
 HEAD_DIM = {**DECODER, "head_dim": 32}
+GEMMA = {**HEAD_DIM, "query_pre_attn_scalar": 32}
 ONE_KIND_OF_HEAD = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
 ENCODER = {key: DECODER[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 MOE = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_experts": 4}
@@ -75,8 +76,8 @@ ARCHITECTURES = {
     "Qwen2 (biases)": Architecture("Qwen2Config", "Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": True}, 14),
     "Qwen3 (query and key norms)": Architecture("Qwen3Config", "Qwen3ForCausalLM", HEAD_DIM, 14),
     "Gemma (scaled embeddings)": Architecture("GemmaConfig", "GemmaForCausalLM", HEAD_DIM, 14),
-    "Gemma 2": Architecture("Gemma2Config", "Gemma2ForCausalLM", {**HEAD_DIM, "query_pre_attn_scalar": 32}, 14),
-    "Gemma 3": Architecture("Gemma3TextConfig", "Gemma3ForCausalLM", {**HEAD_DIM, "query_pre_attn_scalar": 32}, 14),
+    "Gemma 2": Architecture("Gemma2Config", "Gemma2ForCausalLM", GEMMA, 14),
+    "Gemma 3": Architecture("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA, 14),
     "Phi": Architecture("PhiConfig", "PhiForCausalLM", DECODER, 12),
     "BitNet b1.58 (sub-norms)": Architecture("BitNetConfig", "BitNetForCausalLM", DECODER, 14),
     "GPT-2 (Conv1D)": Architecture("GPT2Config", "GPT2LMHeadModel", GPT2, 8),

@@ -67,6 +67,17 @@ def test_layers_answer_for_the_weight_that_they_replace() -> None:
     assert "0.weight" not in model.state_dict() and list(model.parameters()) == []
 
 
+def test_t5_compiles_in_one_graph() -> None:
+    model = ARCHITECTURES["T5"].build()
+    qat.convert(model)
+    qat.pack(model)
+    block = model.encoder.block[0].layer[1].DenseReluDense
+    x = torch.randn(2, 3, 64)
+    with torch.no_grad():
+        expected = block(x)
+        assert torch.equal(torch.compile(block, backend="eager", fullgraph=True)(x), expected)
+
+
 def test_per_channel_binary_trains_and_packs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert = qat.convert
     monkeypatch.setattr(

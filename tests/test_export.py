@@ -274,6 +274,16 @@ def test_unsupported_models(llama):
     assert hf.unsupported(llama) is None
 
 
+def test_a_norm_of_a_layer_s_own_is_refused():
+    """The format could carry one before every layer (use_rms_norm), but none of our layers has it."""
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = nn.Sequential(nn.RMSNorm(32), attention.o_proj)
+    qat.convert(model)
+    qat.pack(model)
+    assert "self_attn.o_proj.1 is missing in stock LlamaForCausalLM" in hf.unsupported(model)
+
+
 def test_what_is_not_packed_yet_is_supported_but_not_saved(tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     qat.convert(model)
