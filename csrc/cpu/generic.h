@@ -139,19 +139,15 @@ QAT_TARGET inline float exponential(float x) {
 
 constexpr int kLanes = 16;  // partial sums of a reduction, so that it vectorizes without reassociation
 
-QAT_TARGET inline float add_lanes(const float* lanes) {
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-  return sum;
-}
-
 QAT_TARGET inline float product(const float* a, const float* b, int64_t n) {
   float lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
   for (; i < n; ++i) lanes[0] += a[i] * b[i];
-  return add_lanes(lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
 QAT_TARGET void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
@@ -163,6 +159,10 @@ QAT_TARGET void gate(float* y, const float* up, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = y[i] / (1.0f + exponential(-y[i])) * up[i];
 }
 
+QAT_TARGET inline void add_scaled(float* __restrict y, const float* __restrict x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+
 QAT_TARGET void attend(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale, float* weights, float* y) {
   float most = -__builtin_inff(), sum = 0.0f;
   for (int64_t t = 0; t < length; ++t) {
@@ -172,8 +172,7 @@ QAT_TARGET void attend(const float* q, const float* keys, const float* values, i
   for (int64_t t = 0; t < length; ++t) weights[t] = exponential(weights[t] - most);
   for (int64_t t = 0; t < length; ++t) sum += weights[t];
   std::memset(y, 0, static_cast<size_t>(width) * sizeof(float));
-  for (int64_t t = 0; t < length; ++t)
-    for (int64_t i = 0; i < width; ++i) y[i] += weights[t] * values[t * width + i];
+  for (int64_t t = 0; t < length; ++t) add_scaled(y, values + t * width, weights[t], width);
   for (int64_t i = 0; i < width; ++i) y[i] /= sum;
 }
 
