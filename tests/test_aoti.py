@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import qat
 from qat import inference
 from qat.export import aoti
-from qat.ops import build, cpu
+from qat.ops import build_cpu, cpu
 
 RUN = """
 import sys, torch
@@ -79,7 +79,7 @@ def test_a_tiled_stack_needs_only_torch_and_the_library_of_kernels(tmp_path):
     inference.tile(stack)
     file = aoti.save(stack, tmp_path / "tiled.pt2", kind="compiled", example=torch.zeros(2, 3, 48))
     torch.save(x, tmp_path / "x.pt")
-    arguments = [str(build.load()), str(file), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    arguments = [str(build_cpu.load()[0]), str(file), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
     done = subprocess.run([sys.executable, "-c", RUN_BARE, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), expected)
