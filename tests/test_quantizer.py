@@ -191,6 +191,30 @@ def test_unpack_and_dequantize_leave_an_ordinary_model(tmp_path: Path) -> None:
         assert torch.equal(again(IDS).logits, plain(IDS).logits)
 
 
+def test_parts_packed_on_their_own(tmp_path: Path) -> None:
+    """Packing never fails for what a folder cannot hold; saving says it, whichever way the parts were packed."""
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    qat.convert(model, include="*.self_attn")
+    qat.pack(model.model.layers[0].self_attn)
+    assert not hasattr(model.config, "quantization_config")
+    qat.pack(model)
+    model.save_pretrained(tmp_path / "x")
+    expected = model(IDS).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "x")(IDS).logits, expected)
+    layers = packed_layers(model)
+    next(iter(layers.values())).config.eps = 1e-4
+    with pytest.raises(ValueError, match="mixes 2 kinds of packed layers"):
+        model.save_pretrained(tmp_path / "y")
+    mixed = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    qat.convert(mixed.model.layers[0], qat.QuantConfig())
+    qat.convert(mixed.model.layers[1], qat.QuantConfig(weight="binary"))
+    qat.pack(mixed.model.layers[0])
+    qat.pack(mixed)
+    assert len(packed_layers(mixed)) == 14 and not hasattr(mixed.config, "quantization_config")
+    with pytest.raises(ValueError, match="mixes 2 kinds of packed layers"):
+        mixed.save_pretrained(tmp_path / "y")
+
+
 def test_nothing_is_quantized_on_the_fly_or_trained(tmp_path: Path) -> None:
     from qat.export.quantizer import QatConfig
 

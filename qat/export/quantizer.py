@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -75,9 +74,12 @@ class QatQuantizer(HfQuantizer):
             layer.check(name)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: by the model's own names, as the manifest has them, not by those of older files."""
-        model._weight_conversions = []  # type: ignore[assignment]  # what transformers would revert when saving
+        said = self.quantization_config
+        record = parse(said.to_dict())[0] if said is not None else None
+        model.config.quantization_config = self.quantization_config = QatConfig(**describe(model, record))
+        model._weight_conversions = []  # what transformers would revert when saving
         state = file_names(model, model.state_dict())
         return state, file_metadata(model, state)
 
@@ -92,11 +94,18 @@ class QatQuantizer(HfQuantizer):
 
 def follow(model: Any, done: str) -> None:
     """Make transformers see a model that was packed in memory as one that it loaded, so that `save_pretrained` is right."""
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+    from transformers import modeling_utils  # it imports the quantizers, which import us
+
+    of_transformers = isinstance(model, modeling_utils.PreTrainedModel)
+    if not of_transformers:
         return
     if done == "packed":
-        model.config.quantization_config = QatConfig(**describe(model))
-        model.hf_quantizer = QatQuantizer(model.config.quantization_config)
+        nothing: Any = None
+        model.hf_quantizer = QatQuantizer(nothing)
+        try:
+            model.config.quantization_config = model.hf_quantizer.quantization_config = QatConfig(**describe(model))
+        except ValueError:  # one folder cannot hold it: saving says why
+            model.config.__dict__.pop("quantization_config", None)
     elif isinstance(getattr(model, "hf_quantizer", None), QatQuantizer):
         model.hf_quantizer.remove_quantization_config(model)
 
