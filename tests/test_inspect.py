@@ -85,7 +85,8 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     writer.close()
     about = verb.inspect(str(tmp_path / "x.gguf"))
     assert about["kind"] == "GGUF" and about["architecture"] == "llama"
-    assert about["other tensors"] == {"TQ2_0": {"count": 1, "bytes": 4 * 66}}
+    assert (about["types"], about["quantized layers"], about["bits per weight"]) == ("1 TQ2_0", 1, 8 * 66 / 256)
+    assert about["other tensors"] == {} and "1 layers have the same codes" in verb.verify(*[str(tmp_path / "x.gguf")] * 2)
     (tmp_path / "x.gguf").write_bytes((tmp_path / "x.gguf").read_bytes()[:40])
     with pytest.raises(ValueError, match="not a whole GGUF file"):
         verb.inspect(str(tmp_path / "x.gguf"))

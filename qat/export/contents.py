@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ class Contents:
     convention: str
     readers: str
     file_bytes: int
-    layers: Mapping[str, Callable[[], Codes]] = field(default_factory=dict)
+    layers: dict[str, Callable[[], Codes]] = field(default_factory=dict)
     others: dict[str, tuple[int, int]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -205,23 +205,38 @@ def _read_plain(path: Path) -> Contents:
 
 
 def _read_gguf(file: Path) -> Contents:
-    """Types and sizes, by the gguf package."""
-    try:
-        from gguf import GGUFReader
+    """Layers have GGUF's names, and rows in its order (llama's query and key rows are permuted there)."""
+    from qat.export import gguf_file, gguf_i2s
+    from qat.export.gguf_blocks import BLOCKS
 
-        reader = GGUFReader(str(file))
-        types = Counter((tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in reader.tensors)
-        architecture = reader.fields["general.architecture"].contents()
+    try:
+        whole = gguf_file.read(file)
+        blocks = {kind.number: name for name, kind in BLOCKS.items()}
+        found = Contents("GGUF", "scales are in the blocks, float16", "llama.cpp and what builds on it", file.stat().st_size)
+        for name, tensor in whole.tensors.items():
+            if tensor.kind in blocks:
+                found.layers[name.removesuffix(".weight")] = partial(_gguf_layer, name, tensor, blocks[tensor.kind])
+            if tensor.kind not in blocks:
+                kind = "I2_S" if tensor.kind == gguf_i2s.NUMBER else gguf_file.kind_name(tensor.kind)
+                count, size = found.others.get(kind, (0, 0))
+                found.others[kind] = (count + 1, size + tensor.data.nbytes)
+        types = Counter(gguf_file.kind_name(tensor.kind) for tensor in whole.tensors.values() if tensor.kind in blocks)
     except ImportError as error:
         raise ValueError(f"{file} needs the package gguf: pip install -e .[gguf]") from error
-    except Exception as error:  # the reader raises nearly any class for a damaged file
-        raise ValueError(f"{file} is not a whole GGUF file: {one_line(error)}") from error
-    found = Contents("GGUF", "scales are in the blocks", "llama.cpp and what builds on it", file.stat().st_size)
-    found.facts["architecture"] = str(architecture)
-    for (name, size), count in types.items():
-        before = found.others.get(name, (0, 0))
-        found.others[name] = (before[0] + count, before[1] + count * size)
+    found.facts["architecture"] = str(whole.metadata.get("general.architecture"))
+    if types:
+        found.facts["types"] = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
     return found
+
+
+def _gguf_layer(name: str, tensor: Any, kind: str) -> Codes:
+    from qat.export.gguf_blocks import decode
+
+    try:
+        codes, scale = decode(tensor.data.reshape(tensor.shape[0], -1), kind)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
+    return Codes(torch.from_numpy(codes), torch.from_numpy(scale.astype("float32")), tensor.data.nbytes)
 
 
 KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Contents]]] = {
