@@ -35,7 +35,7 @@ for file in sorted(Path(sys.argv[1]).glob("*/result.json")):
     precision, backward, loss, _ = file.parent.name.split(".")
     result = json.loads(file.read_text())
     speed[precision, backward, loss].append(result["tokens_per_second"])
-    if result["control"]:
+    if result.get("control"):
         control[precision].append(result["control"]["tokens"] / result["control"]["seconds"])
 for precision, rates in control.items():
     print(f"{precision:12} full precision          {statistics.median(rates):9.0f} tokens/s  1.00x")

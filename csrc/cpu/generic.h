@@ -179,9 +179,11 @@ QAT_TARGET void attend(const float* q, const float* keys, const float* values, i
 QAT_TARGET uint64_t read(const uint64_t* words, int64_t n) {
   uint64_t sum[4][8] = {};
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
+  for (; i + 32 <= n; i += 32) {
+    for (int j = 0; j < 4; ++j) __builtin_prefetch(words + i + 1024 + 8 * j);  // as the kernels do; no limit otherwise
     for (int j = 0; j < 4; ++j)
       for (int lane = 0; lane < 8; ++lane) sum[j][lane] += words[i + 8 * j + lane];
+  }
   for (; i < n; ++i) sum[0][0] += words[i];
   for (int j = 0; j < 4; ++j)
     for (int lane = j ? 0 : 1; lane < 8; ++lane) sum[0][0] += sum[j][lane];
