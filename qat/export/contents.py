@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ class Contents:
     convention: str
     readers: str
     file_bytes: int
-    layers: dict[str, Callable[[], Codes]] = field(default_factory=dict)
+    layers: Mapping[str, Callable[[], Codes]] = field(default_factory=dict)
     others: dict[str, tuple[int, int]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -212,10 +212,14 @@ def _read_gguf(file: Path) -> Contents:
     try:
         whole = gguf_file.read(file)
         blocks = {kind.number: name for name, kind in BLOCKS.items()}
-        found = Contents("GGUF", "scales are in the blocks, float16", "llama.cpp and what builds on it", file.stat().st_size)
-        for name, tensor in whole.tensors.items():
-            if tensor.kind in blocks:
-                found.layers[name.removesuffix(".weight")] = partial(_gguf_layer, name, tensor, blocks[tensor.kind])
+        layers = {
+            name.removesuffix(".weight"): partial(_gguf_layer, name, tensor, blocks[tensor.kind])
+            for name, tensor in whole.tensors.items()
+            if tensor.kind in blocks
+        }
+        readers = "llama.cpp and what builds on it"
+        found = Contents("GGUF", "scales are in the blocks, float16", readers, file.stat().st_size, layers)
+        for tensor in whole.tensors.values():
             if tensor.kind not in blocks:
                 kind = "I2_S" if tensor.kind == gguf_i2s.NUMBER else gguf_file.kind_name(tensor.kind)
                 count, size = found.others.get(kind, (0, 0))
