@@ -143,9 +143,9 @@ def _show(path: str, other: str | None, as_json: bool) -> None:
         print(json.dumps(about | ({"verify": verify(path, other)} if other else {}), indent=2))
         return
     for key, value in about.items():
-        print(f"{key:<26}{_text(key, value)}")
+        print(f"{key:<27}{_text(key, value)}")
     if other:
-        print(f"{'verify':<26}{verify(path, other)}")
+        print(f"{'verify':<27}{verify(path, other)}")
 
 
 def _text(key: str, value: Any) -> str:
