@@ -400,8 +400,8 @@ def test_export_of_a_run(capsys, tmp_path, monkeypatch):
     assert verb.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "on the first 4,096 tokens of valid.txt: perplexity 1" in printed and "520,064 in bf16" in printed
-    assert "it replaces" not in printed
+    assert "the earlier export there is replaced" not in printed
     assert verb.main(arguments) == 0
-    assert "; it replaces the earlier export there" in capsys.readouterr().out
+    assert "the earlier export there is replaced\n" in capsys.readouterr().out
     readme = (tmp_path / "out/README.md").read_text()
     assert "| packed | 1500 |" in readme and "| recipe | stories260k |" in readme
