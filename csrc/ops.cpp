@@ -291,7 +291,7 @@ Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std:
       float* part = &qkv[static_cast<size_t>(head * width)];
       const Tensor& norm = head < heads ? w[14] : w[15];
       if (norm.numel()) isa().rms_norm(part, floats(norm, width, "head norm"), width, eps, part);
-      qat::rotate(part, cosine, sine, rotary);
+      isa().rotate(part, cosine, sine, rotary);
     }
     for (int64_t head = 0; head < kv_heads; ++head) {
       const size_t bytes = static_cast<size_t>(width) * sizeof(float);

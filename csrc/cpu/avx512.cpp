@@ -245,9 +245,21 @@ QAT_TARGET int64_t peak(int64_t rounds) {
   return rounds * kChains * 128;
 }
 
+constexpr Isa with_avx512() {
+  Isa isa = path("avx512", kTokens, dot);
+  isa.to_float = to_float16;
+  isa.from_float = from_float16;
+  isa.absmax = absmax16;
+  isa.quantize = quantize16;
+  isa.dot_base3 = dot_base3;
+  isa.expand_base3 = expand_base3_64;
+  isa.peak = peak;
+  return isa;
+}
+
 }  // namespace
 
-const Isa avx512 = {"avx512", kTokens, to_float16, from_float16, absmax16, quantize16, dot, dot_base3, expand_base3_64, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, read, peak};
+constexpr Isa avx512 = with_avx512();
 
 }  // namespace qat
 #endif
