@@ -35,8 +35,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A report ends the process: pytest may not keep what it writes to the terminal.
 sanitize: $(READY)
-	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/test_kernels.py tests/test_cpu_decode.py -k "not fullgraph"
+	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/test_kernels.py tests/test_cpu_decode.py -k "not fullgraph" --capture=sys
 
 cuda-check: $(READY)
 	$(BIN)/python -m qat.ops.build --check --cuda-arch $(CUDA_ARCHS)
