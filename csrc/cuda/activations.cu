@@ -216,8 +216,18 @@ int quantize_any(const QuantizeActivation& p, bool interleave, int64_t groups, c
 
 int quantize_activation(const QuantizeActivation& p, cudaStream_t stream) { return quantize_any(p, false, 1, stream); }
 
-int quantize_interleaved(const QuantizeActivation& p, int64_t groups, cudaStream_t stream) {
-  return quantize_any(p, true, groups, stream);
+int quantize_interleaved(const PackedLinear& p, cudaStream_t stream) {
+  QuantizeActivation q = {};
+  q.x = p.x;
+  q.dtype = p.out.dtype;
+  q.m = p.m;
+  q.k = p.k;
+  q.per_tensor = p.per_tensor;
+  q.eps = p.eps;
+  q.codes = p.codes;
+  q.divisor = p.divisor;
+  q.workspace = p.workspace;
+  return quantize_any(q, true, p.groups, stream);
 }
 
 }  // namespace qat::cuda
