@@ -71,7 +71,6 @@ int run_gemm(const Linear* p, int64_t tile) {
 }
 int run_packed_linear(const PackedLinear* p) { return packed_linear(*p, nullptr); }
 bool run_packed_linear_fused(const PackedLinear* p) { return packed_linear_fused(*p); }
-bool run_decode_serves(const PackedLinear* p) { return decode_serves(*p); }
 // The path of many tokens, whatever their number.
 int run_packed_gemm(const PackedLinear* p, int64_t tile) {
   if (const int error = quantize_interleaved(*p, nullptr)) return error;

@@ -167,8 +167,7 @@ class Emulator:
         library.emulation_free.argtypes = [c_void_p]
         library.emulation_failure.restype = ctypes.c_char_p
         library.emulation_sites.restype = ctypes.c_char_p
-        for name in ("run_packed_linear_fused", "run_decode_serves"):
-            getattr(library, name).restype = c_bool
+        library.run_packed_linear_fused.restype = c_bool
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[int, Callable[[], Tensor]]:
         """Poisoned memory: its address, and a function that reads it."""

@@ -111,11 +111,7 @@ __global__ void __launch_bounds__(kBlock) quantize_rows(const Rows<T> p) {
     absmax = bits_to_float(*p.absmax);
   } else {
 #pragma unroll
-    for (int64_t i = 0; i < loads; ++i) {
-      const Chunk<T> chunk = chunk_at(i);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) absmax = max_nan(absmax, bits_to_float(float_to_bits(chunk[j]) & 0x7fffffffu));
-    }
+    for (int64_t i = 0; i < loads; ++i) absmax = absmax_with(absmax, chunk_at(i));
     absmax = reduce_threads<THREADS>(absmax, MaxNan(), slots + kBlock / kWarp);
   }
   if (p.phase == Phase::measure) {
