@@ -14,7 +14,7 @@ from benchmarks.gpu.rows import Bench, Peer, Row, say, shape_of
 from benchmarks.gpu.timing import Call
 from qat import BitLinear, PackedBitLinear, QuantConfig, ops
 from qat.ops import cuda
-from qat.ops.options import WeightOptions
+from qat.ops.options import weight_options
 
 BITNET_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]  # qkv, o, gate and up, down: 30 layers of them
 WEIGHT_SHAPE, ACTIVATION_SHAPES, TRAINING_SHAPES = (13824, 2560), [(8192, 2560), (8192, 6912)], [(2560, 2560), (13824, 2560)]
@@ -145,9 +145,7 @@ def _quantize_weight(w: Tensor, config: QuantConfig) -> object:
 
 
 def _pack_weight(w: Tensor, config: QuantConfig) -> object:
-    c = config
-    options = WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps)
-    return torch.ops.qat.cuda_quantize_weight(w, *cuda.weight_arguments(w, options), True)
+    return torch.ops.qat.cuda_quantize_weight(w, *cuda.weight_arguments(w, weight_options(config)), True)
 
 
 def training_layers(n: int, k: int, device: torch.device) -> dict[str, object]:
