@@ -376,6 +376,8 @@ int64_t cpu_isa(int64_t request) {
   return best;
 }
 
+int64_t cpu_best_isa() { return qat::best_isa(); }
+
 // For qat.bench: read x once, and run so many rounds of dot products on every thread, giving the operations done.
 int64_t cpu_read(const Tensor& x) {
   const int64_t words = x.numel() * x.element_size() / 8, slice = 1 << 17, slices = (words + slice - 1) / slice;
@@ -423,6 +425,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cpu_dequantize(Tensor codes, Tensor scale, int kind) -> Tensor");
   m.def("cpu_fingerprint(Tensor x) -> int");
   m.def("cpu_isa(int request) -> int");
+  m.def("cpu_best_isa() -> int");
   m.def("cpu_base3_tiles() -> bool");
   m.def("cpu_read(Tensor x) -> int");
   m.def("cpu_peak(int rounds) -> int");
@@ -443,6 +446,7 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_best_isa", TORCH_BOX(&cpu_best_isa));
   m.impl("cpu_peak", TORCH_BOX(&cpu_peak));
   m.impl("cpu_base3_tiles", TORCH_BOX(&cpu_base3_tiles));
 }

@@ -35,20 +35,7 @@ _lock = threading.Lock()
 
 def paths() -> list[str]:
     """The instruction sets this CPU has a path for, slowest first."""
-    now = torch.ops.qat.cpu_isa(-1)
-    best = now
-    while best + 1 < len(_PATHS) and _try_isa(best + 1):
-        best += 1
-    torch.ops.qat.cpu_isa(now)
-    return list(_PATHS[: best + 1])
-
-
-def _try_isa(index: int) -> bool:
-    try:
-        torch.ops.qat.cpu_isa(index)
-    except RuntimeError:
-        return False
-    return True
+    return list(_PATHS[: torch.ops.qat.cpu_best_isa() + 1])
 
 
 def select_isa(name: str) -> None:
