@@ -126,14 +126,14 @@ def packed_tiles(packed: Tensor, scale: Tensor, k: int, layout: str) -> tuple[Te
     Raises:
         ValueError: a byte of `packed` holds no ternary codes.
     """
-    found, token = _packed_weights.get((packed, scale), k, layout)
+    found, slot = _packed_weights.get((packed, scale), k, layout)
     if found is not None:
         return found
     packing.check_packed(packed, k, layout)
     groups = scale.shape[1]
     base3 = layout == "base3" and torch.ops.qat.cpu_base3_tiles() and _base3_is_smaller(k, groups)
     tiles = torch.ops.qat.cpu_tile(packed.contiguous(), k, groups, layout == "base3", base3)
-    return _packed_weights.put(token, (tiles, _tile_scale(scale, packed.shape[0]), base3))
+    return _packed_weights.put(slot, (tiles, _tile_scale(scale, packed.shape[0]), base3))
 
 
 def _serves(x: Tensor, k: int) -> bool:
@@ -181,12 +181,12 @@ def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: Pac
 
 def _latent_codes(w: Tensor, options: WeightOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(t, scale, tiles, scale as the kernels read it) of a latent weight, kept until the weight changes."""
-    found, token = _latent_weights.get((w,), *options)
+    found, slot = _latent_weights.get((w,), *options)
     if found is not None:
         return found
     t, scale = quantize_weight(w, *options)
     tiles = torch.ops.qat.cpu_tile_codes(t.contiguous(), scale.shape[1])
-    return _latent_weights.put(token, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
+    return _latent_weights.put(slot, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
 
 
 def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -205,9 +205,9 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     n, k = t.shape
     if t.numel() == 0 or not _serves(x, n):
         return reference.quantized_matmul(x, t, eps)
-    tiles, token = _transposed_codes.get((t,))
+    tiles, slot = _transposed_codes.get((t,))
     if tiles is None:
-        tiles = _transposed_codes.put(token, torch.ops.qat.cpu_tile_codes(t.t().contiguous(), 1))
+        tiles = _transposed_codes.put(slot, torch.ops.qat.cpu_tile_codes(t.t().contiguous(), 1))
     return torch.ops.qat.cpu_linear(narrow(x), tiles, torch.ones(1), None, k, n, 1, False, False, eps).to(x.dtype)
 
 

@@ -88,14 +88,14 @@ def two_bit(packed: Tensor, k: int, layout: str) -> Tensor:
         return packed.contiguous()
     if packed.is_inference():  # it counts no versions
         return torch.ops.qat.cuda_repack(packed.contiguous(), k)
-    found, token = _bits.get((packed,), k)
+    found, slot = _bits.get((packed,), k)
     stream, capturing = torch.cuda.current_stream(packed.device), torch.cuda.is_current_stream_capturing()
     if found is None:
-        bits, stale = torch.ops.qat.cuda_repack(packed.contiguous(), k), _bits.stale(token)
+        bits, stale = torch.ops.qat.cuda_repack(packed.contiguous(), k), _bits.stale(slot)
         if capturing:
             return bits
         bits = bits if stale is None else stale[0].copy_(bits)
-        _bits.put(token, (bits, stream, stream.record_event()))
+        _bits.put(slot, (bits, stream, stream.record_event()))
         return bits
     bits, maker, ready = found
     if stream != maker and not capturing:  # the start of a capture has waited for the device
