@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
 	@echo "make lint         ruff and mypy"
-	@echo "make sanitize     the op tests on kernels built with AddressSanitizer and UBSan"
+	@echo "make sanitize     the CPU op tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make cuda-check   the CUDA kernels compiled, linked and loaded by nvcc, for CUDA_ARCHS; needs no GPU"
 	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
 	@echo "make llama-cpp    llama.cpp for Python, compiled once (6 minutes on 2 cores): GGUF exports are then run in it"
@@ -35,8 +35,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A report ends the process: pytest may not keep what it writes to the terminal.
 sanitize: $(READY)
-	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/test_kernels.py -k "not TestChoice and not fullgraph"
+	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/test_kernels.py tests/test_cpu_decode.py -k "not fullgraph" --capture=sys
 
 cuda-check: $(READY)
 	$(BIN)/python -m qat.ops.build --check --cuda-arch $(CUDA_ARCHS)

@@ -3,7 +3,7 @@
 # or later and pytest, and nvcc; whatever else is missing (compute-sanitizer, transformers, triton) is named and left out.
 # Usage: benchmarks/gpu.sh [PART ...]     all parts by default, and later parts run although an earlier one failed:
 #   build                compile for this machine's GPUs
-#   test                 tests/test_cuda.py on the device        test-wgmma         the same with Hopper's own matmul
+#   test                 the CUDA ops' tests on the device       test-wgmma         the same with Hopper's own matmul
 #   memcheck racecheck   compute-sanitizer on the small tests
 #   operations           each op beside its peers                operations-wgmma   the same with Hopper's own matmul
 #   step                 the whole training step in tokens/s
@@ -19,7 +19,8 @@ python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
-tests=("$python" -m pytest -q tests/test_cuda.py -p no:cacheprovider)
+pytest=("$python" -m pytest -q -p no:cacheprovider)
+tests=("${pytest[@]}" tests/test_cuda.py tests/test_cuda_device.py)
 
 sanitize() { # TOOL: the small tests, without torch's caching allocator, which would hide accesses out of bounds
   local found
@@ -27,7 +28,7 @@ sanitize() { # TOOL: the small tests, without torch's caching allocator, which w
     echo "compute-sanitizer is not found: $1 was not run"
     return 0
   }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$1" --error-exitcode 9 --target-processes all "${tests[@]}" -k small
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$1" --error-exitcode 9 --target-processes all "${pytest[@]}" tests/test_cuda.py
 }
 
 run() { # PART

@@ -129,6 +129,35 @@ Tensor cpu_tile(const Tensor& packed, int64_t k, int64_t groups, bool packed_bas
 
 Tensor cpu_tile_codes(const Tensor& t, int64_t groups) { return make_tiles(t, qat::Source::codes, t.size(1), groups, false); }
 
+const float* floats(const Tensor& x, int64_t n, const char* what) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == n,
+                  what, " must be contiguous float32 of ", n, " elements");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+// A linear's weights, checked; tokens, output and scratch are not set yet. `bias` may be null.
+qat::Linear with_weights(const Tensor& tiles, const Tensor& scale, const Tensor* bias, int64_t n, int64_t k, int64_t groups,
+                         bool base3, double eps) {
+  check_width(k, groups);
+  STD_TORCH_CHECK(!base3 || isa().dot_base3, "tiles in base3 need another path than ", isa().name);
+  qat::Linear p = {};
+  p.isa = &isa();
+  p.n = n;
+  p.k = k;
+  p.segments = qat::Segments::of(k, groups, base3);
+  p.base3 = base3;
+  STD_TORCH_CHECK(tiles.scalar_type() == ScalarType::Int && tiles.is_contiguous() && tiles.numel() == tile_words(n, p.segments, base3),
+                  "tiles do not fit [", n, ", ", k, "]");
+  p.tiles = static_cast<const uint32_t*>(tiles.const_data_ptr());
+  const int64_t scales = groups > 1 ? p.panels() * groups * qat::kPanel : scale.numel() == 1 ? 1 : n;
+  p.scale = floats(scale, scales, "scale");
+  p.scale_per_row = scales != 1;
+  p.bias = bias ? floats(*bias, n, "bias") : nullptr;
+  p.eps = static_cast<float>(eps);
+  p.absmax = -1.0f;
+  return p;
+}
+
 // Quantizes all tokens of p into its scratch.
 void quantize(qat::Linear& p, bool per_tensor) {
   const int64_t step = grain(p.k);
@@ -141,65 +170,48 @@ void quantize(qat::Linear& p, bool per_tensor) {
   share(p.m, step, [&](int64_t begin, int64_t end) { qat::quantize_tokens(p, begin, end); });
 }
 
+void multiply(const qat::Linear& p) {
+  const int64_t tokens = p.m < p.chunk_tokens() ? p.m : p.chunk_tokens();
+  share(p.items(), grain(tokens * p.k * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p, begin, end); });
+}
+
 struct Result {
   Tensor y, x_q, x_scale;
 };
 
 Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n, int64_t k,
            int64_t groups, bool base3, bool per_tensor, double eps, bool keep) {
-  check_width(k, groups);
-  STD_TORCH_CHECK(!base3 || isa().dot_base3, "tiles in base3 need another path than ", isa().name);
+  qat::Linear p = with_weights(tiles, scale, bias ? &*bias : nullptr, n, k, groups, base3, eps);
   const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
   const auto sizes = x.sizes();
   STD_TORCH_CHECK(sizes.size() >= 1 && sizes[sizes.size() - 1] == k, "x must be [..., ", k, "]");
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  int64_t m = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) m *= shape[i];
-
-  const auto segments = qat::Segments::of(k, groups, base3);
-  const int64_t panels = (n + qat::kPanel - 1) / qat::kPanel, scales = groups > 1 ? panels * groups * qat::kPanel : scale.numel() == 1 ? 1 : n;
-  STD_TORCH_CHECK(tiles.numel() == tile_words(n, segments, base3), "tiles do not fit [", n, ", ", k, "]");
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && scale.numel() == scales, "wrong scale");
-  if (bias) STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->numel() == n, "wrong bias");
+  p.m = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) p.m *= shape[i];
 
   Result result;
-  if (keep) result.x_q = empty(shape, ScalarType::Char);
-  shape.back() = keep ? 1 : n;
   if (keep) {
+    result.x_q = empty(shape, ScalarType::Char);
+    shape.back() = 1;
     result.x_scale = empty(shape, ScalarType::Float);
-    shape.back() = n;
   }
+  shape.back() = n;
   result.y = empty(shape, x.scalar_type());
-  const Scratch<int8_t> words(m * segments.row());
-  const Scratch<int32_t> sums(m * groups);
-  const Scratch<float> divisor(m);
+  const Scratch<int8_t> words(p.m * p.segments.row());
+  const Scratch<int32_t> sums(p.m * groups);
+  const Scratch<float> divisor(p.m);
 
-  qat::Linear p = {};
-  p.isa = &isa();
   p.x = x.const_data_ptr();
   p.y = result.y.mutable_data_ptr();
   p.dtype = dtype_of(x);
-  p.tiles = static_cast<const uint32_t*>(tiles.const_data_ptr());
-  p.base3 = base3;
-  p.scale = static_cast<const float*>(scale.const_data_ptr());
-  p.scale_per_row = scales != 1;
-  p.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.segments = segments;
-  p.eps = static_cast<float>(eps);
-  p.absmax = -1.0f;
   p.words = words.get();
   p.sums = sums.get();
   p.divisor = divisor.get();
   p.x_scale = keep ? static_cast<float*>(result.x_scale.mutable_data_ptr()) : nullptr;
   p.codes = keep ? static_cast<int8_t*>(result.x_q.mutable_data_ptr()) : nullptr;
-  if (m == 0) return result;
+  if (p.m == 0) return result;
   quantize(p, per_tensor);
-  if (n == 0) return result;
-  const int64_t items = p.items(), tokens = m < p.chunk_tokens() ? m : p.chunk_tokens();
-  share(items, grain(tokens * k * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p, begin, end); });
+  if (n > 0) multiply(p);
   return result;
 }
 
@@ -208,58 +220,28 @@ Tensor cpu_linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, con
   return run(x, tiles, scale, bias, n, k, groups, base3, per_tensor, eps, false).y;
 }
 
-// A packed linear of one float32 token among the weights of a decoder: tiles, scale, bias (empty: none) and [N, K, G, base3].
-class Projection {
- public:
-  Projection(const Tensor* tensors, const int64_t* sizes, double eps) : k_(sizes[1]), row_(qat::Segments::of(sizes[1], sizes[2], sizes[3] != 0).row()) {
-    const Tensor &tiles = tensors[0], &scale = tensors[1], &bias = tensors[2];
-    const int64_t groups = sizes[2], panels = (sizes[0] + qat::kPanel - 1) / qat::kPanel;
-    p_.isa = &isa();
-    p_.dtype = qat::Dtype::f32;
-    p_.base3 = sizes[3] != 0;
-    p_.m = 1;
-    p_.n = sizes[0];
-    p_.k = k_;
-    check_width(k_, groups);
-    p_.segments = qat::Segments::of(k_, groups, p_.base3);
-    const int64_t scales = groups > 1 ? panels * groups * qat::kPanel : scale.numel() == 1 ? 1 : p_.n;
-    STD_TORCH_CHECK(!p_.base3 || isa().dot_base3, "tiles in base3 need another path than ", isa().name);
-    STD_TORCH_CHECK(tiles.numel() == tile_words(p_.n, p_.segments, p_.base3) && scale.numel() == scales, "tiles or scale of another shape");
-    STD_TORCH_CHECK(bias.numel() == 0 || bias.numel() == p_.n, "bias of another shape");
-    p_.tiles = static_cast<const uint32_t*>(tiles.const_data_ptr());
-    p_.scale = static_cast<const float*>(scale.const_data_ptr());
-    p_.scale_per_row = scales != 1;
-    p_.bias = bias.numel() ? static_cast<const float*>(bias.const_data_ptr()) : nullptr;
-    p_.eps = static_cast<float>(eps);
-    p_.absmax = -1.0f;
-  }
-
-  void operator()(const float* x, std::vector<float>& y) {
-    y.resize(static_cast<size_t>(p_.n));
-    const Scratch<int8_t> words(row_);
-    const Scratch<int32_t> sums(p_.segments.count);
-    float divisor;
-    p_.x = x;
-    p_.y = y.data();
-    p_.words = words.get();
-    p_.sums = sums.get();
-    p_.divisor = &divisor;
-    qat::quantize_tokens(p_, 0, 1);
-    share(p_.items(), grain(k_ * qat::kPanel / 16), [&](int64_t begin, int64_t end) { qat::multiply(p_, begin, end); });
-  }
-
- private:
-  qat::Linear p_ = {};
-  int64_t k_, row_;
-};
+// y of one float32 token x, by tiles, scale and bias (empty: none) and [N, K, G, base3].
+void project(const Tensor* tensors, const int64_t* sizes, double eps, const float* x, std::vector<float>& y) {
+  const Tensor& bias = tensors[2];
+  const Tensor* given = bias.numel() ? &bias : nullptr;
+  qat::Linear p = with_weights(tensors[0], tensors[1], given, sizes[0], sizes[1], sizes[2], sizes[3] != 0, eps);
+  y.resize(static_cast<size_t>(p.n));
+  const Scratch<int8_t> words(p.segments.row());
+  const Scratch<int32_t> sums(p.segments.count);
+  float divisor;
+  p.x = x;
+  p.y = y.data();
+  p.dtype = qat::Dtype::f32;
+  p.m = 1;
+  p.words = words.get();
+  p.sums = sums.get();
+  p.divisor = &divisor;
+  qat::quantize_tokens(p, 0, 1);
+  multiply(p);
+}
 
 constexpr size_t kLayerTensors = 16;  // norm, qkv, o, norm, gate and up, down (each projection 3), norms of q and k heads (or empty)
 constexpr size_t kLayerSizes = 16;    // of the four projections
-
-const float* floats(const Tensor& x, int64_t n, const char* what) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == n, what, " must be contiguous float32 of ", n, " elements");
-  return static_cast<const float*>(x.const_data_ptr());
-}
 
 // One token [1, H] through all layers of a Llama-shaped decoder: x += o(attend(qkv(norm(x)))), x += down(silu(gate(norm(x))) * up(norm(x))).
 // The token's keys and values are written at `position` of keys and values [layers, KV heads, room, D].
@@ -268,7 +250,7 @@ Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std:
   const int64_t layers = keys.size(0), kv_heads = keys.size(1), room = keys.size(2), width = keys.size(3), hidden = x.numel();
   const int64_t rotary = cos.numel(), block = kv_heads * room * width;
   STD_TORCH_CHECK(weights.size() == static_cast<size_t>(layers) * kLayerTensors && sizes.size() == static_cast<size_t>(layers) * kLayerSizes, "wrong number of weights");
-  STD_TORCH_CHECK(position >= 0 && position < room && heads % kv_heads == 0 && rotary <= width && rotary % 2 == 0, "wrong position, heads or rotary width");
+  STD_TORCH_CHECK(position >= 0 && position < room && kv_heads > 0 && heads % kv_heads == 0 && rotary <= width && rotary % 2 == 0, "wrong position, heads or rotary width");
   const float *cosine = floats(cos, rotary, "cos"), *sine = floats(sin, rotary, "sin");
   floats(keys, layers * block, "keys"), floats(values, layers * block, "values");
   auto* key = static_cast<float*>(keys.mutable_data_ptr());
@@ -286,12 +268,12 @@ Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std:
     STD_TORCH_CHECK(size[0] == (heads + 2 * kv_heads) * width && size[1] == hidden && size[4] == hidden && size[5] == heads * width &&
                     size[8] % 2 == 0 && size[9] == hidden && size[12] == hidden && size[13] == size[8] / 2, "projections do not fit each other");
     isa().rms_norm(h, floats(w[0], hidden, "norm"), hidden, eps, normed.data());
-    Projection(w + 1, size, act_eps)(normed.data(), qkv);
+    project(w + 1, size, act_eps, normed.data(), qkv);
     for (int64_t head = 0; head < heads + kv_heads; ++head) {
       float* part = &qkv[static_cast<size_t>(head * width)];
       const Tensor& norm = head < heads ? w[14] : w[15];
       if (norm.numel()) isa().rms_norm(part, floats(norm, width, "head norm"), width, eps, part);
-      qat::rotate(part, cosine, sine, rotary);
+      isa().rotate(part, cosine, sine, rotary);
     }
     for (int64_t head = 0; head < kv_heads; ++head) {
       const size_t bytes = static_cast<size_t>(width) * sizeof(float);
@@ -305,12 +287,12 @@ Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std:
                      &scores[static_cast<size_t>(head * room)], &attended[static_cast<size_t>(head * width)]);
       }
     });
-    Projection(w + 4, size + 4, act_eps)(attended.data(), out);
+    project(w + 4, size + 4, act_eps, attended.data(), out);
     for (int64_t i = 0; i < hidden; ++i) h[i] += out[static_cast<size_t>(i)];
     isa().rms_norm(h, floats(w[7], hidden, "norm"), hidden, eps, normed.data());
-    Projection(w + 8, size + 8, act_eps)(normed.data(), gated);
+    project(w + 8, size + 8, act_eps, normed.data(), gated);
     isa().gate(gated.data(), gated.data() + size[13], size[13]);
-    Projection(w + 11, size + 12, act_eps)(gated.data(), out);
+    project(w + 11, size + 12, act_eps, gated.data(), out);
     for (int64_t i = 0; i < hidden; ++i) h[i] += out[static_cast<size_t>(i)];
   }
   return y;
@@ -332,11 +314,8 @@ std::tuple<Tensor, Tensor> cpu_quantize_activation(const Tensor& x, bool per_ten
 // int8 t of float32 rows [R, L]: with scale [R], ternary; with threshold [R], binary.
 Tensor cpu_codes(const Tensor& rows, const Tensor& value, bool binary) {
   const int64_t r = rows.size(0), length = rows.size(1);
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float && rows.is_contiguous(), "rows must be contiguous float32");
-  STD_TORCH_CHECK(value.scalar_type() == ScalarType::Float && value.is_contiguous() && value.numel() == r, "wrong value");
+  const float *in = floats(rows, r * length, "rows"), *row_value = floats(value, r, "value");
   Tensor t = empty({r, length}, ScalarType::Char);
-  const auto* in = static_cast<const float*>(rows.const_data_ptr());
-  const auto* row_value = static_cast<const float*>(value.const_data_ptr());
   auto* out = static_cast<int8_t*>(t.mutable_data_ptr());
   const auto codes = binary ? isa().binary : isa().ternary;
   // A unit is a slice of a row, so that a single long row (one scale a tensor) is shared among the threads too.
@@ -355,13 +334,13 @@ Tensor cpu_dequantize(const Tensor& codes, const Tensor& scale, int64_t kind) {
   constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   const int64_t r = codes.size(0), length = codes.size(1), slice = 1024, slices = (length + slice - 1) / slice;
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && kind >= 0 && kind < 3, "wrong codes or kind");
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() && (scale.numel() == r || scale.numel() == 1), "wrong scale");
+  const int64_t step = scale.numel() == 1 ? 0 : 1;
+  const float* row_scale = floats(scale, step ? r : 1, "scale");
   Tensor out = empty({r, length}, kTypes[kind]);
   const qat::Dtype dtype = dtype_of(out);
   const auto* in = static_cast<const int8_t*>(codes.const_data_ptr());
-  const auto* row_scale = static_cast<const float*>(scale.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t size = dtype == qat::Dtype::f32 ? 4 : 2, step = scale.numel() == 1 ? 0 : 1;
+  const int64_t size = dtype == qat::Dtype::f32 ? 4 : 2;
   torch::stable::parallel_for(0, r * slices, grain(slice), [&](int64_t begin, int64_t end) {
     float floats[slice];
     for (int64_t i = begin; i < end; ++i) {
@@ -396,6 +375,8 @@ int64_t cpu_isa(int64_t request) {
     if (&isa() == &qat::isa_at(static_cast<int>(i))) return i;
   return best;
 }
+
+int64_t cpu_best_isa() { return qat::best_isa(); }
 
 // For qat.bench: read x once, and run so many rounds of dot products on every thread, giving the operations done.
 int64_t cpu_read(const Tensor& x) {
@@ -444,6 +425,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cpu_dequantize(Tensor codes, Tensor scale, int kind) -> Tensor");
   m.def("cpu_fingerprint(Tensor x) -> int");
   m.def("cpu_isa(int request) -> int");
+  m.def("cpu_best_isa() -> int");
   m.def("cpu_base3_tiles() -> bool");
   m.def("cpu_read(Tensor x) -> int");
   m.def("cpu_peak(int rounds) -> int");
@@ -464,6 +446,7 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_best_isa", TORCH_BOX(&cpu_best_isa));
   m.impl("cpu_peak", TORCH_BOX(&cpu_peak));
   m.impl("cpu_base3_tiles", TORCH_BOX(&cpu_base3_tiles));
 }

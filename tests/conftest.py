@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,27 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels() -> ctypes.CDLL:
+    """The CUDA kernels, compiled for the CPU."""
+    from emulator import COMPILER, compiled_kernels
+
+    if COMPILER is None:
+        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    return ctypes.CDLL(str(compiled_kernels()))
+
+
+@pytest.fixture
+def gpu(emulated_kernels: ctypes.CDLL) -> Iterator[Any]:
+    """An `Emulator` of a GPU."""
+    from emulator import Emulator
+
+    found = Emulator(emulated_kernels)
+    yield found
+    found.skip(None)
+    found.free()
 
 
 @pytest.fixture(scope="session")

@@ -71,20 +71,9 @@ int run_gemm(const Linear* p, int64_t tile) {
 }
 int run_packed_linear(const PackedLinear* p) { return packed_linear(*p, nullptr); }
 bool run_packed_linear_fused(const PackedLinear* p) { return packed_linear_fused(*p); }
-bool run_decode_serves(const PackedLinear* p) { return decode_serves(*p); }
 // The path of many tokens, whatever their number.
 int run_packed_gemm(const PackedLinear* p, int64_t tile) {
-  QuantizeActivation q = {};
-  q.x = p->x;
-  q.dtype = p->out.dtype;
-  q.m = p->m;
-  q.k = p->k;
-  q.per_tensor = p->per_tensor;
-  q.eps = p->eps;
-  q.codes = p->codes;
-  q.divisor = p->divisor;
-  q.workspace = p->workspace;
-  if (const int error = quantize_interleaved(q, p->groups, nullptr)) return error;
+  if (const int error = quantize_interleaved(*p, nullptr)) return error;
   if (tile == kHopper) return hopper_serves(*p) ? hopper_packed_gemm(*p, nullptr) : 1;
   return packed_gemm(*p, static_cast<Tile>(tile), nullptr);
 }

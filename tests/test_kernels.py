@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import CONFIGS, DTYPES, EPS, LAYOUTS, codes, configs, same, tokens
 from torch import Tensor
 
 import qat
 from qat import ops, packing
 from qat.config import QuantConfig
 from qat.ops import cpu
+from qat.ops.options import training_options, weight_options
 
 if not cpu.compiled():
     pytest.skip(f"no compiled kernels: {cpu.status().why}", allow_module_level=True)
 
-ROOT = str(Path(qat.__file__).parent.parent)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # M, N, K: one token, a few, many; N around the panel of 64 rows; K around blocks of 16 and superblocks of 80
 SHAPES = [(1, 1, 1), (1, 64, 16), (1, 130, 80), (2, 63, 81), (3, 65, 79), (5, 17, 33), (6, 128, 160), (7, 64, 161), (8, 200, 96)]
 SHAPES += [(13, 70, 243), (0, 5, 7), (4, 96, 2000), (200, 66, 320)]
@@ -47,23 +41,6 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def same(a: Tensor, b: Tensor) -> None:
-    assert a.dtype == b.dtype and a.shape == b.shape
-    assert torch.equal(a, b), f"{(a != b).sum()} of {a.numel()} differ, by up to {(a.double() - b.double()).abs().max()}"
-
-
-def inputs(m: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, k, generator=generator) * torch.logspace(-4, 3, max(m, 1))[:m, None]
-    if m > 2:
-        x[1] = 0  # an all-zero token
-    return x.to(dtype)
-
-
-def codes(n: int, k: int, seed: int = 1) -> Tensor:
-    return torch.randint(-1, 2, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-
-
 def scales(n: int, k: int, granularity: str, groups: int = 1) -> Tensor:
     shape = {"tensor": (1, 1), "channel": (n, 1), "group": (n, groups)}[granularity]
     return torch.rand(shape, generator=torch.Generator().manual_seed(2)) + 0.01
@@ -71,10 +48,10 @@ def scales(n: int, k: int, granularity: str, groups: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", ["2bit", "base3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_linear(shape, layout, dtype, threads):
     m, n, k = shape
-    x, packed = inputs(m, k, dtype), ops.pack_ternary(codes(n, k), layout)
+    x, packed = tokens(m, k, dtype), ops.pack_ternary(codes(n, k), layout)
     for granularity, bias in (("tensor", None), ("channel", torch.randn(n))):
         arguments = x, packed, scales(n, k, granularity), bias
         options = {"in_features": k, "layout": layout}
@@ -82,10 +59,10 @@ def test_packed_linear(shape, layout, dtype, threads):
 
 
 @pytest.mark.parametrize("k,groups", [(96, 3), (320, 2), (320, 4), (90, 6), (128, 1), (33, 11)])
-@pytest.mark.parametrize("layout", ["2bit", "base3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("m", [1, 7])
 def test_groups(m, k, groups, layout, threads):
-    x, packed, scale = inputs(m, k, torch.float32), ops.pack_ternary(codes(70, k), layout), scales(70, k, "group", groups)
+    x, packed, scale = tokens(m, k, torch.float32), ops.pack_ternary(codes(70, k), layout), scales(70, k, "group", groups)
     for weight_scale, bias in ((scale, torch.randn(70)), (scale[:1].contiguous(), None)):
         options = {"in_features": k, "layout": layout}
         same(
@@ -98,7 +75,7 @@ def test_groups(m, k, groups, layout, threads):
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
 def test_quantize_activation(granularity, dtype, threads):
     for m, k in ((1, 1), (5, 37), (9, 256), (0, 8), (3, 1000)):
-        x = inputs(m, k, dtype)
+        x = tokens(m, k, dtype)
         for a, b in zip(
             ops.quantize_activation(x, granularity), ops.quantize_activation(x, granularity, kernels="reference"), strict=True
         ):
@@ -150,20 +127,10 @@ def test_every_16_bit_float(dtype):
 @pytest.mark.parametrize("act_granularity", ["token", "tensor"])
 def test_views_and_shapes(act_granularity, dtype):
     packed, scale = ops.pack_ternary(codes(20, 48)), scales(20, 48, "tensor")
-    whole = inputs(24, 96, dtype).reshape(2, 12, 96)
+    whole = tokens(24, 96, dtype).reshape(2, 12, 96)
     for x in (whole[..., ::2], whole[..., 48:], whole.transpose(0, 1)[..., :48], whole[0, 0, :48], whole[:0, :, :48]):
         options = {"in_features": 48, "act_granularity": act_granularity}
         same(ops.packed_linear(x, packed, scale, **options), ops.packed_linear(x, packed, scale, **options, kernels="reference"))
-
-
-CONFIGS = [
-    QuantConfig(),
-    QuantConfig(weight="binary"),
-    QuantConfig(granularity="channel", scale_dtype="bfloat16"),
-    QuantConfig(granularity="group", group_size=24, scale="absmax"),
-    QuantConfig(act_granularity="tensor", scale="absmedian"),
-    QuantConfig(weight="binary", granularity="channel"),
-]
 
 
 def twin(config: QuantConfig, **changes) -> QuantConfig:
@@ -171,14 +138,14 @@ def twin(config: QuantConfig, **changes) -> QuantConfig:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.weight}-{c.granularity}-{c.act_granularity}")
+@configs
 def test_training_equals_reference(config, dtype, threads):
     weight, bias = torch.randn(40, 72), torch.randn(40)
     same(ops.quantize_weight(weight, config)[0], ops.quantize_weight(weight, twin(config, kernels="reference"))[0])
     results = []
     for kernels in ("auto", "reference"):
         w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-        x = inputs(22, 72, dtype).reshape(2, 11, 72).requires_grad_()
+        x = tokens(22, 72, dtype).reshape(2, 11, 72).requires_grad_()
         y = ops.bitlinear(x, w, b, twin(config, kernels=kernels))
         y.backward(torch.ones_like(y) * 0.5)
         results.append((y.detach(), x.grad, w.grad, b.grad))
@@ -241,7 +208,7 @@ def test_optimizer_steps_and_accumulation():
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
         for _ in range(3):
             for part in range(2):
-                loss = layer(inputs(6, 48, torch.float32, seed=part)).square().mean()
+                loss = layer(tokens(6, 48, torch.float32, seed=part)).square().mean()
                 loss.backward()
                 losses.append(loss.item())
             optimizer.step()
@@ -282,15 +249,14 @@ def test_opcheck():
     weight, x, bias = torch.randn(8, 16, requires_grad=True), torch.randn(3, 16, requires_grad=True), torch.randn(8)
     packed, scale = ops.pack_ternary(codes(8, 16)), torch.rand(1, 1)
     for name in ("bitlinear", "bitlinear_reference"):
-        arguments = x, weight, bias, "ternary", "absmean", "tensor", None, "float32", 8, "token", 1e-5, "input"
-        torch.library.opcheck(getattr(torch.ops.qat, name).default, arguments)
+        torch.library.opcheck(getattr(torch.ops.qat, name).default, (x, weight, bias, *training_options(QuantConfig())))
     for name in ("packed_linear", "packed_linear_reference"):
-        torch.library.opcheck(getattr(torch.ops.qat, name).default, (x, packed, scale, bias, 16, "2bit", 8, "token", 1e-5))
-    torch.library.opcheck(torch.ops.qat.quantize_activation.default, (x.detach(), "token", 1e-5))
+        torch.library.opcheck(getattr(torch.ops.qat, name).default, (x, packed, scale, bias, 16, "2bit", 8, "token", EPS))
+    torch.library.opcheck(torch.ops.qat.quantize_activation.default, (x.detach(), "token", EPS))
     torch.library.opcheck(
-        torch.ops.qat.quantize_weight.default, (weight.detach(), "ternary", "absmean", "channel", None, "float32", 1e-5)
+        torch.ops.qat.quantize_weight.default, (weight.detach(), *weight_options(QuantConfig(granularity="channel")))
     )
-    torch.library.opcheck(torch.ops.qat.quantized_matmul.default, (torch.randn(3, 8), codes(8, 16), 1e-5))
+    torch.library.opcheck(torch.ops.qat.quantized_matmul.default, (torch.randn(3, 8), codes(8, 16), EPS))
 
 
 @pytest.mark.parametrize("backward", ["input", "bf16", "int8"])
@@ -364,10 +330,10 @@ def test_prepared_layer_follows_its_buffers() -> None:
 
 
 def test_packed_layer_equals_trained_layer(threads):
-    for config in CONFIGS:
+    for config in CONFIGS.values():
         layer = qat.BitLinear(72, 40, config=config)
-        for layout in ("2bit", "base3"):
-            x = inputs(9, 72, torch.float32)
+        for layout in LAYOUTS:
+            x = tokens(9, 72, torch.float32)
             same(qat.PackedBitLinear.from_bitlinear(layer, layout)(x).detach(), layer(x).detach())
 
 
@@ -394,77 +360,6 @@ def test_bad_input(change, message):
     good = {"x": torch.zeros(2, 16), "packed": ops.pack_ternary(codes(8, 16)), "scale": torch.ones(1, 1), "in_features": 16}
     with pytest.raises(ValueError, match=message):
         ops.packed_linear(**{**good, **change})
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": ROOT, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300, check=False)
-
-
-CALL = "import torch, qat.ops as o; p = o.pack_ternary(torch.ones(4, 8, dtype=torch.int8)); "
-CALL += "print(o.packed_linear(torch.ones(1, 8), p, torch.ones(1, 1), in_features=8).tolist(), o.backend()['cpu']['kernels'])"
-
-
-@pytest.fixture
-def once(path):
-    if path != cpu.paths()[-1]:
-        pytest.skip("does not depend on the instruction set")
-
-
-@pytest.mark.usefixtures("once")
-class TestChoice:
-    def test_forced_path_and_message(self):
-        done = run(CALL, QAT_CPU_ISA="portable")
-        assert "compiled" in done.stdout and done.stderr.count("qat: compiled CPU kernels: portable") == 1
-
-    def test_unknown_path(self):
-        assert "choose one of portable" in run(CALL, QAT_CPU_ISA="sse9").stderr
-
-    def test_reference_by_environment(self):
-        done = run(CALL, QAT_KERNELS="reference")
-        assert done.stdout.startswith("[[8.0") and "reference" in done.stdout and "QAT_KERNELS=reference" in done.stderr
-
-    def test_no_compiler(self, tmp_path):
-        options = {"CXX": "/nowhere/g++", "QAT_BUILD_DIR": str(tmp_path)}
-        done = run(CALL, **options)
-        assert done.stdout.startswith("[[8.0") and "reference" in done.stdout and "no C++ compiler" in done.stderr
-        layer = "import qat; qat.BitLinear(8, 8, config=qat.QuantConfig(kernels='compiled'))"
-        assert "quant.kernels=compiled, but cpu has none: no C++ compiler" in run(layer, **options).stderr
-        built = subprocess.run(
-            [sys.executable, "-m", "qat.ops.build"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={"PATH": "", "PYTHONPATH": ROOT, "QAT_BUILD_DIR": str(tmp_path)},
-        )
-        assert built.returncode == 1 and built.stderr.startswith("qat: no compiled kernels: no C++ compiler")
-
-    def test_two_processes_and_a_killed_build(self, tmp_path):
-        """A build killed half way leaves a folder without `done` and torch's lock file; two processes then build at once."""
-        environment = {**os.environ, "PYTHONPATH": ROOT, "QAT_BUILD_DIR": str(tmp_path), "OMP_WAIT_POLICY": "passive"}
-
-        def start() -> subprocess.Popen[str]:
-            return subprocess.Popen(
-                [sys.executable, "-c", CALL],
-                env=environment,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-
-        killed = start()
-        while not list(tmp_path.glob("*/lock")) and killed.poll() is None:
-            time.sleep(0.05)
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.communicate()
-        assert list(tmp_path.glob("*/lock")) and not list(tmp_path.glob("*/done"))
-        outputs = [process.communicate(timeout=200) for process in [start(), start()]]
-        assert all(out.startswith("[[8.0") and "compiled" in out for out, _ in outputs)
-        assert sum("compiling" in err for _, err in outputs) == 1 and len(list(tmp_path.glob("*/done"))) == 1
-
-    def test_importing_is_lazy(self):
-        assert run("import qat.ops", CXX="/nowhere/g++").stderr == ""
 
 
 def test_packing_is_shared_with_the_reference():

@@ -12,6 +12,7 @@ from torch import Tensor
 from qat import BitLinear, QuantConfig, ops
 from qat.ops import cpu
 from qat.ops.choice import Status
+from qat.ops.options import training_options, weight_options
 from qat.quantizers import dequantize_weight
 
 N, K = 6, 20
@@ -23,10 +24,6 @@ CONFIGS = {
     "float activations": QuantConfig(act_bits=None),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-
-
-def weight_arguments(c: QuantConfig) -> tuple[object, ...]:
-    return c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype
 
 
 def packed_arguments(config: QuantConfig, layout: str = "2bit") -> tuple[Tensor, Tensor]:
@@ -55,7 +52,7 @@ def test_opcheck_quantize_activation(granularity: str) -> None:
 
 @configs
 def test_opcheck_quantize_weight(config: QuantConfig) -> None:
-    torch.library.opcheck(torch.ops.qat.quantize_weight.default, (torch.randn(N, K), *weight_arguments(config), 1e-5))
+    torch.library.opcheck(torch.ops.qat.quantize_weight.default, (torch.randn(N, K), *weight_options(config)))
 
 
 @pytest.mark.parametrize("layout", ["2bit", "base3"])
@@ -78,8 +75,7 @@ def test_opcheck_packed_linear(config: QuantConfig) -> None:
 def test_opcheck_bitlinear(config: QuantConfig, bias: bool) -> None:
     x, w = torch.randn(2, 3, K, requires_grad=True), torch.randn(N, K, requires_grad=True)
     b = torch.randn(N, requires_grad=True) if bias else None
-    rest = (*weight_arguments(config), config.act_bits, config.act_granularity, 1e-5, config.backward)
-    torch.library.opcheck(torch.ops.qat.bitlinear.default, (x, w, b, *rest))
+    torch.library.opcheck(torch.ops.qat.bitlinear.default, (x, w, b, *training_options(config)))
 
 
 @configs

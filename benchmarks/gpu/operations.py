@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from benchmarks.gpu.rows import Bench, Peer, Row, say, shape_of
 from benchmarks.gpu.timing import Call
 from qat import BitLinear, PackedBitLinear, QuantConfig, ops
 from qat.ops import cuda
-from qat.ops.options import WeightOptions
+from qat.ops.options import weight_options
 
 BITNET_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]  # qkv, o, gate and up, down: 30 layers of them
 WEIGHT_SHAPE, ACTIVATION_SHAPES, TRAINING_SHAPES = (13824, 2560), [(8192, 2560), (8192, 6912)], [(2560, 2560), (13824, 2560)]
@@ -55,9 +55,9 @@ def linear_peers(bench: Bench, n: int, k: int, m: int, cold: bool) -> dict[str, 
         ),
     }
 
-    def peer(make: object, weight_bytes: float, integer: bool) -> Peer:
+    def peer(make: Callable[[], Call], weight_bytes: float, integer: bool) -> Peer:
         count = bench.copies(n * k * weight_bytes) if cold else 1
-        return Peer(lambda: [make() for _ in range(count)], n * k * weight_bytes + 2.0 * m * (n + k), operations, integer)  # type: ignore[operator]
+        return Peer(lambda: [make() for _ in range(count)], n * k * weight_bytes + 2.0 * m * (n + k), operations, integer)
 
     return {name: peer(*made) for name, made in makers.items()}
 
@@ -145,14 +145,12 @@ def _quantize_weight(w: Tensor, config: QuantConfig) -> object:
 
 
 def _pack_weight(w: Tensor, config: QuantConfig) -> object:
-    c = config
-    options = WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps)
-    return torch.ops.qat.cuda_quantize_weight(w, *cuda.weight_arguments(w, options), True)
+    return torch.ops.qat.cuda_quantize_weight(w, *cuda.weight_arguments(w, weight_options(config)), True)
 
 
-def training_layers(n: int, k: int, device: torch.device) -> dict[str, object]:
+def training_layers(n: int, k: int, device: torch.device) -> dict[str, Callable[[], nn.Module]]:
     """name -> maker; the latent weights are float32, as autocast training has them, but for the baseline's."""
-    layers: dict[str, object] = {
+    layers: dict[str, Callable[[], nn.Module]] = {
         BASELINE: lambda: nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16),
         "nn.Linear, fp32 weight, autocast": lambda: nn.Linear(k, n, bias=False, device=device),
     }
@@ -167,8 +165,8 @@ def training_layers(n: int, k: int, device: torch.device) -> dict[str, object]:
     return layers
 
 
-def _training_calls(make: object, x: Tensor, grad: Tensor) -> list[Call]:
-    layer = make()  # type: ignore[operator]
+def _training_calls(make: Callable[[], nn.Module], x: Tensor, grad: Tensor) -> list[Call]:
+    layer = make()
     operands = [x, *layer.parameters()]
 
     def step() -> None:

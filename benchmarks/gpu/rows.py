@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,4 +104,3 @@ def shape_of(n: int, k: int) -> str:
 def say(text: str) -> None:
     """A heading, in step with the rows."""
     print(f"\n{text}", flush=True)
-    sys.stdout.flush()

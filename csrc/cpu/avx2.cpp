@@ -104,9 +104,17 @@ QAT_TARGET void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, 
   }
 }
 
+constexpr Isa with_avx2() {
+  Isa isa = path("avx2", kTokens, dot);
+  isa.to_float = to_float8;
+  isa.from_float = from_float8;
+  isa.quantize = quantize8;
+  return isa;
+}
+
 }  // namespace
 
-const Isa avx2 = {"avx2", kTokens, to_float8, from_float8, absmax, quantize8, dot, nullptr, nullptr, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, read, nullptr};
+constexpr Isa avx2 = with_avx2();
 
 }  // namespace qat
 #endif

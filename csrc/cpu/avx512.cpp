@@ -119,7 +119,14 @@ QAT_TARGET void dot_tokens(const uint32_t* tiles, const int8_t* words, int64_t s
     for (int j = 0; j < kVectors; ++j) _mm512_storeu_si512(out + m * kPanel + 16 * j, acc[m][j]);
 }
 
-// Store the four accumulators of every vector, whose position p carries a factor 4^p.
+// Four accumulators of every vector: that of position p carries a factor 4^p.
+QAT_TARGET inline void clear_positions(__m512i (&acc)[kVectors][4]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j)
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) acc[j][p] = _mm512_setzero_si512();
+}
+
 QAT_TARGET inline void store_positions(const __m512i (&acc)[kVectors][4], int32_t* out) {
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
@@ -133,10 +140,7 @@ QAT_TARGET void dot_one(const uint32_t* tiles, const int8_t* words, int64_t bloc
   __m512i mask[4], acc[kVectors][4];
 #pragma GCC unroll 4
   for (int p = 0; p < 4; ++p) mask[p] = _mm512_set1_epi8(static_cast<char>(3 << (2 * p)));
-#pragma GCC unroll 4
-  for (int j = 0; j < kVectors; ++j)
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) acc[j][p] = _mm512_setzero_si512();
+  clear_positions(acc);
   for (int64_t block = 0; block < blocks; ++block, tiles += kPanel, words += kBlock) {
     prefetch_block<_MM_HINT_T0>(tiles);
     __m512i x[4];
@@ -193,10 +197,7 @@ QAT_TARGET void dot_base3(const uint32_t* tiles, const int8_t* words, int64_t su
   __m512i mask[3], acc[kVectors][4];
 #pragma GCC unroll 4
   for (int p = 0; p < 3; ++p) mask[p] = _mm512_set1_epi8(static_cast<char>(3 << (2 * p)));
-#pragma GCC unroll 4
-  for (int j = 0; j < kVectors; ++j)
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) acc[j][p] = _mm512_setzero_si512();
+  clear_positions(acc);
   for (int64_t s = 0; s < supers; ++s, words += kSuperBlock) {
     for (int i = 0; i < 4; ++i, tiles += kPanel) {
       prefetch_block<_MM_HINT_T1>(tiles);
@@ -245,9 +246,21 @@ QAT_TARGET int64_t peak(int64_t rounds) {
   return rounds * kChains * 128;
 }
 
+constexpr Isa with_avx512() {
+  Isa isa = path("avx512", kTokens, dot);
+  isa.to_float = to_float16;
+  isa.from_float = from_float16;
+  isa.absmax = absmax16;
+  isa.quantize = quantize16;
+  isa.dot_base3 = dot_base3;
+  isa.expand_base3 = expand_base3_64;
+  isa.peak = peak;
+  return isa;
+}
+
 }  // namespace
 
-const Isa avx512 = {"avx512", kTokens, to_float16, from_float16, absmax16, quantize16, dot, dot_base3, expand_base3_64, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, read, peak};
+constexpr Isa avx512 = with_avx512();
 
 }  // namespace qat
 #endif

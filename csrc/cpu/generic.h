@@ -159,11 +159,21 @@ QAT_TARGET void gate(float* y, const float* up, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = y[i] / (1.0f + exponential(-y[i])) * up[i];
 }
 
+QAT_TARGET void rotate(float* x, const float* cos, const float* sin, int64_t n) {
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[half + i];
+    x[i] = a * cos[i] - b * sin[i];
+    x[half + i] = b * cos[half + i] + a * sin[half + i];
+  }
+}
+
 QAT_TARGET inline void add_scaled(float* __restrict y, const float* __restrict x, float factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
 }
 
-QAT_TARGET void attend(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale, float* weights, float* y) {
+QAT_TARGET void attend(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale,
+                       float* weights, float* y) {
   float most = -__builtin_inff(), sum = 0.0f;
   for (int64_t t = 0; t < length; ++t) {
     weights[t] = product(q, keys + t * width, width) * scale;
@@ -188,6 +198,29 @@ QAT_TARGET uint64_t read(const uint64_t* words, int64_t n) {
   for (int j = 0; j < 4; ++j)
     for (int lane = j ? 0 : 1; lane < 8; ++lane) sum[0][0] += sum[j][lane];
   return sum[0][0];
+}
+
+// A path of the functions above and its own `dot`; what else it has of its own, it puts in their place.
+constexpr Isa path(const char* name, int tokens, decltype(Isa::dot) dot) {
+  Isa isa = {};
+  isa.name = name;
+  isa.tokens = tokens;
+  isa.to_float = to_float;
+  isa.from_float = from_float;
+  isa.absmax = absmax;
+  isa.quantize = quantize;
+  isa.dot = dot;
+  isa.rescale = rescale;
+  isa.accumulate = accumulate;
+  isa.ternary = ternary;
+  isa.binary = binary;
+  isa.dequantize = dequantize;
+  isa.rms_norm = rms_norm;
+  isa.gate = gate;
+  isa.rotate = rotate;
+  isa.attend = attend;
+  isa.read = read;
+  return isa;
 }
 
 }  // namespace

@@ -61,11 +61,14 @@ struct Isa {
   void (*ternary)(const float* w, int64_t n, float scale, int8_t* t);
   void (*binary)(const float* w, int64_t n, float threshold, int8_t* t);
   void (*dequantize)(const int8_t* codes, int64_t n, float scale, float* out);
-  // What lies between the linears of a decoder, for one token (see decode.cpp): y = x / rms(x) * weight, y = silu(y) * up, and one
-  // head's softmax(q K^T * scale) V over `length` positions, with `weights` [length] as scratch.
+  // What lies between the linears of a decoder, for one token (cpu_decode in ops.cpp): y = x / rms(x) * weight; y = silu(y) * up;
+  // rotary embedding in halves over a head's first n elements, x cos + (-x2, x1) sin; and one head's softmax(q K^T * scale) V
+  // over `length` positions, with `weights` [length] as scratch.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
   void (*gate)(float* y, const float* up, int64_t n);
-  void (*attend)(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale, float* weights, float* y);
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t n);
+  void (*attend)(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale,
+                 float* weights, float* y);
   // For qat.bench: a sum that reads n words, and `rounds` of nothing but dot products, giving the number of operations.
   uint64_t (*read)(const uint64_t* words, int64_t n);
   int64_t (*peak)(int64_t rounds);  // null where there is no such instruction
@@ -87,7 +90,7 @@ extern const Isa avx2, avx512;
 extern const Isa neon;
 #endif
 
-// The paths this machine has, slowest first; `best_isa` is an index below `isa_count`.
+// The paths, slowest first, and the index of the last one that this machine has.
 const Isa& isa_at(int index);
 int best_isa();
 
@@ -120,9 +123,6 @@ struct Linear {
 void measure_tokens(const Linear& p, int64_t begin, int64_t end);  // max|x| of each token into divisor
 void quantize_tokens(const Linear& p, int64_t begin, int64_t end);
 void multiply(const Linear& p, int64_t begin, int64_t end);
-
-// Rotary embedding in halves of one head: x cos + (-x2, x1) sin, over the first `n` elements.
-void rotate(float* x, const float* cos, const float* sin, int64_t n);
 
 // Tiles of the panels [begin, end) from rows of codes: `2bit` or `base3` bytes, or int8 t.
 enum class Source { bits, base3, codes };

@@ -103,15 +103,6 @@ int64_t Linear::items() const {
   return panels() * ((m + chunk - 1) / chunk);
 }
 
-void rotate(float* x, const float* cos, const float* sin, int64_t n) {
-  const int64_t half = n / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = x[i], b = x[half + i];
-    x[i] = a * cos[i] - b * sin[i];
-    x[half + i] = b * cos[half + i] + a * sin[half + i];
-  }
-}
-
 void measure_tokens(const Linear& p, int64_t begin, int64_t end) {
   auto buffer = float_buffer(p);
   for (int64_t row = begin; row < end; ++row) p.divisor[row] = p.isa->absmax(float_row(p, row, buffer.data()), p.k);

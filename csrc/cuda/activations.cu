@@ -111,11 +111,7 @@ __global__ void __launch_bounds__(kBlock) quantize_rows(const Rows<T> p) {
     absmax = bits_to_float(*p.absmax);
   } else {
 #pragma unroll
-    for (int64_t i = 0; i < loads; ++i) {
-      const Chunk<T> chunk = chunk_at(i);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) absmax = max_nan(absmax, bits_to_float(float_to_bits(chunk[j]) & 0x7fffffffu));
-    }
+    for (int64_t i = 0; i < loads; ++i) absmax = absmax_with(absmax, chunk_at(i));
     absmax = reduce_threads<THREADS>(absmax, MaxNan(), slots + kBlock / kWarp);
   }
   if (p.phase == Phase::measure) {
@@ -216,8 +212,18 @@ int quantize_any(const QuantizeActivation& p, bool interleave, int64_t groups, c
 
 int quantize_activation(const QuantizeActivation& p, cudaStream_t stream) { return quantize_any(p, false, 1, stream); }
 
-int quantize_interleaved(const QuantizeActivation& p, int64_t groups, cudaStream_t stream) {
-  return quantize_any(p, true, groups, stream);
+int quantize_interleaved(const PackedLinear& p, cudaStream_t stream) {
+  QuantizeActivation q = {};
+  q.x = p.x;
+  q.dtype = p.out.dtype;
+  q.m = p.m;
+  q.k = p.k;
+  q.per_tensor = p.per_tensor;
+  q.eps = p.eps;
+  q.codes = p.codes;
+  q.divisor = p.divisor;
+  q.workspace = p.workspace;
+  return quantize_any(q, true, p.groups, stream);
 }
 
 }  // namespace qat::cuda

@@ -4,6 +4,14 @@
 
 namespace qat::cuda {
 
+// The largest of `most` and a chunk's magnitudes; a NaN stays.
+template <class T>
+__device__ __forceinline__ float absmax_with(float most, const Chunk<T>& chunk) {
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; ++i) most = max_nan(most, magnitude(chunk[i]));
+  return most;
+}
+
 // 127 / max(absmax, eps) as torch computes it. A NaN stays one.
 __device__ __forceinline__ float divisor_of(float absmax, float eps) {
   return mul(reciprocal(absmax < eps ? eps : absmax), 127.0f);

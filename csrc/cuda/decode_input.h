@@ -67,13 +67,6 @@ __device__ void take_codes(const Decode& p, int64_t token0, int tokens, unsigned
   if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = load_fresh_float(p.divisor + token0 + threadIdx.x);
 }
 
-template <class T>
-__device__ __forceinline__ float larger(float most, const Chunk<T>& chunk) {
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::kSize; ++i) most = max_nan(most, bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu));
-  return most;
-}
-
 // The same for one token that is not quantized yet. It stays in registers, but for what is longer than 3 loads a thread.
 template <class T, bool WIDE>
 __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* divisors, float* slots) {
@@ -85,9 +78,9 @@ __device__ void quantize_token(const Decode& p, unsigned char* x_shared, float* 
   for (int i = 0; i < kKept; ++i) kept[i] = load_chunk<WIDE, true>(x, first + i * kStep, p.k);
   float most = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) most = larger(most, kept[i]);
+  for (int i = 0; i < kKept; ++i) most = absmax_with(most, kept[i]);
   for (int begin = first + kKept * kStep; begin < p.k; begin += kStep)
-    most = larger(most, load_chunk<WIDE, true>(x, begin, p.k));
+    most = absmax_with(most, load_chunk<WIDE, true>(x, begin, p.k));
   const float divisor = divisor_of(reduce_threads<kBlock>(most, MaxNan(), slots), p.eps);
   auto* codes = reinterpret_cast<int8_t*>(x_shared);
 #pragma unroll

@@ -18,6 +18,8 @@ __device__ __forceinline__ void from_float(float value, float& out) { out = valu
 __device__ __forceinline__ void from_float(float value, Bf16& out) { out.bits = float_to_bfloat(value); }
 __device__ __forceinline__ void from_float(float value, F16& out) { out.bits = float_to_half(value); }
 
+__device__ __forceinline__ float magnitude(float x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
+
 template <class T>
 __device__ __forceinline__ float rounded(float value) {
   T out;
@@ -74,12 +76,6 @@ __device__ __forceinline__ void store_element(void* y, Dtype dtype, int64_t i, f
   } else {
     static_cast<uint16_t*>(y)[i] = dtype == Dtype::bf16 ? float_to_bfloat(value) : float_to_half(value);
   }
-}
-
-__device__ __forceinline__ float load_element(const void* x, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::f32) return static_cast<const float*>(x)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(x)[i];
-  return dtype == Dtype::bf16 ? to_float(Bf16{bits}) : to_float(F16{bits});
 }
 
 }  // namespace qat::cuda

@@ -4,9 +4,9 @@
 
 namespace qat::cuda {
 
-// quantize_activation into the scratch layout of PackedLinear: codes [M, padded_width(K, G)], groups padded with 0 to whole
-// blocks of 64, every 16 interleaved (codes.h).
-int quantize_interleaved(const QuantizeActivation& p, int64_t groups, cudaStream_t stream);
+// Quantizes x of a packed linear into its scratch: codes [M, padded_width(K, G)], groups padded with 0 to whole blocks of 64,
+// every 16 interleaved (codes.h), and the divisor.
+int quantize_interleaved(const PackedLinear& p, cudaStream_t stream);
 
 // Few tokens (decode.cu). `codes` null: quantized in the kernel, M = 1.
 bool decode_serves(const PackedLinear& p);

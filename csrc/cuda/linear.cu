@@ -23,17 +23,7 @@ int packed_linear(const PackedLinear& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return 0;
   if (packed_linear_fused(p)) return decode(p, stream);
   if (!p.codes || !p.divisor) return kInvalidValue;
-  QuantizeActivation q = {};
-  q.x = p.x;
-  q.dtype = p.out.dtype;
-  q.m = p.m;
-  q.k = p.k;
-  q.per_tensor = p.per_tensor;
-  q.eps = p.eps;
-  q.codes = p.codes;
-  q.divisor = p.divisor;
-  q.workspace = p.workspace;
-  if (const int error = quantize_interleaved(q, p.groups, stream)) return error;
+  if (const int error = quantize_interleaved(p, stream)) return error;
   if (decode_serves(p)) return decode(p, stream);
   if (hopper_wanted(p.m, p.n) && hopper_serves(p)) return hopper_packed_gemm(p, stream);
   return packed_gemm(p, gemm_tile(p.m, p.n, p.groups), stream);

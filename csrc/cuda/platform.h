@@ -16,7 +16,6 @@
 namespace qat::cuda {
 
 constexpr int kWarp = 32;
-constexpr int64_t kMaxGridY = 65535;
 constexpr int kInvalidValue = 1;                  // cudaErrorInvalidValue
 constexpr std::size_t kDefaultShared = 48 << 10;  // more must be asked for
 constexpr std::size_t kMostShared = 96 << 10;     // what a block may ask for on every GPU from sm_80 on (sm_86: 99 KB)

@@ -28,26 +28,22 @@ struct Weight {
   bool wide, wide_t;
 };
 
-template <class T>
-__device__ __forceinline__ void gather(const Weight<T>& p, const Chunk<T>& chunk, Moments& m) {
-  float magnitude = 0.0f, sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < Chunk<T>::kSize; ++i) {
-    const float size = bits_to_float(float_to_bits(chunk[i]) & 0x7fffffffu);
-    magnitude = p.absmax ? max_nan(magnitude, size) : add(magnitude, size);
-    sum = add(sum, chunk[i]);
-  }
-  if (!p.absmax) {
-    m.magnitude += static_cast<double>(magnitude);
-  } else if (!(static_cast<double>(magnitude) <= m.magnitude) && m.magnitude == m.magnitude) {
-    m.magnitude = static_cast<double>(magnitude);
-  }
-  if (p.binary) m.sum += static_cast<double>(sum);
-}
-
 struct Larger {  // keeps a NaN
   __device__ double operator()(double a, double b) const { return a != a || a > b ? a : b; }
 };
+
+template <class T>
+__device__ __forceinline__ void gather(const Weight<T>& p, const Chunk<T>& chunk, Moments& m) {
+  float size = 0.0f, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kSize; ++i) {
+    size = p.absmax ? max_nan(size, magnitude(chunk[i])) : add(size, magnitude(chunk[i]));
+    sum = add(sum, chunk[i]);
+  }
+  const auto found = static_cast<double>(size);
+  m.magnitude = p.absmax ? Larger()(m.magnitude, found) : m.magnitude + found;
+  if (p.binary) m.sum += static_cast<double>(sum);
+}
 
 template <int THREADS>
 __device__ __forceinline__ Moments combine(Moments m, bool absmax, bool binary, double* slots) {

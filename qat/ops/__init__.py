@@ -15,7 +15,7 @@ from torch import Tensor
 from qat.config import QuantConfig
 from qat.ops import cpu, cuda
 from qat.ops import library as library
-from qat.ops.options import TrainingOptions, WeightOptions
+from qat.ops.options import training_options, weight_options
 from qat.packing import get_layout
 
 _DEFAULT = QuantConfig()
@@ -73,7 +73,7 @@ def backend() -> dict[str, dict[str, str]]:
 @torch.compiler.assume_constant_result
 def check_kernels(kernels: str, device: str | None = None) -> None:
     """Raise ValueError when `quant.kernels=compiled` cannot be honoured on the device, or on none of all if None."""
-    if kernels != "compiled" or device == "meta":
+    if kernels != "compiled" or device == "meta" or (device == "cpu" and cpu.compiled()):  # a layer asks at every call
         return
     found = {name: status for name, status in backend().items() if name == (device or name)}
     reasons = "; ".join(f"{name} has none: {status['why']}" for name, status in found.items())
@@ -112,16 +112,6 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
     return _op("quantize_activation", kernels, x)(x, granularity, eps)
 
 
-def _weight_options(c: QuantConfig) -> WeightOptions:
-    return WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps)
-
-
-def _training_options(c: QuantConfig) -> TrainingOptions:
-    return TrainingOptions(
-        c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.act_bits, c.act_granularity, c.eps, c.backward
-    )
-
-
 def _check_weight(w: Tensor, config: QuantConfig) -> None:
     _need(w.is_floating_point() and w.ndim == 2, lambda: f"weight must be a floating-point matrix [N, K], not {_describe(w)}")
     group = config.group_size
@@ -140,7 +130,7 @@ def quantize_weight(w: Tensor, config: QuantConfig = _DEFAULT) -> tuple[Tensor, 
         ValueError: w is not a floating-point matrix; K is not a multiple of the group size.
     """
     _check_weight(w, config)
-    return _op("quantize_weight", config.kernels, w)(w, *_weight_options(config))
+    return _op("quantize_weight", config.kernels, w)(w, *weight_options(config))
 
 
 def pack_ternary(t: Tensor, layout: str = "2bit") -> Tensor:
@@ -232,4 +222,4 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Qua
     _check_bias(bias, weight.shape[0])
     _check_device(x, weight=weight, bias=bias)
     x = cast_for_autocast(x)
-    return _op("bitlinear", config.kernels, x)(x, weight, bias, *_training_options(config))[0]
+    return _op("bitlinear", config.kernels, x)(x, weight, bias, *training_options(config))[0]

@@ -4,7 +4,7 @@ python -m qat.ops.build                                 for this machine: CPU, a
 python -m qat.ops.build --cuda-arch native              CUDA alone, for the GPUs of this machine
 python -m qat.ops.build --cuda-arch 80 90a              CUDA alone, for these GPUs, wherever nvcc is
 python -m qat.ops.build --cuda-arch 80 90a --check      the table of registers; fails on a spill or a warning
-env $(python -m qat.ops.build --sanitize) python -m pytest tests/test_kernels.py -k "not TestChoice and not fullgraph"
+env $(python -m qat.ops.build --sanitize) python -m pytest ...    as `make sanitize` does; with --capture=sys, or a report is lost
 """
 
 from __future__ import annotations

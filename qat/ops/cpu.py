@@ -22,12 +22,11 @@ from qat import packing, quantizers
 from qat.ops import build_cpu, reference
 from qat.ops.choice import Status, choose
 from qat.ops.derived import Derived
+from qat.ops.operands import DTYPES, ELSEWHERE, MAX_WIDTH, float_bias, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
 
 _PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
-MAX_WIDTH = 2**18
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 _status: Status | None = None
@@ -36,20 +35,7 @@ _lock = threading.Lock()
 
 def paths() -> list[str]:
     """The instruction sets this CPU has a path for, slowest first."""
-    now = torch.ops.qat.cpu_isa(-1)
-    best = now
-    while best + 1 < len(_PATHS) and _try_isa(best + 1):
-        best += 1
-    torch.ops.qat.cpu_isa(now)
-    return list(_PATHS[: best + 1])
-
-
-def _try_isa(index: int) -> bool:
-    try:
-        torch.ops.qat.cpu_isa(index)
-    except RuntimeError:
-        return False
-    return True
+    return list(_PATHS[: torch.ops.qat.cpu_best_isa() + 1])
 
 
 def select_isa(name: str) -> None:
@@ -79,7 +65,7 @@ def _fake_linear(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, n
 def _load() -> str:
     library, _ = build_cpu.load()
     torch.library.register_fake("qat::cpu_linear", _fake_linear)  # so that torch.compile may hold it (qat.inference)
-    return f"{start_isa()} kernels from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
+    return f"{start_isa()} kernels from {library}; {ELSEWHERE}"
 
 
 def status() -> Status:
@@ -140,33 +126,24 @@ def packed_tiles(packed: Tensor, scale: Tensor, k: int, layout: str) -> tuple[Te
     Raises:
         ValueError: a byte of `packed` holds no ternary codes.
     """
-    found, token = _packed_weights.get((packed, scale), k, layout)
+    found, slot = _packed_weights.get((packed, scale), k, layout)
     if found is not None:
         return found
     packing.check_packed(packed, k, layout)
     groups = scale.shape[1]
     base3 = layout == "base3" and torch.ops.qat.cpu_base3_tiles() and _base3_is_smaller(k, groups)
     tiles = torch.ops.qat.cpu_tile(packed.contiguous(), k, groups, layout == "base3", base3)
-    return _packed_weights.put(token, (tiles, _tile_scale(scale, packed.shape[0]), base3))
+    return _packed_weights.put(slot, (tiles, _tile_scale(scale, packed.shape[0]), base3))
 
 
 def _serves(x: Tensor, k: int) -> bool:
     return k <= MAX_WIDTH and compiled()
 
 
-def _narrow(x: Tensor) -> Tensor:
-    """float64 is quantized from float32, as the reference does."""
-    return x if x.dtype in _DTYPES else x.float()
-
-
-def _bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float().contiguous()
-
-
 def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
     if x.ndim == 0 or not x.is_floating_point() or not _serves(x, x.shape[-1]) or x.numel() == 0:
         return reference.quantize_activation(x, granularity, eps)
-    return torch.ops.qat.cpu_quantize_activation(_narrow(x), granularity == "tensor", eps)
+    return torch.ops.qat.cpu_quantize_activation(narrow(x), granularity == "tensor", eps)
 
 
 def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -184,14 +161,14 @@ def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     if o.act_bits is None or not _serves(x, o.in_features):
         return reference.packed_linear(x, packed, scale, bias, *options)
     arguments = _linear_arguments(packed, scale, bias, o)
-    return torch.ops.qat.cpu_linear(_narrow(x), *arguments).to(x.dtype)
+    return torch.ops.qat.cpu_linear(narrow(x), *arguments).to(x.dtype)
 
 
 def _linear_arguments(packed: Tensor, scale: Tensor, bias: Tensor | None, o: PackedOptions) -> tuple[Any, ...]:
     """What `cpu_linear` takes after x."""
     tiles, tile_scale, base3 = packed_tiles(packed, scale, o.in_features, o.layout)
     groups, per_tensor = scale.shape[1], o.act_granularity == "tensor"
-    return tiles, tile_scale, _bias(bias), packed.shape[0], o.in_features, groups, base3, per_tensor, o.eps
+    return tiles, tile_scale, float_bias(bias), packed.shape[0], o.in_features, groups, base3, per_tensor, o.eps
 
 
 def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: PackedOptions) -> tuple[Any, ...] | None:
@@ -204,12 +181,12 @@ def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: Pac
 
 def _latent_codes(w: Tensor, options: WeightOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(t, scale, tiles, scale as the kernels read it) of a latent weight, kept until the weight changes."""
-    found, token = _latent_weights.get((w,), *options)
+    found, slot = _latent_weights.get((w,), *options)
     if found is not None:
         return found
     t, scale = quantize_weight(w, *options)
     tiles = torch.ops.qat.cpu_tile_codes(t.contiguous(), scale.shape[1])
-    return _latent_weights.put(token, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
+    return _latent_weights.put(slot, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
 
 
 def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -218,7 +195,7 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
         return reference.bitlinear(x, weight, bias, *options)
     t, w_scale, tiles, tile_scale = _latent_codes(weight, o.weight)
     y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(
-        _narrow(x), tiles, tile_scale, _bias(bias), n, k, w_scale.shape[1], o.act_granularity == "tensor", o.eps
+        narrow(x), tiles, tile_scale, float_bias(bias), n, k, w_scale.shape[1], o.act_granularity == "tensor", o.eps
     )
     # Views: an op's results belong to its caller, the cache keeps its own tensors.
     return y.to(x.dtype), x_q, x_scale, t.view(t.shape), w_scale.view(w_scale.shape)
@@ -228,20 +205,20 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     n, k = t.shape
     if t.numel() == 0 or not _serves(x, n):
         return reference.quantized_matmul(x, t, eps)
-    tiles, token = _transposed_codes.get((t,))
+    tiles, slot = _transposed_codes.get((t,))
     if tiles is None:
-        tiles = _transposed_codes.put(token, torch.ops.qat.cpu_tile_codes(t.t().contiguous(), 1))
-    return torch.ops.qat.cpu_linear(_narrow(x), tiles, torch.ones(1), None, k, n, 1, False, False, eps).to(x.dtype)
+        tiles = _transposed_codes.put(slot, torch.ops.qat.cpu_tile_codes(t.t().contiguous(), 1))
+    return torch.ops.qat.cpu_linear(narrow(x), tiles, torch.ones(1), None, k, n, 1, False, False, eps).to(x.dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype not in _DTYPES or codes.numel() == 0 or not compiled():
+    if dtype not in DTYPES or codes.numel() == 0 or not compiled():
         return reference.dequantize(codes, scale, dtype)
     groups = scale.shape[-1]
     if scale.numel() > 1:
         scale = scale.expand(*codes.shape[:-1], groups)
     rows = codes.contiguous().view(-1, codes.shape[-1] // groups)
-    return torch.ops.qat.cpu_dequantize(rows, scale.reshape(-1).contiguous(), _DTYPES.index(dtype)).view(codes.shape)
+    return torch.ops.qat.cpu_dequantize(rows, scale.reshape(-1).contiguous(), DTYPES.index(dtype)).view(codes.shape)
 
 
 KERNELS = {

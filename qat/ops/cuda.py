@@ -25,11 +25,10 @@ from qat.ops import build_cuda, reference
 from qat.ops.cache import BuildError
 from qat.ops.choice import Status, choose
 from qat.ops.derived import Derived
+from qat.ops.operands import ELSEWHERE, MAX_WIDTH, float_bias, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
 
-MAX_WIDTH = 2**18
 MAX_INT8_WIDTH = 2**17  # sums of int8 times int8 stay in int32
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The enums of csrc/cuda/kernels.h
 _GRANULARITIES = {"tensor": 0, "channel": 1, "group": 2}
 _REDUCTIONS = {"absmean": 0, "absmax": 1}
@@ -54,7 +53,7 @@ def _load(index: int) -> str:
     built = build_cuda.archs_of(library)
     if not any(build_cuda.serves(one, arch) for one in built):
         raise BuildError(f"{library} is built for {', '.join(built)}, but {name} needs {arch}; name it in QAT_CUDA_ARCHS")
-    return f"{name} (sm_{arch}) from {library}; float activations and in_features > {MAX_WIDTH} run in pure torch"
+    return f"{name} (sm_{arch}) from {library}; {ELSEWHERE}"
 
 
 def status(index: int | None = None) -> Status:
@@ -69,15 +68,6 @@ def status(index: int | None = None) -> Status:
 
 def _serves(x: Tensor, k: int = 0) -> bool:
     return k <= MAX_WIDTH and status(x.device.index).kernels == "compiled"
-
-
-def _narrow(x: Tensor) -> Tensor:
-    """float64 is quantized from float32, as the reference does."""
-    return x if x.dtype in _DTYPES else x.float()
-
-
-def _bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float().contiguous()
 
 
 _bits = Derived(lambda tensor: tensor._version)
@@ -98,14 +88,14 @@ def two_bit(packed: Tensor, k: int, layout: str) -> Tensor:
         return packed.contiguous()
     if packed.is_inference():  # it counts no versions
         return torch.ops.qat.cuda_repack(packed.contiguous(), k)
-    found, token = _bits.get((packed,), k)
+    found, slot = _bits.get((packed,), k)
     stream, capturing = torch.cuda.current_stream(packed.device), torch.cuda.is_current_stream_capturing()
     if found is None:
-        bits, stale = torch.ops.qat.cuda_repack(packed.contiguous(), k), _bits.stale(token)
+        bits, stale = torch.ops.qat.cuda_repack(packed.contiguous(), k), _bits.stale(slot)
         if capturing:
             return bits
         bits = bits if stale is None else stale[0].copy_(bits)
-        _bits.put(token, (bits, stream, stream.record_event()))
+        _bits.put(slot, (bits, stream, stream.record_event()))
         return bits
     bits, maker, ready = found
     if stream != maker and not capturing:  # the start of a capture has waited for the device
@@ -116,13 +106,13 @@ def two_bit(packed: Tensor, k: int, layout: str) -> Tensor:
 def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
     if x.ndim == 0 or not x.is_floating_point() or x.numel() == 0 or not _serves(x, x.shape[-1]):
         return reference.quantize_activation(x, granularity, eps)
-    return torch.ops.qat.cuda_quantize_activation(_narrow(x), granularity == "tensor", eps)
+    return torch.ops.qat.cuda_quantize_activation(narrow(x), granularity == "tensor", eps)
 
 
 def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if w.ndim != 2 or not w.is_floating_point() or w.numel() == 0 or not _serves(w):
         return quantizers.quantize_weight(w, *options)
-    return torch.ops.qat.cuda_quantize_weight(_narrow(w), *weight_arguments(w, WeightOptions(*options)), False)
+    return torch.ops.qat.cuda_quantize_weight(narrow(w), *weight_arguments(w, WeightOptions(*options)), False)
 
 
 def weight_arguments(w: Tensor, o: WeightOptions) -> tuple[Any, ...]:
@@ -157,7 +147,7 @@ def unpack_ternary(packed: Tensor, k: int, layout: str) -> Tensor:
 def _linear_arguments(packed: Tensor, scale: Tensor, bias: Tensor | None, o: PackedOptions) -> tuple[Any, ...]:
     """What `cuda_packed_linear` takes between x and `overlap`."""
     bits = two_bit(packed, o.in_features, o.layout)
-    return bits, scale.contiguous(), _bias(bias), o.in_features, o.act_granularity == "tensor", o.eps
+    return bits, scale.contiguous(), float_bias(bias), o.in_features, o.act_granularity == "tensor", o.eps
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -165,7 +155,7 @@ def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     if o.act_bits is None or x.numel() == 0 or packed.numel() == 0 or not _serves(x, o.in_features):
         return reference.packed_linear(x, packed, scale, bias, *options)
     arguments = _linear_arguments(packed, scale, bias, o)
-    return torch.ops.qat.cuda_packed_linear(_narrow(x), *arguments, False).to(x.dtype)
+    return torch.ops.qat.cuda_packed_linear(narrow(x), *arguments, False).to(x.dtype)
 
 
 def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: PackedOptions) -> tuple[Any, ...] | None:
@@ -184,7 +174,7 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
     if o.act_bits is None or x.numel() == 0 or weight.numel() == 0 or not _serves(x, weight.shape[1]):
         return reference.bitlinear(x, weight, bias, *options)
     t, w_scale = quantize_weight(weight, *o.weight)
-    y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(_narrow(x), t, w_scale, _bias(bias), o.act_granularity == "tensor", o.eps)
+    y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(narrow(x), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps)
     return y.to(x.dtype), x_q, x_scale, t, w_scale
 
 
@@ -192,7 +182,7 @@ def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     if x.numel() == 0 or t.numel() == 0 or not _serves(x, t.shape[0]):
         return reference.quantized_matmul(x, t, eps)
     one = x.new_ones(1, 1, dtype=torch.float32)
-    return torch.ops.qat.cuda_bitlinear(_narrow(x), t.t().contiguous(), one, None, False, eps)[0].to(x.dtype)
+    return torch.ops.qat.cuda_bitlinear(narrow(x), t.t().contiguous(), one, None, False, eps)[0].to(x.dtype)
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:

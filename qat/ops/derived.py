@@ -17,7 +17,7 @@ class Derived:
         self.entries: dict[tuple[Any, ...], tuple[tuple[StorageWeakRef, ...], tuple[Any, ...], Any]] = {}
 
     def get(self, tensors: tuple[Tensor, ...], *options: Any) -> tuple[Any, Any]:
-        """The value, or None, and the token to store one with."""
+        """The value, or None, and the slot to put one into."""
         key = (*[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors], *options)
         versions = tuple([self.version(t) for t in tensors])
         entry = self.entries.get(key)
@@ -25,9 +25,9 @@ class Derived:
             return entry[2], None
         return None, (key, tensors, versions)
 
-    def stale(self, token: Any) -> Any:
+    def stale(self, slot: Any) -> Any:
         """The value of the same tensors as they were before they changed, or None."""
-        key, tensors, _ = token
+        key, tensors, _ = slot
         entry = self.entries.get(key)
         return entry[2] if entry is not None and self._is_of(entry[0], tensors) else None
 
@@ -35,10 +35,13 @@ class Derived:
     def _is_of(refs: tuple[StorageWeakRef, ...], tensors: tuple[Tensor, ...]) -> bool:
         return all(ref.cdata == t.untyped_storage()._cdata for ref, t in zip(refs, tensors, strict=True))
 
-    def put(self, token: Any, value: Any) -> Any:
-        """Keep the value, and forget those of freed tensors."""
-        key, tensors, versions = token
-        for old in [k for k, (refs, *_) in list(self.entries.items()) if any(ref.expired() for ref in refs)]:
-            self.entries.pop(old, None)
+    def put(self, slot: Any, value: Any) -> Any:
+        """Keep the value. One of tensors not seen before makes those of freed ones forgotten: a training step, which
+        puts every weight's anew, does not look through all of them for each.
+        """
+        key, tensors, versions = slot
+        if key not in self.entries:
+            for old in [k for k, (refs, *_) in list(self.entries.items()) if any(ref.expired() for ref in refs)]:
+                self.entries.pop(old, None)
         self.entries[key] = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors), versions, value
         return value

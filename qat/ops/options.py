@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_type_hints
 
+from qat.config import QuantConfig
+
 
 class ActivationOptions(NamedTuple):
     """How activations become int8 codes."""
@@ -54,6 +56,18 @@ class TrainingOptions(NamedTuple):
     def weight(self) -> WeightOptions:
         """The weight's part."""
         return WeightOptions(self.scheme, self.scale, self.granularity, self.group_size, self.scale_dtype, self.eps)
+
+
+def weight_options(c: QuantConfig) -> WeightOptions:
+    """How a layer of this configuration quantizes its weight."""
+    return WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps)
+
+
+def training_options(c: QuantConfig) -> TrainingOptions:
+    """How a layer of this configuration trains."""
+    return TrainingOptions(
+        c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.act_bits, c.act_granularity, c.eps, c.backward
+    )
 
 
 _SCHEMA_TYPES = {str: "str", int: "int", float: "float", int | None: "int?"}

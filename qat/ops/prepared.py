@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qat.ops import cpu, cuda
+from qat.ops.operands import DTYPES
 from qat.ops.options import PackedOptions
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CALLS = {"cpu": cpu.linear_call, "cuda": cuda.linear_call}
 
 
@@ -42,7 +42,7 @@ class PreparedLinear:
     def serves(self, x: Tensor) -> bool:
         """Whether x needs nothing but the kernel: no gradient, no autocast, no conversion and no error message."""
         return (
-            x.dtype in _DTYPES
+            x.dtype in DTYPES
             and x.device == self.device
             and x.ndim > 0
             and x.shape[-1] == self.k

@@ -1,0 +1,23 @@
+"""What the compiled kernels of every device take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of x, in the order of the kernels' enums."""
+MAX_WIDTH = 2**18
+"""Most in_features: sums stay far from the ends of int32."""
+ELSEWHERE = f"float activations and in_features > {MAX_WIDTH} run in pure torch"
+"""For people: what is left to the reference."""
+
+
+def narrow(x: Tensor) -> Tensor:
+    """float64 is quantized from float32, as the reference does."""
+    return x if x.dtype in DTYPES else x.float()
+
+
+def float_bias(bias: Tensor | None) -> Tensor | None:
+    """The bias as it is added."""
+    return None if bias is None else bias.float().contiguous()

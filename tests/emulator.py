@@ -1,0 +1,304 @@
+"""The CUDA kernels on the CPU: csrc/cuda compiled for csrc/cuda/emulation.h, and its launchers as functions of tensors.
+
+Nothing here needs a GPU or nvcc. `Emulator` holds guarded memory and the switches: the order of threads, and a barrier to skip.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from kernel_checks import DTYPES, EPS, tokens
+from torch import Tensor
+
+import qat
+from qat import packing, quantizers
+from qat.ops import reference
+from qat.ops.cache import build_root, digest
+
+ROOT = Path(qat.__file__).resolve().parent.parent
+FLAGS = [
+    "-x",
+    "c++",
+    "-std=c++20",
+    "-O1",
+    "-fPIC",
+    "-DQAT_EMULATE",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+    "-Wno-unknown-pragmas",
+]
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+GRANULARITIES = ["tensor", "channel", "group"]
+REDUCES = ["absmean", "absmax"]
+TILES = ["small", "medium", "large", "hopper"]
+
+
+class QuantizeActivation(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("dtype", c_int),
+        ("m", c_int64),
+        ("k", c_int64),
+        ("per_tensor", c_bool),
+        ("eps", c_float),
+        ("norm_weight", c_void_p),
+        ("norm_eps", c_float),
+        ("codes", c_void_p),
+        ("divisor", c_void_p),
+        ("scale", c_void_p),
+        ("workspace", c_void_p),
+    ]
+
+
+class QuantizeWeight(Structure):
+    _fields_ = [
+        ("w", c_void_p),
+        ("dtype", c_int),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("groups", c_int64),
+        ("granularity", c_int),
+        ("reduce", c_int),
+        ("binary", c_bool),
+        ("scale_dtype", c_int),
+        ("eps", c_float),
+        ("t", c_void_p),
+        ("packed", c_void_p),
+        ("scale", c_void_p),
+        ("workspace", c_void_p),
+    ]
+
+
+class Output(Structure):
+    _fields_ = [("y", c_void_p), ("dtype", c_int), ("scale", c_void_p), ("scale_stride", c_int64), ("bias", c_void_p)]
+
+
+class Linear(Structure):
+    _fields_ = [
+        ("codes", c_void_p),
+        ("divisor", c_void_p),
+        ("t", c_void_p),
+        ("m", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("groups", c_int64),
+        ("out", Output),
+        ("raw", c_bool),
+    ]
+
+
+class PackedLinear(Structure):
+    _fields_ = [
+        ("x", c_void_p),
+        ("per_tensor", c_bool),
+        ("eps", c_float),
+        ("packed", c_void_p),
+        ("m", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("groups", c_int64),
+        ("out", Output),
+        ("codes", c_void_p),
+        ("divisor", c_void_p),
+        ("workspace", c_void_p),
+        ("overlap", c_bool),
+    ]
+
+
+def compiled_kernels() -> Path:
+    """The emulated kernels as a shared library, built once for this content."""
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "emulation.cpp"]
+    headers = sorted((ROOT / "csrc" / "cuda").glob("*.h"))
+    key = digest(" ".join(FLAGS), *(file.read_bytes() for file in [*sources, *headers]))
+    folder = build_root() / f"emulation-{key}"
+    library = folder / "emulation.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"{source.name}.{os.getpid()}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path) -> None:
+        done = subprocess.run([str(COMPILER), *FLAGS, "-c", source, "-o", target], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{source.name} does not compile for the emulation:\n{done.stderr[:3000]}"
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources, objects))
+    finished = folder / f"{os.getpid()}.so"
+    subprocess.run([str(COMPILER), "-shared", "-o", finished, *objects], check=True)
+    finished.rename(library)
+    for file in objects:
+        file.unlink()
+    return library
+
+
+def compiled_ops() -> Path:
+    """csrc/ops_cuda.cpp for the emulation, linked with the emulated kernels; kept beside them."""
+    kernels, source, torch_folder = compiled_kernels(), ROOT / "csrc" / "ops_cuda.cpp", Path(torch.__file__).parent
+    key = digest(source.read_bytes(), (ROOT / "csrc" / "cuda" / "kernels.h").read_bytes(), torch.__version__)
+    library = kernels.parent / f"ops-{key}.so"
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}")
+        command = [str(COMPILER), *FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000", "-shared", "-o", str(made), str(source)]
+        command += ["-isystem", str(torch_folder / "include"), "-x", "none", str(kernels)]
+        command += [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu", "-Wl,-z,defs"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"ops_cuda.cpp does not compile for the emulation:\n{done.stderr[:3000]}"
+        made.rename(library)
+    return library
+
+
+def passed(argument: Any) -> Any:
+    """Structures by pointer; numbers and addresses as 64 bits."""
+    return ctypes.byref(argument) if isinstance(argument, Structure) else c_int64(argument or 0)
+
+
+class Emulator:
+    """Memory that is guarded on the side that `at_end` says, and the kernels on it, threads in order `order`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library, self.order, self.at_end = library, 0, True
+        self.buffers: list[int] = []
+        library.emulation_allocate.restype = c_void_p
+        library.emulation_allocate.argtypes = [c_int64, c_bool]
+        library.emulation_data.restype = c_void_p
+        library.emulation_data.argtypes = [c_void_p]
+        library.emulation_free.argtypes = [c_void_p]
+        library.emulation_failure.restype = ctypes.c_char_p
+        library.emulation_sites.restype = ctypes.c_char_p
+        library.run_packed_linear_fused.restype = c_bool
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[int, Callable[[], Tensor]]:
+        """Poisoned memory: its address, and a function that reads it."""
+        like = torch.empty(shape, dtype=dtype)
+        size = like.numel() * like.element_size()
+        buffer = self.library.emulation_allocate(size, self.at_end)
+        self.buffers.append(buffer)
+        address = self.library.emulation_data(buffer)
+
+        def read() -> Tensor:
+            ctypes.memmove(like.data_ptr(), address, size)
+            return like
+
+        return address, read
+
+    def put(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        address, _ = self.empty(*tensor.shape, dtype=tensor.dtype)
+        ctypes.memmove(address, tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        return address
+
+    def run(self, name: str, *arguments: Any) -> None:
+        """Launch; AssertionError with what the emulation saw, unless it went well."""
+        self.library.emulation_order(c_uint64(self.order))
+        error = getattr(self.library, name)(*map(passed, arguments))
+        assert error == 0, f"{name}: error {error}: {self.library.emulation_failure().decode()}"
+
+    def skip(self, site: str | None) -> None:
+        """Take out the barriers of one source line, as `file:line`."""
+        file, _, line = (site or ":0").rpartition(":")
+        self.library.emulation_skip(file.encode(), int(line))
+
+    def sites(self) -> list[str]:
+        return self.library.emulation_sites().decode().split()
+
+    def free(self) -> None:
+        for buffer in self.buffers:
+            self.library.emulation_free(buffer)
+        self.buffers.clear()
+
+
+def quantize_activation(gpu: Emulator, x: Tensor, per_tensor: bool, norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    m, k = x.shape
+    codes, read_codes = gpu.empty(m, k, dtype=torch.int8)
+    divisor, read_divisor = gpu.empty(m, 1)
+    scale, read_scale = gpu.empty(m, 1)
+    workspace, _ = gpu.empty(16384, dtype=torch.uint8)
+    arguments = (per_tensor, EPS, gpu.put(norm), 1e-6, codes, divisor, scale, workspace)
+    gpu.run("run_quantize_activation", QuantizeActivation(gpu.put(x), DTYPES.index(x.dtype), m, k, *arguments))
+    return read_codes(), read_divisor(), read_scale()
+
+
+class Weights(SimpleNamespace):
+    """What quantize_weight gives: t, packed, scale."""
+
+
+def quantize_weight(
+    gpu: Emulator, w: Tensor, scheme: str, reduce: str, granularity: str, groups: int, scale_dtype: int = 0
+) -> Weights:
+    n, k = w.shape
+    rows = {"tensor": (1, 1), "channel": (n, 1), "group": (n, groups)}[granularity]
+    t, read_t = gpu.empty(n, k, dtype=torch.int8)
+    packed, read_packed = gpu.empty(n, -(-k // 4), dtype=torch.uint8)
+    scale, read_scale = gpu.empty(*rows)
+    workspace, _ = gpu.empty(16384, dtype=torch.uint8)
+    kinds = GRANULARITIES.index(granularity), REDUCES.index(reduce), scheme == "binary"
+    arguments = (*kinds, scale_dtype, EPS, t, packed, scale, workspace)
+    gpu.run("run_quantize_weight", QuantizeWeight(gpu.put(w), DTYPES.index(w.dtype), n, k, groups, *arguments))
+    return Weights(t=read_t(), packed=read_packed(), scale=read_scale())
+
+
+class Problem(SimpleNamespace):
+    """A linear: x, t, packed, scale, bias."""
+
+
+def problem(
+    m: int, n: int, k: int, groups: int = 1, scales: str = "row", dtype: torch.dtype = torch.bfloat16, bias: bool = True
+) -> Problem:
+    t = torch.randint(-1, 2, (n, k), dtype=torch.int8)
+    scale = torch.rand(n if scales == "row" else 1, groups) / 20 + 0.001
+    packed = packing.pack_ternary(t, "2bit")
+    return Problem(x=tokens(m, k, dtype), t=t, packed=packed, scale=scale, bias=torch.randn(n) if bias else None, groups=groups)
+
+
+def expected_linear(p: Problem, granularity: str = "token") -> Tensor:
+    return reference.packed_linear(p.x, p.packed, p.scale, p.bias, p.x.shape[1], "2bit", 8, granularity, EPS)
+
+
+def output(gpu: Emulator, p: Problem) -> tuple[Output, Callable[[], Tensor]]:
+    y, read = gpu.empty(p.x.shape[0], p.t.shape[0], dtype=p.x.dtype)
+    stride = p.groups if p.scale.shape[0] > 1 else 0
+    return Output(y, DTYPES.index(p.x.dtype), gpu.put(p.scale), stride, gpu.put(p.bias)), read
+
+
+def packed_linear(gpu: Emulator, p: Problem, per_tensor: bool = False, tile: str | None = None) -> Tensor:
+    """By the path that the shape takes, or by the one of many tokens with that tile."""
+    (m, k), n, length = p.x.shape, p.t.shape[0], p.x.shape[1] // p.groups
+    out, read = output(gpu, p)
+    codes, _ = gpu.empty(m, p.groups * -(-length // 64) * 64, dtype=torch.int8)
+    divisor, _ = gpu.empty(m)
+    workspace, _ = gpu.empty(16384, dtype=torch.uint8)
+    call = PackedLinear(gpu.put(p.x), per_tensor, EPS, gpu.put(p.packed), m, n, k, p.groups, out, codes, divisor, workspace, True)
+    if tile is None:
+        if gpu.library.run_packed_linear_fused(ctypes.byref(call)):
+            call.codes = call.divisor = call.workspace = None
+        gpu.run("run_packed_linear", call)
+    else:
+        gpu.run("run_packed_gemm", call, TILES.index(tile))
+    return read()
+
+
+def linear(gpu: Emulator, p: Problem, tile: str | None = None, raw: bool = False) -> Tensor:
+    codes, divisor = quantizers.activation_codes(p.x, "token", EPS)
+    out, read = output(gpu, p)
+    if raw:
+        out.y, read = gpu.empty(p.x.shape[0], p.t.shape[0], dtype=torch.int32)
+        out.scale = out.bias = divisor = None
+    (m, k), n = p.x.shape, p.t.shape[0]
+    call = Linear(gpu.put(codes), gpu.put(divisor), gpu.put(p.t), m, n, k, p.groups, out, raw)
+    if tile is None:
+        gpu.run("run_linear", call)
+    else:
+        gpu.run("run_gemm", call, TILES.index(tile))
+    return read()
