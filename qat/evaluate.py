@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.loading import Loaded, load, run_verb
+from qat.loading import Loaded, load
+from qat.verb import add_model, run_verb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,15 +193,12 @@ def samples(found: Loaded, teacher: Loaded | None, prompts: Sequence[Tensor], ne
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description="What a model is worth, on a text or on tasks.")
-    parser.add_argument(
-        "model", metavar="MODEL", help="run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE"
-    )
+    add_model(parser)
     parser.add_argument("--text", help=".txt, .jsonl or .parquet file, or pydoc_data.topics: perplexity on it")
     parser.add_argument("--context", type=int, help="tokens a window (default: 512, or the model's most)")
     parser.add_argument("--stride", type=int, help="tokens by which the window moves (default: the context)")
     parser.add_argument("--max-tokens", type=int, help="evaluate the first so many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows or task requests at once (default: 8)")
-    parser.add_argument("--head", default="full", choices=("full", "6bit", "8bit"), help="bits of the output head")
     parser.add_argument("--teacher", metavar="MODEL", help="compare with this model: KL, top-1 agreement")
     parser.add_argument("--layers", action="store_true", help="with --teacher: each quantized layer's relative error")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="print N continuations of the text")

@@ -6,8 +6,6 @@ A further kind gets its own branch in `load`, and says in `Loaded.kind` what it 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,16 +113,3 @@ def _quant_method(folder: Path) -> str | None:
         return config["quantization_config"]["quant_method"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def run_verb(name: str, action: Callable[[], None]) -> int:
-    """Run a verb; a ValueError or OSError, which users cause, becomes one line on stderr and exit code 2."""
-    try:
-        action()
-    except (ValueError, OSError) as error:
-        print(f"qat.{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"qat.{name}: interrupted", file=sys.stderr)
-        return 130
-    return 0

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
-    0: ["config", "registration"],
+    0: ["config", "registration", "verb"],
     1: ["quantizers", "packing", "ops"],
     2: ["bitlinear", "selection", "conversion", "inference"],
     3: ["distill", "schedule", "perplexity", "compare"],

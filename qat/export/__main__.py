@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.evaluate import DEFAULT_CONTEXT, run_verb
+from qat.evaluate import DEFAULT_CONTEXT
 from qat.export import FORMATS, get_format
+from qat.verb import run_verb
 
 if TYPE_CHECKING:
     from qat.perplexity import Window
