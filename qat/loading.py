@@ -78,25 +78,21 @@ def _load_full(path: str) -> Loaded:
 def _load_stock(folder: Path) -> Loaded:
     """With stock transformers, as a user would, but its warnings about keys are errors."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from qat.export.folder import one_line, refuse_report
+    from qat.export.packed import quiet
+
     reader: Any = AutoModelForCausalLM
     try:
-        model, report = reader.from_pretrained(folder, output_loading_info=True)
+        with quiet():
+            model, report = reader.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # transformers raises nearly any class here
-        raise ValueError(f"cannot load the model {folder}: {' '.join(str(error).split())[:300]}") from error
-    wrong = [f"{what.replace('_', ' ')} {sorted(map(str, report[what]))[0]}" for what in _REPORTED if report[what]]
-    if wrong:
-        raise ValueError(f"{folder} does not fit its own config: {'; '.join(wrong)}")
+        raise ValueError(f"cannot load the model {folder}: {one_line(error)}") from error
+    refuse_report(report, folder)
     linear_class = model.config.quantization_config.linear_class
     return Loaded(
         model.eval(), _tokenizer(str(folder)), f"stock bitnet folder (linear_class {linear_class}), read by transformers"
     )
-
-
-_REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def _tokenizer(path: str) -> Any:
