@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qat.perplexity import perplexity as perplexity
     from qat.perplexity import windows as windows
 
-DEFAULT_CONTEXT = 512
+_DEFAULT_CONTEXT = 512
 _PROMPT_TOKENS = 32
 _WORST_LAYERS = 10
 
@@ -124,7 +124,7 @@ def _on_text(
     from qat.perplexity import exp_mean, log_likelihood, windows
 
     assert asked.text is not None
-    context = _context(found.model, context)
+    context = window_context(found.model, context)
     stride = context if stride is None else stride
     tokens = text_tokens(asked.text, found.tokenizer, DataConfig(), max_tokens)
     batches = list(windows(tokens, context, stride, batch_size))
@@ -143,10 +143,17 @@ def _on_text(
     return result
 
 
-def _context(model: Any, context: int | None) -> int:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def window_context(model: Any, context: int | None = None) -> int:
+    """Tokens a window: what was asked for, by default 512 or the model's largest position where that is less.
+
+    Raises:
+        ValueError: more than the model's positions.
+    """
+    from qat.models import context_length
+
+    most = context_length(model)
     if context is None:
-        return min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        return min(most or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
     if most is not None and context > most:
         raise ValueError(f"--context {context} is above the model's {most} positions")
     return context

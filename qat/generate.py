@@ -161,7 +161,9 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed; it must be at least 1")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from qat.models import context_length
+
+    most = context_length(model)
     if most is None or prompt + max_new_tokens <= most:
         return max_new_tokens
     if prompt >= most:

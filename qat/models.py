@@ -206,9 +206,14 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
+def context_length(model: Any) -> int | None:
+    """The longest sequence that a transformers model was made for, in tokens; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_context(model: PreTrainedModel, sequence_length: int) -> None:
     """Raise ValueError if the model was not made for sequences of so many tokens."""
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = context_length(model)
     if most is not None and sequence_length > most:
         raise ValueError(f"data.sequence_length={sequence_length} is above the model's context of {most} tokens")
 
