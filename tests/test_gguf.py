@@ -14,7 +14,7 @@ from torch import nn
 
 import qat
 from qat import QuantConfig
-from qat.export import gguf_blocks, gguf_file, gguf_i2s, gguf_models, gguf_tensors, gguf_tokenizer, gguf_verify, llamacpp
+from qat.export import ggml, gguf_blocks, gguf_file, gguf_i2s, gguf_models, gguf_tensors, gguf_tokenizer, gguf_verify
 from qat.export.gguf_blocks import BLOCKS, decode, encode
 from qat.export.tensors import packed_layers
 from qat.perplexity import windows
@@ -27,7 +27,7 @@ from qat.export import gguf  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "models/stories260k").is_dir(), reason=f"{SHARED} is absent")
-needs_llama_cpp = pytest.mark.skipif(llamacpp.version() is None, reason="llama-cpp-python is not installed: make llama-cpp")
+needs_llama_cpp = pytest.mark.skipif(ggml.version() is None, reason="llama-cpp-python is not installed: make llama-cpp")
 
 
 def random_rows(name: str, n: int = 3, blocks: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +86,7 @@ def test_stock_codecs_write_and_read_the_same_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_ggml_reads_the_same_weights(name: str) -> None:
     t, d = random_rows(name, n=5, blocks=3)
-    values = llamacpp.dequantize(encode(t, d, name), name, t.size).reshape(t.shape)
+    values = ggml.dequantize(encode(t, d, name), name, t.size).reshape(t.shape)
     assert np.array_equal(values, gguf_blocks.dequantize(t, d))
 
 
@@ -96,7 +96,7 @@ def test_ggml_writes_the_same_blocks(name: str) -> None:
     t, d = random_rows(name)
     t[:, :: BLOCKS[name].weights] = 1  # ggml takes the scale from the largest weight
     values = gguf_blocks.dequantize(t, d)
-    written = llamacpp.quantize(values, BLOCKS[name].number).reshape(len(t), -1)
+    written = ggml.quantize(values, BLOCKS[name].number).reshape(len(t), -1)
     assert np.array_equal(gguf_blocks.dequantize(*decode(written, name)), values)
 
 
@@ -240,7 +240,7 @@ def test_every_architecture_in_llama_cpp(tmp_path: Path, name: str) -> None:
     model = packed_model(name)
     info = save(model, tmp_path / "x.gguf")
     assert info["verification"]["tensors"] == len(gguf_file.read(tmp_path / "x.gguf").tensors)  # type: ignore[index]
-    if llamacpp.version() is None:
+    if ggml.version() is None:
         pytest.skip("llama-cpp-python is not installed: make llama-cpp")
     found = gguf.verify(tmp_path / "x.gguf", model, IDS[:64][None], WINDOWS)
     assert found["logits_difference"] < 0.03, found  # 0.46 with llama's heads in the wrong order
@@ -390,7 +390,7 @@ def test_i2_s_files(tmp_path: Path, kind: str, order: str) -> None:
 @pytest.mark.parametrize("floats", gguf_tensors.FLOATS)
 def test_types_of_embeddings(tmp_path: Path, floats: str) -> None:
     model = packed_model(changes={"hidden_size": 256}, exclude="*down_proj")
-    if floats == "q6_k" and llamacpp.version() is None:
+    if floats == "q6_k" and ggml.version() is None:
         with pytest.raises(ValueError, match="llama-cpp-python is not installed"):
             save(model, tmp_path / "x.gguf", floats=floats)
         return
@@ -457,7 +457,7 @@ def test_a_quantized_head_is_written_as_such(tmp_path: Path, name: str) -> None:
     model = packed_model(name, {"tie_word_embeddings": False}, include=["*layers*", "lm_head"])
     info = save(model, tmp_path / "x.gguf")
     assert "lm_head" in packed_layers(model) and kinds(tmp_path / "x.gguf")["output.weight"] == 42
-    if llamacpp.version():
+    if ggml.version():
         assert gguf.verify(tmp_path / "x.gguf", model, IDS[:64][None], WINDOWS)["logits_difference"] < 0.03, info
 
 
