@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.export import gguf_i2s
-from qat.export.gguf_blocks import BLOCKS, OLD_Q2_0, decode, dequantize
+from qat.export.gguf_blocks import BLOCKS, NAMES, OLD_Q2_0, decode, dequantize
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 WRITER_KEY = "qat.version"
-_NAMES = {kind.number: name for name, kind in BLOCKS.items()}
 _NEW = (BLOCKS["q1_0"].number, BLOCKS["q2_0"].number)  # which the gguf package cannot dequantize
 _MOST_DIMENSIONS = 4
 _SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of the value type
@@ -53,7 +52,7 @@ class GGUFFile:
         tensor = self.tensors[name]
         try:
             return _dequantize(tensor, order)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:  # the latter: gguf knows the type's size, but not its codec
             raise ValueError(f"tensor {name!r} {error}") from error
 
 
@@ -63,9 +62,9 @@ def _dequantize(tensor: Tensor, order: str) -> NDArray[np.float32]:
     if tensor.kind == gguf_i2s.NUMBER:
         t, scale = gguf_i2s.decode(tensor.data, (tensor.shape[0], tensor.shape[1]), order)
         return dequantize(t, np.full((1, 1), scale))
-    if tensor.kind in _NAMES:
+    if tensor.kind in NAMES:
         rows = tensor.data.reshape(int(np.prod(tensor.shape[:-1])), -1)
-        return dequantize(*decode(rows, _NAMES[tensor.kind])).reshape(tensor.shape)
+        return dequantize(*decode(rows, NAMES[tensor.kind])).reshape(tensor.shape)
     rows = tensor.data.reshape(*tensor.shape[:-1], -1)
     values = quants.dequantize(rows, GGMLQuantizationType(tensor.kind)).reshape(tensor.shape)
     if not np.isfinite(values).all():
@@ -77,8 +76,8 @@ def block_size(kind: int) -> tuple[int, int] | None:
     """(weights, bytes) of a block of type number `kind`; None for a type that is not known."""
     from gguf import GGML_QUANT_SIZES
 
-    if kind in _NAMES:
-        block = BLOCKS[_NAMES[kind]]
+    if kind in NAMES:
+        block = BLOCKS[NAMES[kind]]
         return block.weights, block.bytes
     sizes = {int(number): size for number, size in GGML_QUANT_SIZES.items()}
     return sizes.get(kind)
@@ -135,10 +134,12 @@ def stock_readable(file: str | Path) -> Iterator[str]:
 
 
 def kind_name(kind: int) -> str:
-    """What llama.cpp calls the type of that number."""
+    """What llama.cpp, or bitnet.cpp, calls the type of that number."""
     from gguf import GGMLQuantizationType
 
-    return _NAMES[kind].upper() if kind in _NAMES else GGMLQuantizationType(kind).name
+    if kind == gguf_i2s.NUMBER:
+        return "I2_S"
+    return NAMES[kind].upper() if kind in NAMES else GGMLQuantizationType(kind).name
 
 
 def read(file: str | Path) -> GGUFFile:
