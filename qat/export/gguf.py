@@ -40,7 +40,7 @@ def unsupported(model: nn.Module, tokenizer: Any = None, *, type: str = "auto", 
         if not quantized_layers(model):
             raise ValueError(f"{model.__class__.__name__} has no quantized layers")
         found, config, padding = _plan(model, type)
-        settings(config, getattr(config, "intermediate_size", None))
+        settings(config)
         if tokenizer is not None:
             vocabulary(tokenizer, config.vocab_size, pre_tokenizer)
         for source in gguf_tensors.sources(model, config, found, padding):
@@ -91,7 +91,7 @@ def save(
     tensors, choices, rounding = _build(gguf_tensors.sources(model, config, found, padding), type, floats)
     metadata = {
         **_general(model, choices, tensors, {"name": target.stem, **(card or {})}),
-        **{f"{found.name}.{key}": value for key, value in settings(config, getattr(config, "intermediate_size", None)).items()},
+        **{f"{found.name}.{key}": value for key, value in settings(config).items()},
         **(_NO_TOKENIZER if tokenizer is None else vocabulary(tokenizer, config.vocab_size, pre_tokenizer)),
     }
     info: dict[str, Any] = {"file": str(file), "types": gguf_tensors.summary(choices), "scale_rounding": rounding}
