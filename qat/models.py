@@ -82,9 +82,9 @@ def load_model(config: ModelConfig, path: str | None = None) -> PreTrainedModel:
     return model.eval()
 
 
-def _stock_readable(source: str) -> AbstractContextManager[str]:
+def _stock_readable(source: str, *, weights: bool = True) -> AbstractContextManager[str]:
     """A damaged .gguf file is refused here: transformers' own messages on it say nothing."""
-    return gguf_file.stock_readable(source) if source.endswith(".gguf") else nullcontext(source)
+    return gguf_file.stock_readable(source, weights=weights) if source.endswith(".gguf") else nullcontext(source)
 
 
 def _silence() -> None:
@@ -181,7 +181,7 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
     _silence()
     from transformers import AutoTokenizer
 
-    with _stock_readable(source) as readable:
+    with _stock_readable(source, weights=False) as readable:
         arguments = _arguments(config, path, readable)
         folder = str(Path(readable).parent) if "gguf_file" in arguments else readable
         try:

@@ -109,8 +109,10 @@ def write(file: Path, architecture: str, metadata: Mapping[str, Any], tensors: M
 
 
 @contextmanager
-def stock_readable(file: str | Path) -> Iterator[str]:
+def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
     """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float32.
+
+    Without `weights` the copy has no tensors: enough for the tokenizer, and as quickly written for a model of any size.
 
     Raises:
         ValueError: the file is damaged, or holds I2_S, whose order it does not tell.
@@ -124,7 +126,7 @@ def stock_readable(file: str | Path) -> Iterator[str]:
         return
     plain = {
         name: Tensor(tensor.shape, 0, found.float32(name).reshape(-1).view(np.uint8)) if tensor.kind in _NEW else tensor
-        for name, tensor in found.tensors.items()
+        for name, tensor in (found.tensors.items() if weights else ())
     }
     metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
     with tempfile.TemporaryDirectory(prefix="qat-gguf-") as folder:
