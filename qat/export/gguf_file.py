@@ -23,6 +23,7 @@ from qat.export.gguf_blocks import BLOCKS, NAMES, OLD_Q2_0, decode, dequantize
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 WRITER_KEY = "qat.version"
 _NEW = (BLOCKS["q1_0"].number, BLOCKS["q2_0"].number)  # which the gguf package cannot dequantize
+_FLOAT16 = 1
 _MOST_DIMENSIONS = 4
 _SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of the value type
 _STRING, _ARRAY = 8, 9
@@ -110,9 +111,10 @@ def write(file: Path, architecture: str, metadata: Mapping[str, Any], tensors: M
 
 @contextmanager
 def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
-    """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float32.
+    """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float16.
 
-    Without `weights` the copy has no tensors: enough for the tokenizer, and as quickly written for a model of any size.
+    float16 holds them exactly: they are 0 or plus and minus the block's float16 scale. Without `weights` the copy has no tensors:
+    enough for the tokenizer, and as quickly written for a model of any size.
 
     Raises:
         ValueError: the file is damaged, or holds I2_S, whose order it does not tell.
@@ -125,7 +127,7 @@ def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
         yield str(file)
         return
     plain = {
-        name: Tensor(tensor.shape, 0, found.float32(name).reshape(-1).view(np.uint8)) if tensor.kind in _NEW else tensor
+        name: _half(tensor.shape, found.float32(name)) if tensor.kind in _NEW else tensor
         for name, tensor in (found.tensors.items() if weights else ())
     }
     metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
@@ -133,6 +135,10 @@ def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
         copy = Path(folder, Path(file).name)
         write(copy, found.metadata["general.architecture"], metadata, plain)
         yield str(copy)
+
+
+def _half(shape: tuple[int, ...], values: NDArray[np.float32]) -> Tensor:
+    return Tensor(shape, _FLOAT16, values.astype(np.float16).reshape(-1).view(np.uint8))
 
 
 def kind_name(kind: int) -> str:
