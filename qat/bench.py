@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from qat import __version__, ops
+from qat.bench_ggml import GgmlLinear
 from qat.bitlinear import BitLinear, PackedBitLinear
 from qat.config import QuantConfig
-from qat.ggml import GgmlLinear
 from qat.ops import cpu
 
 SHAPES = ["2560x2560", "6912x2560", "2560x6912", "4096x4096", "11008x4096"]
@@ -180,7 +180,7 @@ def measure_linear(
         for name in peers:
             try:
                 runs[name] = _calls(name, n, k, m, cold)
-            except (RuntimeError, AttributeError) as error:
+            except (RuntimeError, AttributeError, ValueError) as error:
                 print(f"{name} failed: {str(error).splitlines()[0]}", file=sys.stderr)
         taken = take_turns(runs, seconds, 0 if cold else 2)
     limits = Limits.of(taken)

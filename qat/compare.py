@@ -71,7 +71,7 @@ def layer_errors(model: nn.Module, reference: nn.Module, ids: Tensor) -> dict[st
         x, y = theirs[name]
         with torch.no_grad():
             alone = model.get_submodule(name)(x)
-        found[name] = LayerError(_relative(alone, y), _relative(mine[name][1], y))
+        found[name] = LayerError(relative_error(alone, y), relative_error(mine[name][1], y))
     return found
 
 
@@ -107,6 +107,16 @@ def _record(model: nn.Module, names: Iterable[str], ids: Tensor) -> Mapping[str,
     return seen
 
 
-def _relative(y: Tensor, reference: Tensor) -> float:
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """||y - reference|| / ||reference||, Frobenius norms in float64."""
     y, reference = y.double(), reference.double()
     return ((y - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+def beyond(found: Mapping[str, Any], tolerance: Mapping[str, float]) -> dict[str, str]:
+    """What differs by more than it may, `found["<what>_difference"]` > tolerance[what], and by how much in words; NaN does."""
+    return {
+        what: f"by {found[f'{what}_difference']:.2e} (allowed {limit:g})"
+        for what, limit in tolerance.items()
+        if not found[f"{what}_difference"] <= limit
+    }

@@ -1,7 +1,4 @@
-"""One sequence, token by token: prefill, then steps of one token over a cache that is allocated once.
-
-transformers' own growing cache copies all keys and values at every token, its static one makes attention read the whole room
-at every token. Here the room is allocated once and attention gets a view of what is filled.
+"""One sequence, token by token: prefill, then steps of one token over a cache that is allocated once (`qat.kvcache`).
 
 A small model's token takes a few milliseconds, of which Python and torch's dispatcher are most: some 40 calls a layer. So the
 layers of the common shape (RMS norms, rotary halves, grouped queries, a SiLU gate: Llama, Mistral, Qwen 2 and 3) run in one call
@@ -15,45 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from qat.inference import Leader, TiledLinear
+from qat.kvcache import BufferedLayer, buffered_cache
 
 SHAPES = ("llama", "mistral", "qwen2", "qwen3")
 """The `model_type`s that `qat::cpu_decode` knows."""
 _GROWING_ROPE = ("dynamic", "longrope")  # their angles depend on the length
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values [B, H, room, D] of one layer, filled up to `length`."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def take(self, keys: Tensor, values: Tensor) -> None:
-        """Use these buffers [B, H, room, D]."""
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values, self.is_initialized = keys, values, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, H, T, D]; views of everything up to there."""
-        if not self.is_initialized:
-            batch, heads, _, width = key_states.shape
-            sizes = (batch, heads, self.room)
-            self.take(key_states.new_zeros(*sizes, width), value_states.new_zeros(*sizes, value_states.shape[-1]))
-        start, end = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        """Tokens that are filled."""
-        return self.length
 
 
 class Decoder:
@@ -61,8 +26,7 @@ class Decoder:
 
     def __init__(self, model: Any, room: int) -> None:
         self.model = model
-        self.cache = DynamicCache(config=model.config)
-        self.cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+        self.cache = buffered_cache(model, room)
         self.native = native(model, self.cache.layers, room)
 
     @torch.inference_mode()
@@ -111,7 +75,7 @@ def native(model: Any, cache: list[Any], room: int) -> Native | None:
     if config.model_type not in SHAPES or config.hidden_act != "silu" or model.dtype != torch.float32:
         return None
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in _GROWING_ROPE or not all(type(layer) is RoomyLayer for layer in cache):
+    if rope in _GROWING_ROPE or not all(type(layer) is BufferedLayer for layer in cache):
         return None
     layers = [_layer(layer) for layer in model.model.layers]
     if not layers or any(layer is None for layer in layers):

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.loading import Loaded, load, run_verb
+from qat.loading import Loaded, load
+from qat.verb import add_model, run_verb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from qat.perplexity import perplexity as perplexity
     from qat.perplexity import windows as windows
 
-DEFAULT_CONTEXT = 512
+_DEFAULT_CONTEXT = 512
 _PROMPT_TOKENS = 32
 _WORST_LAYERS = 10
 
@@ -123,7 +124,7 @@ def _on_text(
     from qat.perplexity import exp_mean, log_likelihood, windows
 
     assert asked.text is not None
-    context = _context(found.model, context)
+    context = window_context(found.model, context)
     stride = context if stride is None else stride
     tokens = text_tokens(asked.text, found.tokenizer, DataConfig(), max_tokens)
     batches = list(windows(tokens, context, stride, batch_size))
@@ -142,10 +143,17 @@ def _on_text(
     return result
 
 
-def _context(model: Any, context: int | None) -> int:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def window_context(model: Any, context: int | None = None) -> int:
+    """Tokens a window: what was asked for, by default 512 or the model's largest position where that is less.
+
+    Raises:
+        ValueError: more than the model's positions.
+    """
+    from qat.models import context_length
+
+    most = context_length(model)
     if context is None:
-        return min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        return min(most or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
     if most is not None and context > most:
         raise ValueError(f"--context {context} is above the model's {most} positions")
     return context
@@ -192,15 +200,12 @@ def samples(found: Loaded, teacher: Loaded | None, prompts: Sequence[Tensor], ne
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qat.evaluate", description="What a model is worth, on a text or on tasks.")
-    parser.add_argument(
-        "model", metavar="MODEL", help="run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE"
-    )
+    add_model(parser)
     parser.add_argument("--text", help=".txt, .jsonl or .parquet file, or pydoc_data.topics: perplexity on it")
     parser.add_argument("--context", type=int, help="tokens a window (default: 512, or the model's most)")
     parser.add_argument("--stride", type=int, help="tokens by which the window moves (default: the context)")
     parser.add_argument("--max-tokens", type=int, help="evaluate the first so many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows or task requests at once (default: 8)")
-    parser.add_argument("--head", default="full", choices=("full", "6bit", "8bit"), help="bits of the output head")
     parser.add_argument("--teacher", metavar="MODEL", help="compare with this model: KL, top-1 agreement")
     parser.add_argument("--layers", action="store_true", help="with --teacher: each quantized layer's relative error")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="print N continuations of the text")

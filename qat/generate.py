@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.loading import Loaded, load, run_verb
+from qat.loading import Loaded, load
+from qat.verb import add_model, run_verb
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qat.decode import Decoder
-
-HEADS = ("full", "6bit", "8bit")
 
 
 @dataclass
@@ -162,7 +161,9 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed; it must be at least 1")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from qat.models import context_length
+
+    most = context_length(model)
     if most is None or prompt + max_new_tokens <= most:
         return max_new_tokens
     if prompt >= most:
@@ -250,9 +251,7 @@ def peak_bytes() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qat.generate", description="Continue a text, token by token.")
-    parser.add_argument(
-        "model", metavar="MODEL", help="run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE"
-    )
+    add_model(parser)
     parser.add_argument("--prompt", required=True, help="text to continue, or - to read it from stdin")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--system", help="with --chat: the system message")
@@ -261,7 +260,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest that reach this sum (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--head", default="full", choices=HEADS, help="bits of the output head: fewer are faster, less exact")
     return parser
 
 
@@ -270,11 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(arguments))
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # stock unpacking is compiled at its first call: 19 s on a CPU
     path, prompt = args.pop("model"), args.pop("prompt")
-    return run_verb("generate", lambda: _run(path, sys.stdin.read() if prompt == "-" else prompt, args))
-
-
-def _run(path: str, prompt: str, args: dict[str, Any]) -> None:
-    generate(path, prompt, **args)
+    return run_verb("generate", lambda: generate(path, sys.stdin.read() if prompt == "-" else prompt, **args))
 
 
 if __name__ == "__main__":

@@ -112,14 +112,14 @@ class Follower(nn.Module):
         return output
 
 
-def tile(model: nn.Module, *, fuse: bool = True) -> int:
+def tile(model: nn.Module) -> int:
     """Replace PackedBitLinear layers by TiledLinear, in place, fused where they share an input; how many it replaced.
 
     0 where the compiled CPU kernels do not serve: the layers stay as they are, and run in pure torch.
     """
     count = 0
     for parent in list(model.modules()):
-        for names in SHARED_INPUT if fuse else ():
+        for names in SHARED_INPUT:
             layers = [getattr(parent, name, None) for name in names]
             if all(_tileable(layer) for layer in layers) and all(fits_with(layers[0], layer) for layer in layers):  # type: ignore[arg-type]
                 leader = Leader(layers)  # type: ignore[arg-type]

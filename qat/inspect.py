@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qat.evaluate import run_verb
+from qat.verb import run_verb
 
 if TYPE_CHECKING:
     from qat.export.contents import Codes, Contents

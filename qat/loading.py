@@ -6,8 +6,6 @@ A further kind gets its own branch in `load`, and says in `Loaded.kind` what it 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,25 +78,21 @@ def _load_full(path: str) -> Loaded:
 def _load_stock(folder: Path) -> Loaded:
     """With stock transformers, as a user would, but its warnings about keys are errors."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from qat.export.folder import one_line, refuse_report
+    from qat.export.packed import quiet
+
     reader: Any = AutoModelForCausalLM
     try:
-        model, report = reader.from_pretrained(folder, output_loading_info=True)
+        with quiet():
+            model, report = reader.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # transformers raises nearly any class here
-        raise ValueError(f"cannot load the model {folder}: {' '.join(str(error).split())[:300]}") from error
-    wrong = [f"{what.replace('_', ' ')} {sorted(map(str, report[what]))[0]}" for what in _REPORTED if report[what]]
-    if wrong:
-        raise ValueError(f"{folder} does not fit its own config: {'; '.join(wrong)}")
+        raise ValueError(f"cannot load the model {folder}: {one_line(error)}") from error
+    refuse_report(report, folder)
     linear_class = model.config.quantization_config.linear_class
     return Loaded(
         model.eval(), _tokenizer(str(folder)), f"stock bitnet folder (linear_class {linear_class}), read by transformers"
     )
-
-
-_REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def _tokenizer(path: str) -> Any:
@@ -115,16 +109,3 @@ def _quant_method(folder: Path) -> str | None:
         return config["quantization_config"]["quant_method"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def run_verb(name: str, action: Callable[[], None]) -> int:
-    """Run a verb; a ValueError or OSError, which users cause, becomes one line on stderr and exit code 2."""
-    try:
-        action()
-    except (ValueError, OSError) as error:
-        print(f"qat.{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"qat.{name}: interrupted", file=sys.stderr)
-        return 130
-    return 0

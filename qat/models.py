@@ -82,9 +82,9 @@ def load_model(config: ModelConfig, path: str | None = None) -> PreTrainedModel:
     return model.eval()
 
 
-def _stock_readable(source: str) -> AbstractContextManager[str]:
+def _stock_readable(source: str, *, weights: bool = True) -> AbstractContextManager[str]:
     """A damaged .gguf file is refused here: transformers' own messages on it say nothing."""
-    return gguf_file.stock_readable(source) if source.endswith(".gguf") else nullcontext(source)
+    return gguf_file.stock_readable(source, weights=weights) if source.endswith(".gguf") else nullcontext(source)
 
 
 def _silence() -> None:
@@ -181,7 +181,7 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
     _silence()
     from transformers import AutoTokenizer
 
-    with _stock_readable(source) as readable:
+    with _stock_readable(source, weights=False) as readable:
         arguments = _arguments(config, path, readable)
         folder = str(Path(readable).parent) if "gguf_file" in arguments else readable
         try:
@@ -206,9 +206,14 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
+def context_length(model: Any) -> int | None:
+    """The longest sequence that a transformers model was made for, in tokens; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_context(model: PreTrainedModel, sequence_length: int) -> None:
     """Raise ValueError if the model was not made for sequences of so many tokens."""
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = context_length(model)
     if most is not None and sequence_length > most:
         raise ValueError(f"data.sequence_length={sequence_length} is above the model's context of {most} tokens")
 

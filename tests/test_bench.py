@@ -30,7 +30,7 @@ def test_rows(tmp_path, monkeypatch):
 
 def test_ggml_layer():
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-    from qat.ggml import GgmlLinear
+    from qat.bench_ggml import GgmlLinear
 
     torch.manual_seed(0)
     w, x = torch.randint(-1, 2, (64, 512)).float(), torch.randn(3, 512)

@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat.config import DataConfig, SelfgenConfig
 from qat.data import build_datamodule, text_tokens, tokens
-from qat.data.kvcache import buffered_cache
 from qat.data.order import StreamBatches, generator, permutation
 from qat.data.selfgen import draw
 from qat.data.sources import Source, read_documents
+from qat.kvcache import buffered_cache
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '$' }}{% endfor %}"

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gguf_samples import needs_llama_cpp
 from torch import Tensor, nn
 
 import qat
 from qat import QuantConfig
-from qat.export import gguf, gguf_activations, gguf_file, llamacpp
+from qat.export import ggml, gguf, gguf_activations, gguf_file
 from qat.export.tensors import packed_layers
 from qat.perplexity import logits_of, windows
 
 IDS = torch.randint(3, 320, (300,), generator=torch.Generator().manual_seed(0))
-needs_llama_cpp = pytest.mark.skipif(llamacpp.version() is None, reason="llama-cpp-python is not installed: make llama-cpp")
 
 
 def inputs(width: int = 512) -> Tensor:
@@ -74,7 +74,7 @@ def test_q8_k_maps_the_largest_entry_to_minus_127() -> None:
 def test_q8_k_is_that_of_ggml() -> None:
     x = inputs()
     blocks, out = np.empty(x.numel() // 256 * 292, np.uint8), np.empty(x.numel(), np.float32)  # d, 256 codes, 16 sums
-    lib, values = llamacpp._ggml(), x.contiguous().numpy()
+    lib, values = ggml.library("base"), x.contiguous().numpy()
     lib.quantize_row_q8_K_ref(ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(blocks.ctypes.data), ctypes.c_int64(x.numel()))
     lib.dequantize_row_q8_K(ctypes.c_void_p(blocks.ctypes.data), ctypes.c_void_p(out.ctypes.data), ctypes.c_int64(x.numel()))
     np.testing.assert_allclose(gguf_activations.q8_k(x).numpy(), out.reshape(x.shape), rtol=2e-7)  # the same codes, d to one ulp

@@ -105,7 +105,7 @@ def _grow(
     teacher: PreTrainedModel, first: torch.Tensor, length: int, config: SelfgenConfig, random: torch.Generator, bar: Any
 ) -> torch.Tensor:
     """Sequences [B, length] from their first tokens [B]."""
-    from qat.data.kvcache import buffered_cache
+    from qat.kvcache import buffered_cache
 
     device = next(teacher.parameters()).device
     ids = torch.empty(len(first), length, dtype=torch.int64, device=device)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.evaluate import DEFAULT_CONTEXT, run_verb
+from qat.evaluate import window_context
 from qat.export import FORMATS, get_format
+from qat.verb import run_verb
 
 if TYPE_CHECKING:
     from qat.perplexity import Window
@@ -88,8 +89,7 @@ def _windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Win
     from qat.data import text_tokens
     from qat.perplexity import windows
 
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
-    return list(windows(text_tokens(text, tokenizer, DataConfig(), max_tokens), min(most, DEFAULT_CONTEXT)))
+    return list(windows(text_tokens(text, tokenizer, DataConfig(), max_tokens), window_context(model)))
 
 
 def _results(run: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ A file may also be a stack of PackedBitLinear layers without ids: give `example`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.export.folder import one_line
+from qat.export.folder import new_file, one_line
 from qat.export.tensors import packed_layers
-from qat.inference import TiledLinear
+from qat.inference import TiledLinear  # and with it qat.ops, which the graphs name
 
 KINDS = ("exported", "compiled")
 Runner = Callable[[Tensor], Tensor]
@@ -74,24 +73,20 @@ def save(model: nn.Module, file: str | Path, *, kind: str = "exported", example:
     Raises:
         ValueError: unknown kind, another suffix than .pt2, a model that cannot be traced or compiled, a disk that refuses.
     """
-    target = Path(file)
+    target = Path(file).expanduser()
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not allowed; choose one of {', '.join(KINDS)}")
     if target.suffix != ".pt2":
         raise ValueError(f"{file} must end in .pt2")
-    partial = target.with_name(f".{target.stem}.partial-{os.getpid()}.pt2")
     program = trace(model, example)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "exported":
-            torch.export.save(program, partial)
-        else:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
-        partial.replace(target)
-    except Exception as error:  # OSError, or whatever the compiler raised
-        raise ValueError(f"cannot write {target}: {one_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(target) as partial:
+        try:
+            if kind == "exported":
+                torch.export.save(program, partial)
+            else:
+                torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
+        except Exception as error:  # OSError, or whatever the compiler raised
+            raise ValueError(f"cannot write {target}: {one_line(error)}") from error
     return target
 
 
@@ -101,9 +96,6 @@ def load(file: str | Path) -> Runner:
     Raises:
         ValueError: the file is missing, damaged, or was compiled for another machine.
     """
-    from qat import ops  # the graph names its ops
-
-    assert ops.library is not None
     if not Path(file).is_file():
         raise ValueError(f"{file} is missing")
     try:

@@ -206,25 +206,24 @@ def _read_plain(path: Path) -> Contents:
 
 def _read_gguf(file: Path) -> Contents:
     """Layers have GGUF's names, and rows in its order (llama's query and key rows are permuted there)."""
-    from qat.export import gguf_file, gguf_i2s
-    from qat.export.gguf_blocks import BLOCKS
+    from qat.export import gguf_file
+    from qat.export.gguf_blocks import NAMES
 
     try:
         whole = gguf_file.read(file)
-        blocks = {kind.number: name for name, kind in BLOCKS.items()}
         layers = {
-            name.removesuffix(".weight"): partial(_gguf_layer, name, tensor, blocks[tensor.kind])
+            name.removesuffix(".weight"): partial(_gguf_layer, name, tensor, NAMES[tensor.kind])
             for name, tensor in whole.tensors.items()
-            if tensor.kind in blocks
+            if tensor.kind in NAMES
         }
         readers = "llama.cpp and what builds on it"
         found = Contents("GGUF", "scales are in the blocks, float16", readers, file.stat().st_size, layers)
         for tensor in whole.tensors.values():
-            if tensor.kind not in blocks:
-                kind = "I2_S" if tensor.kind == gguf_i2s.NUMBER else gguf_file.kind_name(tensor.kind)
+            if tensor.kind not in NAMES:
+                kind = gguf_file.kind_name(tensor.kind)
                 count, size = found.others.get(kind, (0, 0))
                 found.others[kind] = (count + 1, size + tensor.data.nbytes)
-        types = Counter(gguf_file.kind_name(tensor.kind) for tensor in whole.tensors.values() if tensor.kind in blocks)
+        types = Counter(gguf_file.kind_name(tensor.kind) for tensor in whole.tensors.values() if tensor.kind in NAMES)
     except ImportError as error:
         raise ValueError(f"{file} needs the package gguf: pip install -e .[gguf]") from error
     found.facts["architecture"] = str(whole.metadata.get("general.architecture"))

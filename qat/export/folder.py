@@ -1,4 +1,4 @@
-"""Write a folder so that partial work never looks whole: fill a temporary sibling, then rename it.
+"""Write a folder or a file so that partial work never looks whole: fill a temporary sibling, then rename it.
 
 A folder that an earlier export wrote is replaced; anything else in the way is refused, because it is not ours to delete.
 """
@@ -57,6 +57,25 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise ValueError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(file: str | Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which becomes `file` on success and vanishes on any error.
+
+    Raises:
+        ValueError: the disk refuses a write.
+    """
+    target = Path(file).expanduser().absolute()
+    partial = target.with_name(f".{target.stem}.partial-{os.getpid()}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, target)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _refuse_foreign(target: Path) -> None:

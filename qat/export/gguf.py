@@ -7,7 +7,6 @@ file gets its name only after it was read back and every tensor was found equal 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from torch import nn
 
 from qat.bitlinear import BitLinear
 from qat.export import gguf_file, gguf_i2s, gguf_tensors
+from qat.export.folder import new_file
 from qat.export.gguf_blocks import BLOCKS
 from qat.export.gguf_models import Architecture, architecture, settings
 from qat.export.gguf_tensors import Source
@@ -40,7 +40,7 @@ def unsupported(model: nn.Module, tokenizer: Any = None, *, type: str = "auto", 
         if not quantized_layers(model):
             raise ValueError(f"{model.__class__.__name__} has no quantized layers")
         found, config, padding = _plan(model, type)
-        settings(config, getattr(config, "intermediate_size", None))
+        settings(config)
         if tokenizer is not None:
             vocabulary(tokenizer, config.vocab_size, pre_tokenizer)
         for source in gguf_tensors.sources(model, config, found, padding):
@@ -91,14 +91,12 @@ def save(
     tensors, choices, rounding = _build(gguf_tensors.sources(model, config, found, padding), type, floats)
     metadata = {
         **_general(model, choices, tensors, {"name": target.stem, **(card or {})}),
-        **{f"{found.name}.{key}": value for key, value in settings(config, getattr(config, "intermediate_size", None)).items()},
+        **{f"{found.name}.{key}": value for key, value in settings(config).items()},
         **(_NO_TOKENIZER if tokenizer is None else vocabulary(tokenizer, config.vocab_size, pre_tokenizer)),
     }
     info: dict[str, Any] = {"file": str(file), "types": gguf_tensors.summary(choices), "scale_rounding": rounding}
     info |= {"padding": padding.note()} if padding.added else {}
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(target) as partial:
         gguf_file.write(partial, found.name, metadata, tensors)
         tensors.clear()
         info["verification"] = check_tensors(partial, gguf_tensors.sources(model, config, found, padding), type, floats)
@@ -106,11 +104,6 @@ def save(
             info["verification"] |= check_tokenizer(partial, tokenizer, type)
         info["verification"] |= check(partial) if check else {}
         info["bytes"] = partial.stat().st_size
-        os.replace(partial, target)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return info
 
 

@@ -118,6 +118,7 @@ BLOCKS = {
     "q1_0": BlockType(41, 40, 128, 18, (-1, 1), True, _pack_q1, _unpack_q1),
     "q2_0": BlockType(42, 41, 64, 18, _TERNARY, True, _pack_q2, _unpack_q2),
 }
+NAMES = {kind.number: name for name, kind in BLOCKS.items()}
 OLD_Q2_0 = (128, 34)
 
 

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.export import gguf_i2s
-from qat.export.gguf_blocks import BLOCKS, OLD_Q2_0, decode, dequantize
+from qat.export.gguf_blocks import BLOCKS, NAMES, OLD_Q2_0, decode, dequantize
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 WRITER_KEY = "qat.version"
-_NAMES = {kind.number: name for name, kind in BLOCKS.items()}
 _NEW = (BLOCKS["q1_0"].number, BLOCKS["q2_0"].number)  # which the gguf package cannot dequantize
+_FLOAT16 = 1
 _MOST_DIMENSIONS = 4
 _SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of the value type
 _STRING, _ARRAY = 8, 9
@@ -53,7 +53,7 @@ class GGUFFile:
         tensor = self.tensors[name]
         try:
             return _dequantize(tensor, order)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:  # the latter: gguf knows the type's size, but not its codec
             raise ValueError(f"tensor {name!r} {error}") from error
 
 
@@ -63,9 +63,9 @@ def _dequantize(tensor: Tensor, order: str) -> NDArray[np.float32]:
     if tensor.kind == gguf_i2s.NUMBER:
         t, scale = gguf_i2s.decode(tensor.data, (tensor.shape[0], tensor.shape[1]), order)
         return dequantize(t, np.full((1, 1), scale))
-    if tensor.kind in _NAMES:
+    if tensor.kind in NAMES:
         rows = tensor.data.reshape(int(np.prod(tensor.shape[:-1])), -1)
-        return dequantize(*decode(rows, _NAMES[tensor.kind])).reshape(tensor.shape)
+        return dequantize(*decode(rows, NAMES[tensor.kind])).reshape(tensor.shape)
     rows = tensor.data.reshape(*tensor.shape[:-1], -1)
     values = quants.dequantize(rows, GGMLQuantizationType(tensor.kind)).reshape(tensor.shape)
     if not np.isfinite(values).all():
@@ -77,8 +77,8 @@ def block_size(kind: int) -> tuple[int, int] | None:
     """(weights, bytes) of a block of type number `kind`; None for a type that is not known."""
     from gguf import GGML_QUANT_SIZES
 
-    if kind in _NAMES:
-        block = BLOCKS[_NAMES[kind]]
+    if kind in NAMES:
+        block = BLOCKS[NAMES[kind]]
         return block.weights, block.bytes
     sizes = {int(number): size for number, size in GGML_QUANT_SIZES.items()}
     return sizes.get(kind)
@@ -110,8 +110,11 @@ def write(file: Path, architecture: str, metadata: Mapping[str, Any], tensors: M
 
 
 @contextmanager
-def stock_readable(file: str | Path) -> Iterator[str]:
-    """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float32.
+def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
+    """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float16.
+
+    float16 holds them exactly: they are 0 or plus and minus the block's float16 scale. Without `weights` the copy has no tensors:
+    enough for the tokenizer, and as quickly written for a model of any size.
 
     Raises:
         ValueError: the file is damaged, or holds I2_S, whose order it does not tell.
@@ -124,8 +127,8 @@ def stock_readable(file: str | Path) -> Iterator[str]:
         yield str(file)
         return
     plain = {
-        name: Tensor(tensor.shape, 0, found.float32(name).reshape(-1).view(np.uint8)) if tensor.kind in _NEW else tensor
-        for name, tensor in found.tensors.items()
+        name: _half(tensor.shape, found.float32(name)) if tensor.kind in _NEW else tensor
+        for name, tensor in (found.tensors.items() if weights else ())
     }
     metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
     with tempfile.TemporaryDirectory(prefix="qat-gguf-") as folder:
@@ -134,11 +137,17 @@ def stock_readable(file: str | Path) -> Iterator[str]:
         yield str(copy)
 
 
+def _half(shape: tuple[int, ...], values: NDArray[np.float32]) -> Tensor:
+    return Tensor(shape, _FLOAT16, values.astype(np.float16).reshape(-1).view(np.uint8))
+
+
 def kind_name(kind: int) -> str:
-    """What llama.cpp calls the type of that number."""
+    """What llama.cpp, or bitnet.cpp, calls the type of that number."""
     from gguf import GGMLQuantizationType
 
-    return _NAMES[kind].upper() if kind in _NAMES else GGMLQuantizationType(kind).name
+    if kind == gguf_i2s.NUMBER:
+        return "I2_S"
+    return NAMES[kind].upper() if kind in NAMES else GGMLQuantizationType(kind).name
 
 
 def read(file: str | Path) -> GGUFFile:

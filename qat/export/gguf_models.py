@@ -78,6 +78,7 @@ def architecture(config: Any) -> Architecture:
 
 
 _ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function")
+_MLP_KEYS = ("intermediate_size", "n_inner")
 
 
 def _check_attention(config: Any) -> None:
@@ -102,8 +103,8 @@ def _slides(config: Any) -> bool:
     return bool(window) and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings
 
 
-def settings(config: Any, intermediate_size: int | None) -> Settings:
-    """Hyperparameters by GGUF key, without the architecture's prefix. `intermediate_size`: as written, where it was padded.
+def settings(config: Any) -> Settings:
+    """Hyperparameters by GGUF key, without the architecture's prefix, of the config as it is written (with padded widths).
 
     Raises:
         ValueError: a kind of RoPE scaling that is not done.
@@ -114,7 +115,7 @@ def settings(config: Any, intermediate_size: int | None) -> Settings:
         "context_length": config.max_position_embeddings,
         "embedding_length": hidden,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": intermediate_size or getattr(config, "n_inner", None) or 4 * hidden,
+        "feed_forward_length": next((n for key in _MLP_KEYS if (n := getattr(config, key, None))), 4 * hidden),
         "attention.head_count": heads,
     }
     if config.model_type == "gpt2":

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qat.bitlinear import PackedBitLinear
-from qat.export import gguf_i2s, llamacpp
+from qat.export import ggml, gguf_i2s
 from qat.export.gguf_blocks import BLOCKS, encode
 from qat.export.gguf_file import Tensor, block_size
 from qat.export.gguf_models import Architecture, Names, rope_factors
@@ -198,7 +198,7 @@ def _float_tensor(source: Source, kind: str) -> Tensor:
             f"{source.name} has rows of {values.shape[-1]}, no multiple of the {size[0]} of {kind}; choose f16 or q8_0"
         )
     with np.errstate(over="ignore"):
-        data = llamacpp.quantize(values, number) if kind == "q6_k" else _quantize(values, number)
+        data = ggml.quantize(values, number) if kind == "q6_k" else _quantize(values, number)
     if kind == "f16" and not np.isfinite(data.view(np.float16)).all():
         raise ValueError(f"{source.name} has values beyond float16's range; choose bf16 or f32")
     return Tensor(values.shape, number, data.reshape(-1))

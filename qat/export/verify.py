@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.compare import beyond, relative_error
 from qat.export.tensors import packed_layers
 from qat.perplexity import Window, exp_mean, log_likelihood, logits_of
 
@@ -66,7 +67,7 @@ def verify(
     answer = _ask(Path(folder), _request(probe_ids, windows, inputs, _widths(folder, inputs)), _device(model), bfloat16)
     found = {
         **_compare_perplexity(answer, model, windows),
-        "logits_difference": _difference(answer["logits"], logits_of(model, probe_ids.to(_device(model)))),
+        "logits_difference": relative_error(answer["logits"], logits_of(model, probe_ids.to(_device(model))).cpu()),
         "layers_difference": _compare_layers(answer, model, inputs),
     }
     _assert_equal(found)
@@ -74,11 +75,7 @@ def verify(
 
 
 def _assert_equal(found: Mapping[str, float]) -> None:
-    wrong = [
-        f"{what} differ by {found[f'{what}_difference']:.2e} (allowed {limit:g})"
-        for what, limit in TOLERANCE.items()
-        if not found[f"{what}_difference"] <= limit  # also NaN
-    ]
+    wrong = [f"{what} differ {how}" for what, how in beyond(found, TOLERANCE).items()]
     if wrong:
         numbers = f"perplexity {found['perplexity']:.6g} as read back, {found['perplexity_packed']:.6g} packed"
         raise ValueError(f"the export is not the model that was packed: {', '.join(wrong)}; {numbers}")
@@ -157,18 +154,12 @@ def _compare_layers(answer: Mapping[str, Tensor], model: nn.Module, inputs: Mapp
     device = _device(model)
     worst = 0.0
     for name, layer in packed_layers(model).items():
-        y = layer(inputs[name].to(device))
+        y = layer(inputs[name].to(device)).cpu()
         read = answer[f"layer.{name}"]
         if bool(read[:, y.shape[1] :].any()):
             return float("inf")  # padded rows must give nothing
-        worst = max(worst, _difference(read[:, : y.shape[1]], y))
+        worst = max(worst, relative_error(read[:, : y.shape[1]], y))
     return worst
-
-
-def _difference(read: Tensor, ours: Tensor) -> float:
-    """Relative Frobenius norm of the difference."""
-    ours = ours.detach().cpu().double()
-    return float((read.double() - ours).norm() / ours.norm().clamp_min(1e-30))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,4 +1,4 @@
-"""One linear layer as llama.cpp computes it, for `qat.bench`: the ggml libraries of the llama-cpp-python package, by ctypes.
+"""One linear layer as llama.cpp computes it, for `qat.bench`: by ggml, llama.cpp's tensor library.
 
 The weight is quantized by ggml and multiplied by its own graph, activations quantized inside as always there.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qat.export import ggml
 
 TYPES = {"F32": 0, "TQ2_0": 35}
 
@@ -23,11 +23,8 @@ class _InitParams(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """libggml-cpu, which brings libggml-base along; RuntimeError where the package is not installed."""
-    spec = find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise RuntimeError("llama-cpp-python is not installed")
-    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libggml-cpu.so"))
+    """ggml-cpu, which brings ggml-base along, with the signatures used here."""
+    library = ggml.library("cpu")
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     for name, result, *arguments in (
         ("ggml_cpu_init", None),
