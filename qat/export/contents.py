@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.export.bitnet import decode_layer
-from qat.export.files import INDEX, check_checksums, opened, read_shapes, stored_bytes, weight_files
+from qat.export.files import INDEX, check_checksums, opened, own_tensors, read_shapes, stored_bytes, weight_files
 from qat.export.folder import WEIGHTS, one_line, read_metadata
 from qat.export.manifest import METHOD, parse
 from qat.packing import unpack_ternary
@@ -80,11 +80,6 @@ class Stored:
                 count, size = found.get(what, (0, 0))
                 found[what] = (count + 1, size + stored_bytes([(dtype, shape)]))
         return found
-
-
-def own_tensors(layers: Iterable[str]) -> set[str]:
-    """The names of the tensors of quantized layers."""
-    return {f"{name}.{key}" for name in layers for key in ("weight", "weight_scale", "bias")}
 
 
 def read(path: str | Path) -> Contents:
@@ -162,6 +157,8 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
             raise ValueError(f"{name}.weight_scale is {stored.shape(f'{name}.weight_scale')}, not {list(shape)}")
     layers = {name: partial(_packed_layer, stored, name, k, layout) for name, k in widths.items()}
     activations = f"int{quant.act_bits} per {quant.act_granularity}" if quant.act_bits else "floating point"
+    if quant.rms_norm_eps is not None:
+        activations = f"RMSNorm (eps {quant.rms_norm_eps:g}) in every layer, then {activations}"
     facts = {"activations": activations, "layers in full precision": str(len(record.skipped))}
     return Contents(kind, convention, readers, stored.bytes, layers, stored.others(layers), facts)
 
@@ -186,7 +183,10 @@ def _read_bitnet(folder: Path) -> Contents:
     names = [name.removesuffix(".weight_scale") for name in stored.places if name.endswith(".weight_scale")]
     layers = {name: partial(_bitnet_layer, stored, name, auto) for name in names}
     readers = "transformers; qat.evaluate, qat.export.bitnet"
-    return Contents("stock bitnet folder", convention, readers, stored.bytes, layers, stored.others(layers))
+    found = Contents("stock bitnet folder", convention, readers, stored.bytes, layers, stored.others(layers))
+    if said.get("use_rms_norm"):
+        found.facts["activations"] = "RMSNorm in every layer, then int8 per token"
+    return found
 
 
 def _bitnet_layer(stored: Stored, name: str, multiplies: bool) -> Codes:

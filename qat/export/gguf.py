@@ -162,6 +162,9 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
     """The architecture, the config as it is written, and how the MLPs are widened."""
     config = transformers_config(model)
     found = architecture(config)
+    normed = [name for name, layer in quantized_layers(model).items() if layer.rms_norm is not None]
+    if normed:
+        raise ValueError(f"{found.name} in llama.cpp has no place for {normed[0]}.rms_norm, the norm of this layer's own input")
     padding = plan(model, config, gguf_tensors.width_multiple(type))
     return found, padding.raise_config(config), padding
 
