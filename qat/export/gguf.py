@@ -188,6 +188,7 @@ def _general(
         "general.base_model.0.name": card.get("base_model"),
         "general.file_type": gguf_i2s.FTYPE if most in gguf_tensors.I2S else BLOCKS[most].ftype,
         "general.quantization_version": 2,
+        gguf_i2s.ORDER_KEY: gguf_tensors.I2S.get(most),
         gguf_file.WRITER_KEY: __version__,
         "qat.quant": json.dumps({key: value for key, value in quant.items() if key not in ("kernels", "backward")}),
     }
