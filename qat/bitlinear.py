@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from qat import ops
 from qat.config import QuantConfig
+from qat.norm import input_norm
 from qat.ops.options import PackedOptions
 from qat.ops.prepared import PreparedLinear, prepare
 from qat.packing import check_packed, get_layout
@@ -30,7 +32,8 @@ class BitLinear(nn.Linear):
     """nn.Linear whose forward quantizes the weight and the input (BitNet b1.58, arXiv:2402.17764).
 
     `weight` [out_features, in_features] is the latent weight: an ordinary parameter that optimizers, DDP, FSDP and
-    `save_pretrained` treat as any other. The bias is added after rescaling.
+    `save_pretrained` treat as any other. The bias is added after rescaling. With `config.rms_norm_eps` the child `rms_norm` norms
+    the input before it is quantized.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class BitLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._configure(config or QuantConfig())
+        self.rms_norm = input_norm(in_features, self.config.rms_norm_eps, device, dtype)
 
     def _configure(self, config: QuantConfig) -> None:
         ops.check_kernels(config.kernels)
@@ -53,9 +57,10 @@ class BitLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None) -> BitLinear:
-        """A BitLinear that shares `linear`'s parameters, training mode and device."""
+        """A BitLinear that shares `linear`'s parameters, training mode and device. A norm of its input is new, of weight 1."""
         layer = cls(linear.in_features, linear.out_features, False, config, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
+        layer.rms_norm = input_norm(linear.in_features, layer.config.rms_norm_eps, linear.weight.device, linear.weight.dtype)
         return layer.train(linear.training)
 
     def set_lambda(self, value: float) -> None:
@@ -76,6 +81,8 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if self.rms_norm is not None:
+            x = self.rms_norm(x)
         if self.lam is None:
             return ops.bitlinear(x, self.weight, self.bias, self.config)
         return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam), self.bias)
@@ -99,7 +106,7 @@ class BitLinear(nn.Linear):
 
 
 class PackedBitLinear(nn.Module):
-    """A linear layer that runs from packed codes: uint8 `packed` and float32 `weight_scale`, and `bias` if any.
+    """A linear layer that runs from packed codes: uint8 `packed` and float32 `weight_scale`, `bias` and `rms_norm` if any.
 
     Moving it to another floating dtype leaves `weight_scale` in float32: it is part of the format. `dtype` is the one of the
     float weight that it stands for.
@@ -131,6 +138,8 @@ class PackedBitLinear(nn.Module):
         self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.ones(scales, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None)
+        norm = input_norm(in_features, config.rms_norm_eps, device, dtype)
+        self.rms_norm = None if norm is None else norm.requires_grad_(False)
 
     @classmethod
     def from_bitlinear(cls, layer: BitLinear, layout: str = "2bit") -> PackedBitLinear:
@@ -141,6 +150,8 @@ class PackedBitLinear(nn.Module):
             packed.packed = ops.pack_ternary(codes, layout)
             packed.weight_scale = scale
             packed.bias = None if layer.bias is None else layer.bias.detach().clone()
+        if layer.rms_norm is not None:
+            packed.rms_norm = copy.deepcopy(layer.rms_norm).requires_grad_(False)
         return packed.train(layer.training)
 
     @property
@@ -163,6 +174,8 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
+        if self.rms_norm is not None:
+            x = self.rms_norm(x)
         if not torch.compiler.is_compiling():
             prepared = self._current()
             if prepared is not None and prepared.serves(x):

@@ -50,6 +50,8 @@ class QuantConfig:
     """The weight scale is rounded to this dtype, so that training uses the value as it will be stored."""
     eps: float = 1e-5
     """Lower bound of every scale."""
+    rms_norm_eps: float | None = None
+    """An RMSNorm with this epsilon for each layer's own input (SubLN). null: none. New ones make a pretrained model relearn."""
     kernels: str = "auto"
     """`auto` takes compiled kernels where they exist, `compiled` insists on them, `reference` is pure torch."""
     backward: str = "input"
@@ -65,6 +67,7 @@ class QuantConfig:
         _choose("quant.kernels", self.kernels, ("auto", "compiled", "reference"))
         _choose("quant.backward", self.backward, ("input", "bf16", "int8"))
         _at_least("quant.eps", self.eps, 0, open_end=True)
+        _at_least("quant.rms_norm_eps", self.rms_norm_eps, 0, open_end=True)
         if self.act_bits is None and self.backward != "input":
             raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
         if self.act_bits is None and self.kernels == "compiled":

@@ -186,11 +186,13 @@ def unpack(model: nn.Module) -> Conversion:
     The activations are no longer quantized, so outputs differ by the int8 rounding of the inputs.
 
     Raises:
-        ValueError: no PackedBitLinear; a byte that holds no codes.
+        ValueError: no PackedBitLinear; a byte that holds no codes; a layer that norms its input, which nn.Linear does not.
     """
 
     def build(name: str, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, PackedBitLinear)
+        if layer.rms_norm is not None:
+            raise ValueError(f"{name or 'the model'} norms its own input (quant.rms_norm_eps), which no nn.Linear does")
         linear = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
         linear.weight = nn.Parameter(layer.dequantize())
         if layer.bias is not None:

@@ -43,7 +43,7 @@ class TiledLinear(nn.Module):
     def __init__(self, layers: Sequence[PackedBitLinear]) -> None:
         super().__init__()
         first = layers[0]
-        assert all(fits_with(first, layer) for layer in layers)
+        assert len(layers) == 1 or all(fits_with(first, layer) for layer in layers)
         packed = torch.cat([layer.packed for layer in layers])
         scale = first.weight_scale
         if len(layers) > 1:
@@ -55,9 +55,12 @@ class TiledLinear(nn.Module):
         self.in_features, self.out_features = first.in_features, packed.shape[0]
         self.sizes = (self.out_features, self.in_features, first.weight_scale.shape[1], base3)
         self.per_tensor, self.eps = first.config.act_granularity == "tensor", first.config.eps
+        self.rms_norm = first.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        if self.rms_norm is not None:
+            x = self.rms_norm(x)
         return torch.ops.qat.cpu_linear(x, self.tiles, self.scale, self.bias, *self.sizes, self.per_tensor, self.eps)
 
     def extra_repr(self) -> str:
@@ -71,7 +74,9 @@ def _joined_bias(layers: Sequence[PackedBitLinear]) -> Tensor | None:
 
 
 def fits_with(first: PackedBitLinear, other: PackedBitLinear) -> bool:
-    """Whether two layers quantize an input alike and may become one."""
+    """Whether two layers quantize an input alike and may become one: not where each norms it by weights of its own."""
+    if first.rms_norm is not None:
+        return False
     return (first.in_features, first.layout, first.config) == (other.in_features, other.layout, other.config)
 
 

@@ -10,14 +10,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from qat.verb import run_verb
 
 if TYPE_CHECKING:
-    from qat.export.contents import Codes, Contents
+    from torch import Tensor
 
-SCALE_TOLERANCE = 1e-6  # 1 / (1 / s) in float32 is s up to one rounding
+    from qat.export.contents import Codes, Contents
 
 
 @dataclass
@@ -77,27 +78,30 @@ def _checked(name: str, codes: Codes) -> Codes:
 
 
 def verify(path: str, other: str) -> str:
-    """One line that says that both hold the same codes and scales.
+    """One line that says that both hold the same codes and scales, the latter as precisely as the coarser file has them.
 
-    Layers are compared by name; a larger layer may be the smaller one padded with zero rows and columns.
+    Layers are compared by name; a larger layer may be the smaller one padded with zero rows and columns. Beside a GGUF file, the
+    other's layers are named, and their rows ordered, as in GGUF.
 
     Raises:
-        ValueError: they differ; the first layer, row and column are named.
+        ValueError: they differ; the first layer, row and column are named. Or they cannot be compared.
     """
     from qat.export.contents import read
+    from qat.export.matching import matched
 
     one, two = read(path), read(other)
     for name, found in ((path, one), (other, two)):
         if not found.layers:
             raise ValueError(f"{name} ({found.kind}) has no quantized layers that could be compared")
-    only = sorted(set(one.layers) ^ set(two.layers))
+    mine, theirs = matched(one, two)
+    only = sorted(set(mine) ^ set(theirs))
     if only:
-        where = path if only[0] in one.layers else other
+        where = path if only[0] in mine else other
         raise ValueError(f"the layer {only[0]} and {len(only) - 1} more are in one of the two only: {where}")
     worst = 0.0
-    for name in one.layers:
-        worst = max(worst, _compare(name, _checked(name, one.layers[name]()), _checked(name, two.layers[name]())))
-    return f"equal: {len(one.layers)} layers have the same codes, and scales that differ by at most {worst:.1e} (relative)"
+    for name in mine:
+        worst = max(worst, _compare(name, _checked(name, mine[name]()), _checked(name, theirs[name]())))
+    return f"equal: {len(mine)} layers have the same codes, and scales that differ by at most {worst:.1e} (relative)"
 
 
 def _compare(name: str, one: Codes, two: Codes) -> float:
@@ -111,16 +115,33 @@ def _compare(name: str, one: Codes, two: Codes) -> float:
         row, column = wrong[0].tolist()
         values = f"{int(padded[0][row, column])} and {int(padded[1][row, column])}"
         raise ValueError(f"codes differ in {len(wrong):,} places, the first is {name}[{row}, {column}]: {values}")
-    try:
-        scales = torch.broadcast_tensors(one.scale, two.scale)
-    except RuntimeError as error:
-        raise ValueError(f"{name} has scales {list(one.scale.shape)} and {list(two.scale.shape)}") from error
-    relative = (scales[0] - scales[1]).abs() / scales[0]
-    if float(relative.max()) > SCALE_TOLERANCE:
+    width, first, second = _scales(one, two)
+    relative = (first - second).abs() / first
+    if float(relative.max()) > _tolerance(one, two):
         row, column = divmod(int(relative.argmax()), relative.shape[1])
-        values = f"{float(scales[0][row, column]):.8g} and {float(scales[1][row, column]):.8g}"
-        raise ValueError(f"scales differ, most of all {name}[{row}, {column}]: {values}")
+        values = f"{float(first[row, column]):.8g} and {float(second[row, column]):.8g}"
+        raise ValueError(f"scales differ, most of all {name}[{row}, {column * width}]: {values}")
     return float(relative.max())
+
+
+def _tolerance(one: Codes, two: Codes) -> float:
+    """Of a scale, relative: half a unit of the coarser dtype where the two differ; and 1 / (1 / s) is s up to one rounding."""
+    import torch
+
+    coarser = max(torch.finfo(one.stored).eps, torch.finfo(two.stored).eps)
+    return 1e-6 + (0.0 if one.stored == two.stored else 0.505 * coarser)
+
+
+def _scales(one: Codes, two: Codes) -> tuple[int, Tensor, Tensor]:
+    """Both layers' scales for every so many columns, the first value, of the rows and columns that both have."""
+    rows, columns = (min(a, b) for a, b in zip(one.codes.shape, two.codes.shape, strict=True))
+    widths = [c.codes.shape[1] // c.scale.shape[1] for c in (one, two)]
+    width = gcd(columns, *widths)
+    spread = [
+        c.scale.repeat_interleave(wide // width, 1)[:rows, : columns // width].expand(rows, -1)
+        for c, wide in zip((one, two), widths, strict=True)
+    ]
+    return width, *spread  # type: ignore[return-value]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -282,3 +282,46 @@ def test_a_new_lambda_does_not_recompile() -> None:
         layer.set_lambda(lam)
         assert torch.equal(compiled(x), layer(x))
     assert len(graphs) == 1
+
+
+NORMED = QuantConfig(rms_norm_eps=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_s_own_norm_comes_before_the_quantization(dtype: torch.dtype) -> None:
+    layer, x = BitLinear(24, 7, config=NORMED).to(dtype), 3 * torch.randn(5, 24).to(dtype)
+    assert layer.rms_norm is not None and layer.rms_norm.weight.eq(1).all()
+    nn.init.normal_(layer.rms_norm.weight, 1, 0.25)
+    wide = x.float()
+    normed = (wide * (wide.square().mean(-1, keepdim=True) + 0.01).rsqrt()).to(dtype) * layer.rms_norm.weight
+    plain = BitLinear(24, 7, dtype=dtype)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    assert torch.equal(layer(x), plain(normed)) and not torch.equal(layer(x), plain(x))
+    assert_packed_is_trained(layer, x)
+    layer(x).float().sum().backward()
+    assert layer.rms_norm.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+    layer.set_lambda(0)
+    torch.testing.assert_close(layer(x), F.linear(normed, layer.weight, layer.bias))
+
+
+def test_the_norm_is_transformers_own() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from qat.norm import RMSNorm
+
+    stock, ours, x = LlamaRMSNorm(40, eps=0.01), RMSNorm(40, 0.01), torch.randn(6, 40)
+    nn.init.normal_(stock.weight)
+    ours.load_state_dict(stock.state_dict())
+    assert torch.equal(ours(x), stock(x))
+    assert torch.equal(ours.bfloat16()(x.bfloat16()), stock.bfloat16()(x.bfloat16()))
+
+
+def test_a_layer_from_a_linear_one_gets_a_new_norm_where_and_as_its_weight_is() -> None:
+    linear = nn.Linear(8, 3, dtype=torch.bfloat16)
+    layer = BitLinear.from_linear(linear, NORMED)
+    assert layer.rms_norm is not None and layer.rms_norm.weight.dtype == torch.bfloat16 and not layer.rms_norm.weight.is_meta
+    packed = PackedBitLinear.from_bitlinear(layer)
+    assert packed.rms_norm is not layer.rms_norm and not any(p.requires_grad for p in packed.parameters())
+    assert BitLinear(8, 3).rms_norm is None
+    with pytest.raises(ValueError, match="quant.rms_norm_eps=0 is not allowed"):
+        QuantConfig(rms_norm_eps=0)

@@ -38,6 +38,12 @@ PEERS = {
     "Falcon-E": (LlamaConfig, {"modules_to_not_convert": ["lm_head"]}, torch.bfloat16),
     "onebitllms": (Qwen2Config, {"linear_class": "bitlinear", "modules_to_not_convert": ["lm_head"]}, torch.float32),
     "with biases": (Qwen2Config, {"linear_class": "autobitlinear", "quantization_mode": "offline"}, torch.float32),
+    "with norms": (Qwen2Config, {"use_rms_norm": True, "rms_norm_eps": 0.01}, torch.float32),
+    "with norms, autobitlinear": (
+        Qwen2Config,
+        {"linear_class": "autobitlinear", "quantization_mode": "offline", "use_rms_norm": True},  # eps is the stock default
+        torch.bfloat16,
+    ),
 }
 
 
@@ -64,6 +70,8 @@ def checkpoint(folder: Path, peer: str) -> Path:
             scale = 1 / inverse if said.get("linear_class") == "autobitlinear" else inverse
             tensors[name] = pack_weights(codes.clone())
             tensors[f"{name}_scale"] = scale.reshape(1).to(dtype)
+            if said.get("use_rms_norm"):
+                tensors[f"{name.removesuffix('.weight')}.rms_norm.weight"] = (1 + torch.randn(codes.shape[1]) / 4).to(dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config |= {"quantization_config": {"quant_method": "bitnet", **said}, "dtype": str(dtype).removeprefix("torch.")}
@@ -107,12 +115,19 @@ def test_latent_weights_start_from_the_same_codes_and_scales(tmp_path: Path, pee
     torch.testing.assert_close(model(IDS).logits, packed(IDS).logits, atol=2e-3, rtol=1e-3)
 
 
-def test_online_checkpoints_have_latent_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norms", [{}, {"use_rms_norm": True, "rms_norm_eps": 0.01}])
+def test_online_checkpoints_have_latent_weights(tmp_path: Path, norms: dict[str, object]) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(BitNetConfig(**TINY)).save_pretrained(tmp_path / "x")
-    config = json.loads((tmp_path / "x/config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
-    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    config, file = json.loads((tmp_path / "x/config.json").read_text()), tmp_path / "x/model.safetensors"
+    said = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online", **norms}
+    (tmp_path / "x/config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    if norms:
+        tensors = load_file(file)
+        names = [name for name, tensor in tensors.items() if tensor.ndim == 2 and "layers" in name]
+        for name in names:
+            tensors[f"{name.removesuffix('.weight')}.rms_norm.weight"] = 1 + torch.randn(tensors[name].shape[1]) / 4
+        save_file(tensors, file, {"format": "pt"})
     expected = stock_logits(tmp_path / "x")
     for latent in (False, True):
         model = bitnet.load(tmp_path / "x", latent=latent)
@@ -150,7 +165,9 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         config.write_text(json.dumps(read))
 
     cases = (
-        (lambda: say(use_rms_norm=True), "use_rms_norm"),
+        (lambda: say(use_rms_norm=True), "no tensor model.layers.0.self_attn.q_proj.rms_norm.weight"),
+        (lambda: say(use_rms_norm=True, rms_norm_eps="much"), "rms_norm_eps must be a number between 0 and 1, not 'much'"),
+        (lambda: change(lambda t: t.update({f"{q}.rms_norm.weight": torch.ones(32)})), f"unexpected keys {q}.rms_norm.weight"),
         (lambda: say(linear_class="other"), "linear_class='other' is not known"),
         (lambda: say(quant_method="gptq"), "no bitnet checkpoint"),
         (lambda: change(lambda t: t.pop(f"{q}.weight_scale")), f"no tensor {q}.weight_scale"),

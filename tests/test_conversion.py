@@ -387,6 +387,15 @@ def test_pack_and_unpack_refuse_models_without_their_layers() -> None:
         qat.unpack(Model())
 
 
+def test_unpack_refuses_layers_that_norm_their_input() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    qat.convert(model, QuantConfig(rms_norm_eps=1e-6))
+    qat.pack(model)
+    with pytest.raises(ValueError, match="0 norms its own input .quant.rms_norm_eps., which no nn.Linear does"):
+        qat.unpack(model)
+    assert type(model[0]) is PackedBitLinear
+
+
 def test_pack_refuses_what_it_cannot_hold_and_changes_nothing() -> None:
     model = Model()
     qat.convert(model)

@@ -21,6 +21,7 @@ from qat.export import verify as verification
 from qat.export.folder import new_folder, read_metadata
 from qat.export.hf_tensors import pack_rows
 from qat.export.manifest import parse, sealed
+from qat.export.tensors import packed_layers
 from qat.perplexity import windows
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -274,8 +275,55 @@ def test_unsupported_models(llama):
     assert hf.unsupported(llama) is None
 
 
-def test_a_norm_of_a_layer_s_own_is_refused():
-    """The format could carry one before every layer (use_rms_norm), but none of our layers has it."""
+def normed_model(width=44):
+    """Every layer norms its own input, by weights of its own."""
+    model, record = packed_model(qwen2(intermediate_size=width), rms_norm_eps=0.01)
+    for layer in packed_layers(model).values():
+        nn.init.normal_(layer.rms_norm.weight, 1, 0.25)
+    return model, record
+
+
+def test_packed_layers_keep_their_norms(tmp_path):
+    model, record = normed_model(43)
+    folder = packed.save(model, tmp_path / "a", record)
+    again = packed.load(folder)
+    assert torch.equal(again(IDS[None, :64]).logits, model(IDS[None, :64]).logits)
+    again.save_pretrained(tmp_path / "b")
+    assert torch.equal(packed.load(tmp_path / "b")(IDS[None, :64]).logits, model(IDS[None, :64]).logits)
+    assert packed.sizes(model)["packed_linears"] == packed.sizes(folder)["packed_linears"]
+    rewrite(folder / "model.safetensors", lambda t: t.pop(f"{Q}.rms_norm.weight"))
+    with pytest.raises(ValueError, match=f"no tensor {Q}.rms_norm.weight"):
+        packed.load(folder)
+
+
+@pytest.mark.parametrize("linear_class", hf.LINEAR_CLASSES)
+def test_stock_layers_norm_their_input(tmp_path, in_process, linear_class):
+    model, _ = normed_model()
+    assert hf.unsupported(model) is None
+    hf.save(model, tmp_path / "x", linear_class=linear_class)
+    said = json.loads((tmp_path / "x/config.json").read_text())["quantization_config"]
+    assert said["use_rms_norm"] is True and said["rms_norm_eps"] == 0.01
+    assert verify(tmp_path / "x", model)["layers_difference"] < 1e-6
+    rewrite(tmp_path / "x/model.safetensors", lambda t: t[f"{Q}.rms_norm.weight"][:8].mul_(2))
+    with pytest.raises(ValueError, match="not the model that was packed: .*layers differ by"):
+        verify(tmp_path / "x", model)
+
+
+def test_norms_that_the_format_cannot_hold():
+    assert "padding would change the mean that the norms" in hf.unsupported(normed_model(43)[0])
+    model, _ = normed_model()
+    qwen, _ = packed_model(qwen2(intermediate_size=44))
+    model.model.layers[1].mlp.up_proj = qwen.model.layers[1].mlp.up_proj
+    assert f"{Q} has rms_norm_eps=0.01 and model.layers.1.mlp.up_proj has None" in hf.unsupported(model)
+
+
+def test_gguf_has_no_place_for_a_layer_s_norm():
+    pytest.importorskip("gguf")
+    reason = get_format("gguf").unsupported(normed_model()[0])
+    assert reason == f"qwen2 in llama.cpp has no place for {Q}.rms_norm, the norm of this layer's own input"
+
+
+def test_a_norm_outside_of_a_layer_is_refused():
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     attention = model.model.layers[0].self_attn
     attention.o_proj = nn.Sequential(nn.RMSNorm(32), attention.o_proj)

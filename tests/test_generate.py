@@ -70,6 +70,20 @@ def test_fused_layers_with_biases_and_scales_of_their_own():
         parent.k_proj(x.clone())
 
 
+@needs_kernels
+def test_layers_with_a_norm_of_their_own_are_tiled_and_not_fused(tiny_model):
+    model = packed_model(tiny_model, rms_norm_eps=0.01)
+    for name, parameter in model.named_parameters():
+        if name.endswith("rms_norm.weight"):
+            parameter.normal_(1, 0.25)
+    ids = torch.randint(31, (1, 13))
+    before = model(input_ids=ids).logits
+    assert inference.tile(model) == 14
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("TiledLinear") == kinds.count("RMSNorm") == 14 and "Leader" not in kinds
+    assert torch.equal(model(input_ids=ids).logits, before) and Decoder(model, 8).native is None
+
+
 def test_reference_kernels_are_left_alone(tiny_model):
     assert inference.tile(packed_model(tiny_model, kernels="reference")) == 0
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -126,6 +128,111 @@ def test_verify_names_the_first_difference(tmp_path: Path, capsys: pytest.Captur
     AutoModelForCausalLM.from_config(LlamaConfig(**TINY)).save_pretrained(tmp_path / "plain")
     assert verb.main([str(tmp_path / "a"), "--verify", str(tmp_path / "plain")]) == 2
     assert "has no quantized layers that could be compared" in capsys.readouterr().err
+
+
+WIDE = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES: dict[str, Any] = {  # rows interleaved; in other names; in three blocks; in no other order, from Conv1D
+    "llama": lambda: transformers.LlamaConfig(**WIDE, num_key_value_heads=2),
+    "qwen2": lambda: transformers.Qwen2Config(**WIDE, num_key_value_heads=2),
+    "gptneox": lambda: transformers.GPTNeoXConfig(**{**WIDE, "intermediate_size": 128}),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4),
+}
+
+
+def packed_family(family: str, exclude: str | None = None, **quant: object) -> nn.Module:
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    qat.convert(model, qat.QuantConfig(**quant), exclude=exclude)
+    qat.pack(model)
+    return model
+
+
+@pytest.mark.parametrize("quant", [{}, {"granularity": "channel"}, {"weight": "binary"}, {"scale_dtype": "float16"}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verify_a_folder_with_a_gguf_file(tmp_path: Path, family: str, quant: dict[str, object]) -> None:
+    """All codes, though llama.cpp has other names, rows in another order and padded widths; scales as float16 has them."""
+    from qat.export import gguf
+
+    model = packed_family(family, **quant)
+    packed.save(model, tmp_path / "a")
+    gguf.save(model, tmp_path / "b.gguf", type="q2_0")
+    for pair in (["a", "b.gguf"], ["b.gguf", "a"]):
+        said = verb.verify(*[str(tmp_path / name) for name in pair])
+        assert said.startswith(f"equal: {len(packed_layers(model))} layers have the same codes")
+        difference = float(said.partition("at most ")[2].split()[0])
+        assert difference == 0 if "scale_dtype" in quant else 0 < difference < 5e-4
+
+
+def test_verify_a_gguf_file_with_every_kind_of_folder(tmp_path: Path) -> None:
+    from qat.export import gguf
+
+    model = packed_family("llama")
+    packed.save(model, tmp_path / "run/packed")
+    (tmp_path / "run/result.json").write_text('{"status": "done"}')
+    hf.save(model, tmp_path / "divides")
+    hf.save(model, tmp_path / "multiplies", linear_class="autobitlinear")
+    for kind in ("q2_0", "i2_s_arm"):
+        gguf.save(model, tmp_path / f"{kind}.gguf", type=kind)
+    for folder in ("run", "divides", "multiplies"):
+        assert "14 layers have the same codes" in verb.verify(str(tmp_path / "q2_0.gguf"), str(tmp_path / folder))
+    assert "at most 0.0e+00" in verb.verify(str(tmp_path / "i2_s_arm.gguf"), str(tmp_path / "run"))
+    assert verb.inspect(str(tmp_path / "i2_s_arm.gguf"))["types"] == "14 I2_S"
+
+
+def test_verify_groups_of_other_widths(tmp_path: Path) -> None:
+    """A scale for 128 weights in the folder is two blocks of 64 in the file."""
+    from qat.export import gguf
+
+    pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    sizes = {**WIDE, "hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).eval()
+    qat.convert(model, qat.QuantConfig(granularity="group", group_size=128))
+    qat.pack(model)
+    packed.save(model, tmp_path / "a")
+    gguf.save(model, tmp_path / "b.gguf", type="q2_0")
+    assert "14 layers have the same codes" in verb.verify(str(tmp_path / "a"), str(tmp_path / "b.gguf"))
+    model.model.layers[1].mlp.up_proj.weight_scale[5, 1] *= 1.002
+    packed.save(model, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"scales differ, most of all blk.1.ffn_up\[5, 128\]"):
+        verb.verify(str(tmp_path / "a"), str(tmp_path / "b.gguf"))
+
+
+def test_verify_finds_a_difference_behind_other_names_and_rows(tmp_path: Path) -> None:
+    from qat.export import gguf
+
+    model = packed_family("llama")
+    gguf.save(model, tmp_path / "b.gguf")
+    layer = model.model.layers[1].self_attn.k_proj  # 2 heads of 16: row 8, in the second half of its head, is row 1 there
+    codes = layer.codes()
+    old = int(codes[8, 5])
+    codes[8, 5] = new = (old + 2) % 3 - 1
+    layer.packed = qat.ops.pack_ternary(codes)
+    packed.save(model, tmp_path / "a")
+    with pytest.raises(ValueError, match=rf"codes differ in 1 places, the first is blk.1.attn_k\[1, 5\]: {new} and {old}"):
+        verb.verify(str(tmp_path / "a"), str(tmp_path / "b.gguf"))
+
+
+def test_what_cannot_be_compared_with_a_gguf_file(tmp_path: Path) -> None:
+    from qat.export import gguf, gguf_file
+
+    gguf.save(packed_family("llama"), tmp_path / "llama.gguf")
+    packed.save(packed_family("qwen2"), tmp_path / "qwen2")
+    packed.save_state(packed_family("llama"), tmp_path / "state.safetensors")
+    gguf.save(packed_family("llama"), tmp_path / "ours.gguf", type="i2_s_arm")
+    whole = gguf_file.read(tmp_path / "ours.gguf")
+    metadata = {k: v for k, v in whole.metadata.items() if k not in ("qat.i2_s", "general.architecture")}
+    gguf_file.write(tmp_path / "i2_s.gguf", "llama", metadata, whole.tensors)
+    packed.save(packed_family("llama", exclude="*.1.self_attn.q_proj"), tmp_path / "fewer")
+    for one, two, message in (
+        ("llama.gguf", "qwen2", "the GGUF file is a llama, but the packed folder of qat would be a qwen2 in GGUF"),
+        ("state.safetensors", "llama.gguf", "the tensors of a module packed by qat have no config.json"),
+        ("i2_s.gguf", "qwen2", "has no quantized layers that could be compared"),
+        ("fewer", "llama.gguf", "the layer blk.1.attn_q and 0 more are in one of the two only: .*llama.gguf"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            verb.verify(str(tmp_path / one), str(tmp_path / two))
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: ["config", "registration", "verb"],
-    1: ["quantizers", "packing", "ops"],
+    1: ["quantizers", "packing", "norm", "ops"],
     2: ["bitlinear", "selection", "conversion", "inference"],
     3: ["distill", "schedule", "perplexity", "compare"],
     4: ["export"],
     5: ["models", "glass", "provenance", "data", "module", "callbacks", "fit", "kvcache", "decode", "loading", "zeroshot"],
     6: ["train", "runs", "measure", "outputs", "estimate", "report", "export.__main__"]
-    + ["evaluate", "generate", "bench", "bench_ggml", "inspect"],
+    + ["evaluate", "generate", "bench", "bench_ggml", "inspect", "serve"],
 }
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 HOME = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -6,6 +6,8 @@ Decided by the config, never by the key's name, because one key means opposite t
     autobitlinear, quantization_mode offline  weight_scale multiplies, the bias too: (acc / s_x + bias) * weight_scale
     autobitlinear, quantization_mode online   float latent weights, no weight_scale: mean|W| is derived at every forward
 
+`use_rms_norm` puts an RMSNorm in front of every layer's activation quantization: BitLinear's own, by `rms_norm_eps`.
+
 For further training the codes t with scale s need a latent weight whose own mean is s again. t * s is not: its mean is s times
 the fraction of non-zero codes (about 0.66), so every layer would shrink at once. `latent_weight` divides by that fraction.
 """
@@ -30,6 +32,7 @@ from qat.export.packed import empty_model, quiet
 from qat.packing import pack_ternary
 
 _ROWS_A_BYTE = 4
+_STOCK_NORM_EPS = 1e-6  # where the config has no rms_norm_eps
 
 
 def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
@@ -40,8 +43,7 @@ def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
             further training, which start from the same codes and scales.
 
     Raises:
-        ValueError: no such folder, a missing or damaged tensor, bytes that hold no codes, or a norm in every layer
-            (`use_rms_norm`), which BitLinear does not have.
+        ValueError: no such folder, a missing or damaged tensor, or bytes that hold no codes.
     """
     folder = Path(folder)
     config, said = _config(folder)
@@ -50,15 +52,19 @@ def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
     skeleton = empty_model(config, "meta")
     layers = _layers(skeleton, said)
     _refuse_shapes(skeleton, tensors, layers)
+    quant = QuantConfig(rms_norm_eps=_norm_eps(folder, said))
+    norms = _norms(tensors, layers) if quant.rms_norm_eps is not None else {}
     online = said.get("linear_class") == "autobitlinear" and said.get("quantization_mode") == "online"
     if not online:
         _decode(tensors, layers, multiplies=said.get("linear_class") == "autobitlinear", latent=latent)
     config.__dict__.pop("quantization_config", None)
     if not online and not latent:
-        config.quantization_config = _manifest(layers)
+        config.quantization_config = _manifest(layers, quant)
+        tensors |= norms
     model = _build(type(skeleton), config, tensors, folder)
     if online or latent:
-        convert(model, QuantConfig(), include=list(layers))
+        convert(model, quant, include=list(layers))
+        assert not model.load_state_dict(norms, strict=False).unexpected_keys
     if online and not latent:
         pack(model)
     return model.eval()
@@ -86,9 +92,28 @@ def _config(folder: Path) -> tuple[Any, dict[str, Any]]:
     kept = said.get("modules_to_not_convert")
     if kept is not None and not (isinstance(kept, list) and all(isinstance(name, str) for name in kept)):
         raise ValueError(f"{folder}: modules_to_not_convert must be a list of names, not {kept!r}"[:300])
-    if said.get("use_rms_norm"):
-        raise ValueError(f"{folder} has use_rms_norm: every layer norms its input, which BitLinear does not; it cannot be read")
     return config, said
+
+
+def _norm_eps(folder: Path, said: Mapping[str, Any]) -> float | None:
+    """The epsilon of the norm in front of every layer; None where there is none."""
+    if not said.get("use_rms_norm"):
+        return None
+    eps = said.get("rms_norm_eps", _STOCK_NORM_EPS)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise ValueError(f"{folder}: rms_norm_eps must be a number between 0 and 1, not {eps!r}"[:300])
+    return float(eps)
+
+
+def _norms(tensors: dict[str, Tensor], layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """Take each layer's norm out of the stored tensors, as float32. Stock readers make a missing one of ones."""
+    norms = {}
+    for name, linear in layers.items():
+        key = f"{name}.rms_norm.weight"
+        norms[key] = _take(tensors, key).float()
+        if list(norms[key].shape) != [linear.in_features] or not bool(torch.isfinite(norms[key]).all()):
+            raise ValueError(f"{key} is {list(norms[key].shape)}, not {linear.in_features} finite values")
+    return norms
 
 
 def _layers(skeleton: nn.Module, said: Mapping[str, Any]) -> dict[str, nn.Linear]:
@@ -161,8 +186,8 @@ def decode_layer(weight: Tensor, scale: Tensor, n: int, k: int, multiplies: bool
     return codes, scale.reshape(1, 1) if multiplies else 1 / scale.reshape(1, 1)
 
 
-def _manifest(layers: Mapping[str, nn.Linear]) -> dict[str, Any]:
-    quant = asdict(QuantConfig())
+def _manifest(layers: Mapping[str, nn.Linear], config: QuantConfig) -> dict[str, Any]:
+    quant = asdict(config)
     del quant["kernels"]
     widths = {name: linear.in_features for name, linear in layers.items()}
     kind = {"quant_method": METHOD, "version": VERSION, "layout": "2bit", "quant": quant}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.export.bitnet import decode_layer
-from qat.export.files import INDEX, check_checksums, opened, read_shapes, stored_bytes, weight_files
+from qat.export.files import INDEX, check_checksums, opened, own_tensors, read_shapes, stored_bytes, weight_files
 from qat.export.folder import WEIGHTS, one_line, read_metadata
 from qat.export.manifest import METHOD, parse
 from qat.packing import unpack_ternary
@@ -26,16 +26,19 @@ from qat.quantizers import scale_shape
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized layer: int8 `codes` [N, K], float32 `scale` [1 | N, 1 | G], which multiplies, and its stored bytes."""
+    """A quantized layer: int8 `codes` [N, K], float32 `scale` [1 | N, 1 | G], which multiplies, its stored bytes, and in which
+    dtype the file has the scale."""
 
     codes: Tensor
     scale: Tensor
     bytes: int
+    stored: torch.dtype = torch.float32
 
 
 @dataclass
 class Contents:
-    """What was found. `layers` maps a name to the function that reads it; `others` a type to its tensors and their bytes."""
+    """What was found. `layers` maps a name to the function that reads it; `others` a type to its tensors and their bytes;
+    `folder` has the config.json, if there is one; `architecture` is the one of a GGUF file."""
 
     kind: str
     convention: str
@@ -44,6 +47,8 @@ class Contents:
     layers: Mapping[str, Callable[[], Codes]] = field(default_factory=dict)
     others: dict[str, tuple[int, int]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    architecture: str | None = None
 
 
 class Stored:
@@ -80,11 +85,6 @@ class Stored:
                 count, size = found.get(what, (0, 0))
                 found[what] = (count + 1, size + stored_bytes([(dtype, shape)]))
         return found
-
-
-def own_tensors(layers: Iterable[str]) -> set[str]:
-    """The names of the tensors of quantized layers."""
-    return {f"{name}.{key}" for name in layers for key in ("weight", "weight_scale", "bias")}
 
 
 def read(path: str | Path) -> Contents:
@@ -135,9 +135,10 @@ def _method(path: Path) -> str | None:
 
 def _read_qat(folder: Path) -> Contents:
     said = _json(folder / "config.json")["quantization_config"]
-    return _packed(
-        weight_files(folder), said, "packed folder of qat", "transformers after `import qat`; qat.evaluate, qat.export"
-    )
+    readers = "transformers after `import qat`; qat.evaluate, qat.export"
+    found = _packed(weight_files(folder), said, "packed folder of qat", readers)
+    found.folder = folder
+    return found
 
 
 def _read_state(file: Path) -> Contents:
@@ -162,6 +163,8 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
             raise ValueError(f"{name}.weight_scale is {stored.shape(f'{name}.weight_scale')}, not {list(shape)}")
     layers = {name: partial(_packed_layer, stored, name, k, layout) for name, k in widths.items()}
     activations = f"int{quant.act_bits} per {quant.act_granularity}" if quant.act_bits else "floating point"
+    if quant.rms_norm_eps is not None:
+        activations = f"RMSNorm (eps {quant.rms_norm_eps:g}) in every layer, then {activations}"
     facts = {"activations": activations, "layers in full precision": str(len(record.skipped))}
     return Contents(kind, convention, readers, stored.bytes, layers, stored.others(layers), facts)
 
@@ -186,14 +189,17 @@ def _read_bitnet(folder: Path) -> Contents:
     names = [name.removesuffix(".weight_scale") for name in stored.places if name.endswith(".weight_scale")]
     layers = {name: partial(_bitnet_layer, stored, name, auto) for name in names}
     readers = "transformers; qat.evaluate, qat.export.bitnet"
-    return Contents("stock bitnet folder", convention, readers, stored.bytes, layers, stored.others(layers))
+    found = Contents("stock bitnet folder", convention, readers, stored.bytes, layers, stored.others(layers), folder=folder)
+    if said.get("use_rms_norm"):
+        found.facts["activations"] = "RMSNorm in every layer, then int8 per token"
+    return found
 
 
 def _bitnet_layer(stored: Stored, name: str, multiplies: bool) -> Codes:
     weight, scale = stored.tensor(f"{name}.weight"), stored.tensor(f"{name}.weight_scale")
     n, k = stored.shape(f"{name}.weight")
     rows = n * 4 if weight.dtype == torch.uint8 else n
-    return Codes(*decode_layer(weight, scale, rows, k, multiplies, name), weight.nbytes + scale.nbytes)
+    return Codes(*decode_layer(weight, scale, rows, k, multiplies, name), weight.nbytes + scale.nbytes, scale.dtype)
 
 
 def _read_plain(path: Path) -> Contents:
@@ -206,40 +212,47 @@ def _read_plain(path: Path) -> Contents:
 
 def _read_gguf(file: Path) -> Contents:
     """Layers have GGUF's names, and rows in its order (llama's query and key rows are permuted there)."""
-    from qat.export import gguf_file
+    from qat.export import gguf_file, gguf_i2s
     from qat.export.gguf_blocks import NAMES
 
     try:
         whole = gguf_file.read(file)
+        order = whole.metadata.get(gguf_i2s.ORDER_KEY)
+        blocks = NAMES | ({gguf_i2s.NUMBER: str(order)} if order else {})
         layers = {
-            name.removesuffix(".weight"): partial(_gguf_layer, name, tensor, NAMES[tensor.kind])
+            name.removesuffix(".weight"): partial(_gguf_layer, name, tensor, blocks[tensor.kind])
             for name, tensor in whole.tensors.items()
-            if tensor.kind in NAMES
+            if tensor.kind in blocks
         }
         readers = "llama.cpp and what builds on it"
         found = Contents("GGUF", "scales are in the blocks, float16", readers, file.stat().st_size, layers)
         for tensor in whole.tensors.values():
-            if tensor.kind not in NAMES:
+            if tensor.kind not in blocks:
                 kind = gguf_file.kind_name(tensor.kind)
                 count, size = found.others.get(kind, (0, 0))
                 found.others[kind] = (count + 1, size + tensor.data.nbytes)
-        types = Counter(gguf_file.kind_name(tensor.kind) for tensor in whole.tensors.values() if tensor.kind in NAMES)
+        types = Counter(gguf_file.kind_name(tensor.kind) for tensor in whole.tensors.values() if tensor.kind in blocks)
     except ImportError as error:
         raise ValueError(f"{file} needs the package gguf: pip install -e .[gguf]") from error
-    found.facts["architecture"] = str(whole.metadata.get("general.architecture"))
+    found.facts["architecture"] = found.architecture = str(whole.metadata.get("general.architecture"))
     if types:
         found.facts["types"] = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
     return found
 
 
 def _gguf_layer(name: str, tensor: Any, kind: str) -> Codes:
-    from qat.export.gguf_blocks import decode
+    """`kind` is a block type, or the order of I2_S."""
+    from qat.export import gguf_blocks, gguf_i2s
 
+    size = tensor.data.nbytes
     try:
-        codes, scale = decode(tensor.data.reshape(tensor.shape[0], -1), kind)
+        if tensor.kind == gguf_i2s.NUMBER:
+            codes, one = gguf_i2s.decode(tensor.data, tensor.shape, kind)
+            return Codes(torch.from_numpy(codes), torch.tensor([[float(one)]]), size)
+        codes, scale = gguf_blocks.decode(tensor.data.reshape(tensor.shape[0], -1), kind)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from error
-    return Codes(torch.from_numpy(codes), torch.from_numpy(scale.astype("float32")), tensor.data.nbytes)
+    return Codes(torch.from_numpy(codes), torch.from_numpy(scale.astype("float32")), size, torch.float16)
 
 
 KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Contents]]] = {

@@ -59,6 +59,11 @@ def module_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
     return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
+def own_tensors(layers: Iterable[str]) -> set[str]:
+    """The names that the tensors of quantized layers may have in files."""
+    return {f"{name}.{key}" for name in layers for key in ("weight", "weight_scale", "bias", "rms_norm.weight")}
+
+
 def file_metadata(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Who wrote it, how many parameters the full-precision model has (tied ones once), and the checksums."""
     checksums = {name: checksum(tensor) for name, tensor in tensors.items() if not tensor.is_meta}

@@ -155,6 +155,9 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
     """The architecture, the config as it is written, and how the MLPs are widened."""
     config = transformers_config(model)
     found = architecture(config)
+    normed = [name for name, layer in quantized_layers(model).items() if layer.rms_norm is not None]
+    if normed:
+        raise ValueError(f"{found.name} in llama.cpp has no place for {normed[0]}.rms_norm, the norm of this layer's own input")
     padding = plan(model, config, gguf_tensors.width_multiple(type))
     return found, padding.raise_config(config), padding
 
@@ -178,6 +181,7 @@ def _general(
         "general.base_model.0.name": card.get("base_model"),
         "general.file_type": gguf_i2s.FTYPE if most in gguf_tensors.I2S else BLOCKS[most].ftype,
         "general.quantization_version": 2,
+        gguf_i2s.ORDER_KEY: gguf_tensors.I2S.get(most),
         gguf_file.WRITER_KEY: __version__,
         "qat.quant": json.dumps({key: value for key, value in quant.items() if key not in ("kernels", "backward")}),
     }

@@ -4,7 +4,8 @@
     arm   64 weights in 16 bytes; byte p holds weights p, 16 + p, 32 + p, 48 + p likewise
 
 N * K / 4 bytes of codes, 4 of scale, 28 of padding. The file depends on the machine that will run it, and nothing in it says
-which, so the writer must be told. Number 36 was another type in older llama.cpp files; mainline readers refuse it today.
+which, so the writer must be told; ours notes it under a key of our own. Number 36 was another type in older llama.cpp files;
+mainline readers refuse it today.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUMBER, FTYPE = 36, 40
+ORDER_KEY = "qat.i2_s"
 TRAILER = 32
 STRIDES = {"x86": 32, "arm": 16}
 

@@ -6,6 +6,7 @@ opposite things by `linear_class`, and reading it wrongly is off by the scale's 
     bitlinear       stores 1 / scale      y = acc / (s_x * weight_scale) + bias
     autobitlinear   stores scale          y = (acc / s_x + bias) * weight_scale, so bias / scale is stored as the bias
 
+Layers that norm their input (`rms_norm_eps`) keep the norm's weight as `<layer>.rms_norm.weight`, `use_rms_norm` in the config.
 Everything else is float32, and the config says so. What the format cannot hold is told by `unsupported`.
 """
 
@@ -91,11 +92,12 @@ def _refuse(model: nn.Module) -> None:
 def _config(model: nn.Module, padding: Padding, linear_class: str) -> Any:
     config = padding.raise_config(transformers_config(model))
     config.dtype = torch.float32
+    eps = next(iter(packed_layers(model).values())).config.rms_norm_eps
     config.quantization_config = {
         "quant_method": "bitnet",
         "linear_class": linear_class,
         "quantization_mode": "offline",
         "modules_to_not_convert": not_converted(quantized_layers(model), stock_skeleton(model, padding)),
-        "use_rms_norm": False,
-    }
+        "use_rms_norm": eps is not None,
+    } | ({} if eps is None else {"rms_norm_eps": eps})
     return config

@@ -30,6 +30,8 @@ def unsupported(model: nn.Module) -> str | None:
         reason = _config_reason(layer.config)
         if reason:
             return f"{name or 'the model'}: {reason}"
+    if reason := _norms_reason(layers):
+        return reason
     try:
         padding = mlp_padding(model)
         skeleton = stock_skeleton(model, padding)
@@ -48,6 +50,19 @@ def _config_reason(quant: QuantConfig) -> str | None:
         return f"quant.{found}; the stock reader always quantizes activations to 8 bits per token"
     if quant.eps != _STOCK_EPS:
         return f"quant.eps={quant.eps}; the stock reader's lower bound of activations is {_STOCK_EPS}"
+    return None
+
+
+def _norms_reason(layers: Mapping[str, Any]) -> str | None:
+    first, *others = layers
+    eps = layers[first].config.rms_norm_eps
+    for name in others:
+        found = layers[name].config.rms_norm_eps
+        if found != eps:
+            return (
+                f"{first} has rms_norm_eps={eps} and {name} has {found}; the format norms the inputs of all layers,"
+                " with one epsilon, or of none"
+            )
     return None
 
 
@@ -91,7 +106,10 @@ def _shape_reason(model: nn.Module, layers: Mapping[str, Any], skeleton: nn.Modu
         n = layer.out_features + padding.added * (name in padding.rows)
         k = layer.in_features + padding.added * (name in padding.columns)
         if n % ROWS_A_BYTE:
-            return f"{name} has out_features={n}, not a multiple of {ROWS_A_BYTE}, and no MLP width that could be padded"
+            why = "no MLP width that could be padded"
+            if layer.config.rms_norm_eps is not None:
+                why = "padding would change the mean that the norms of the layers' inputs take"
+            return f"{name} has out_features={n}, not a multiple of {ROWS_A_BYTE}, and {why}"
         if (n, k) != (linears[name].out_features, linears[name].in_features):
             return f"{name} would be [{n}, {k}], but the stock model of this config has {list(linears[name].weight.shape)}"
     ours = {name: tensor.shape for name, tensor in float_tensors(model, padding, meta=True).items()}

@@ -22,6 +22,8 @@ def stock_tensors(model: nn.Module, padding: Padding, linear_class: str) -> dict
         if layer.bias is not None:
             bias = padding.grow_bias(name, layer.bias.detach().cpu()).double()
             tensors[f"{name}.bias"] = (bias if inverse else bias / scale.double()).float()
+        if layer.rms_norm is not None:
+            tensors[f"{name}.rms_norm.weight"] = layer.rms_norm.weight.detach().cpu().float()
     return tensors
 
 

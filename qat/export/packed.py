@@ -27,6 +27,7 @@ from qat.export.files import (
     file_metadata,
     file_names,
     module_names,
+    own_tensors,
     read_shapes,
     stored_bytes,
     weight_files,
@@ -228,7 +229,7 @@ def read_extra(folder: str | Path) -> dict[str, Any]:
 
 
 def sizes(source: nn.Module | str | Path) -> dict[str, int]:
-    """Bytes: `packed_model` (the safetensors files), `packed_linears` (codes, scales and biases of the packed layers)
+    """Bytes: `packed_model` (the safetensors files), `packed_linears` (codes, scales, biases and norms of the packed layers)
     and `full_precision_bf16` (2 bytes a parameter of the full-precision model, tied ones once).
 
     `source` is a packed model or a folder of ours.
@@ -242,7 +243,7 @@ def sizes(source: nn.Module | str | Path) -> dict[str, int]:
         }
     files = weight_files(Path(source))
     record, _ = parse(read_config(Path(source))["quantization_config"])
-    own = {f"{name}.{key}" for name in record.converted for key in ("weight", "weight_scale", "bias")}
+    own = own_tensors(record.converted)
     shapes = {name: shape for file in files for name, shape in read_shapes(file).items() if name in own}
     return {
         "packed_model": sum(file.stat().st_size for file in files),

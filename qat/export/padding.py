@@ -1,8 +1,9 @@
 """Widen an MLP exactly, for formats that hold only multiples of some width.
 
 Zero rows in gate / up, zero columns in down, `intermediate_size` raised: the new units are act(0) * 0 = 0, so neither the sum nor
-the largest activation changes, and scales are those from before. A norm in between would change: the shapes then do not match the
-raised config, and the caller refuses. Hidden widths cannot be padded at all.
+the largest activation changes, and scales are those from before. A norm in between would change: nothing is padded where down
+has one of its own, and one of the architecture makes the shapes differ from the raised config; the caller refuses both. Hidden
+widths cannot be padded at all.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def plan(model: nn.Module, config: Any, multiple: int) -> Padding:
 def _is_mlp(module: nn.Module, inner: tuple[str, ...], outer: str, width: int) -> bool:
     found = [getattr(module, leaf, None) for leaf in inner]
     down = getattr(module, outer, None)
+    if getattr(down, "rms_norm", None) is not None:
+        return False
     return getattr(down, "in_features", None) == width and all(getattr(layer, "out_features", None) == width for layer in found)
 
 

@@ -147,7 +147,7 @@ def _check_files(files: Sequence[Path], model: nn.Module, stored: Mapping[str, s
     for name, tensor in needed.items():
         if name not in found:
             raise ValueError(f"{files[0].parent} has no tensor {name}")
-        if found[name][0] != tensor.dtype and not name.endswith(".bias"):
+        if found[name][0] != tensor.dtype and not name.endswith((".bias", ".rms_norm.weight")):
             raise ValueError(f"{name} is {found[name][0]}, but the format has {tensor.dtype}")
     for name, tensor in {**file_names(model, model.state_dict()), **needed}.items():
         if name in found and found[name][1] != list(tensor.shape):
