@@ -21,6 +21,7 @@ import torch
 
 from qat.config import ModelConfig
 from qat.export import gguf_file
+from qat.export.tensors import all_finite
 from qat.glass import load_glass_model, load_glass_tokenizer
 from qat.provenance import gguf_facts, package_license, readme_license
 
@@ -169,7 +170,7 @@ def _explain(what: str, source: str, error: Exception) -> str:
 
 def _check_finite(model: torch.nn.Module, source: str) -> None:
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise ValueError(f"{source}: the weight {name} has NaN or infinite values; the checkpoint is damaged")
 
 
