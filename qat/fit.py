@@ -102,8 +102,8 @@ def check_hardware(config: TrainerConfig) -> None:
         raise ValueError("trainer.precision=16-mixed needs a CUDA GPU; on a CPU use bf16-mixed or 32-true")
     if config.devices * config.num_nodes > 1:
         raise ValueError(
-            f"trainer.devices={config.devices}, trainer.num_nodes={config.num_nodes}: allowed is 1 of each, as a run uses one device"
-            " for now; for several GPUs start one run on each, by CUDA_VISIBLE_DEVICES"
+            f"trainer.devices={config.devices}, trainer.num_nodes={config.num_nodes}: allowed is 1 of each, as a run uses one"
+            " device for now; for several GPUs start one run on each, by CUDA_VISIBLE_DEVICES"
         )
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator=gpu, but torch finds no CUDA GPU; use trainer=cpu, or a CUDA build of torch")

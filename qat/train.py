@@ -203,7 +203,7 @@ def _check_flags(arguments: list[str]) -> None:
         raise ValueError(f"{message}{hint}. Allowed: {FLAGS}, and settings as key=value (python -m qat.train --help)")
 
     parser = get_args_parser()
-    parser.error = refuse
+    parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(arguments)
 
 
