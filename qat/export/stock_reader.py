@@ -2,11 +2,11 @@
 
     python -P stock_reader.py FOLDER REQUEST RESULT
 
-REQUEST and RESULT are safetensors files. REQUEST holds `probe_ids` int64 [B, T], `layer.NAME` inputs float32 [T, in] of quantized
-layers, `window.I` int64 [B, L] with `start.I` (in each row, tokens from there on are scored), the same for further texts as
-`text.J.window.I` and `text.J.start.I`, and in its metadata `device` and `bfloat16` ("1": perplexity once more, in bfloat16). RESULT
-holds `logits`, `layer.NAME`, `nll` float64 [sum, count], `text.J.nll`, `nll_bfloat16`, and `bfloat16_cast` (true: the model ran in
-bfloat16 only after a further `.to`).
+REQUEST and RESULT are safetensors files. REQUEST holds `probe_ids` int64 [B, T], `layer.NAME` inputs float32 [T, in] of
+quantized layers, `window.I` int64 [B, L] with `start.I` (in each row, tokens from there on are scored), the same for further
+texts as `text.J.window.I` and `text.J.start.I`, and in its metadata `device` and `bfloat16` ("1": perplexity once more, loaded in
+bfloat16). RESULT holds `logits`, `layer.NAME`, `nll` float64 [sum, count], `text.J.nll`, `nll_bfloat16`, and `bfloat16_cast`
+(true: the model ran in bfloat16 only after a further `.to`).
 
 Run by path and with -P: its folder must not be importable, since a file there may share a library's name.
 """
