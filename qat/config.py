@@ -263,7 +263,7 @@ class TrainerConfig:
     threads: int | None = None
     """torch's CPU threads; null: torch decides."""
     progress: bool = True
-    """Show the progress bar."""
+    """Show the progress: a bar in a terminal, some lines elsewhere."""
 
     def __post_init__(self) -> None:
         _choose("trainer.accelerator", self.accelerator, ("cpu", "gpu", "auto"))

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from qat.perplexity import perplexity as perplexity
     from qat.perplexity import windows as windows
 
-_DEFAULT_CONTEXT = 512
+DEFAULT_CONTEXT = 512
+READERS = ("auto", "llama.cpp", "transformers")
 _PROMPT_TOKENS = 32
 _WORST_LAYERS = 10
 
@@ -70,6 +71,11 @@ class Asked:
         if not self.tasks and (self.include_path or self.task_data or self.limit):
             raise ValueError("--include-path, --task-data and --limit belong to --tasks NAMES")
 
+    def needs_pytorch(self, head: str) -> list[str]:
+        """The flags that only a model of PyTorch can answer."""
+        flags = {"--layers": self.layers, "--samples": self.samples, "--tasks": self.tasks, "--head": head != "full"}
+        return [flag for flag, given in flags.items() if given]
+
 
 def evaluate(
     path: str,
@@ -80,6 +86,7 @@ def evaluate(
     max_tokens: int | None = None,
     batch_size: int = 8,
     head: str = "full",
+    reader: str = "auto",
     **more: Any,
 ) -> dict[str, Any]:
     """Load `path` and measure it on `text`, a file or the name `pydoc_data.topics`.
@@ -89,11 +96,12 @@ def evaluate(
         stride: default: the context, so that windows do not overlap.
         max_tokens: evaluate the first so many tokens of the text; default: all.
         head: `6bit` or `8bit`: with the output head in fewer bits, as `qat.generate` has it.
+        reader: of a .gguf file: `llama.cpp` or `transformers`, see `qat.runtime`.
         more: the fields of `Asked`.
 
     Returns:
         {"model", "kind"}, and for a text {"perplexity", "text", "context", "stride", "tokens", "scored_tokens"}; where asked
-        for, "teacher", "samples" and "tasks"; "remark" where the text is shorter than one window.
+        for, "teacher", "samples" and "tasks"; "reader" of a .gguf file; "remark" where the text is shorter than one window.
 
     Raises:
         ValueError: a model or the text cannot be read, the context is out of range, or a logit is not finite.
@@ -101,12 +109,15 @@ def evaluate(
     asked = Asked(text, **more)
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
-    found = load(path)
+    from qat import runtime
+
+    chosen = runtime.choose_reader(path, reader, asked.needs_pytorch(head))
+    found = runtime.load(path) if chosen == "llama.cpp" else load(path)
     if head != "full":
         from qat.inference import quantize_head
 
         quantize_head(found.model, head)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"reader": chosen} if chosen else {}
     if asked.text is not None:
         result |= _on_text(found, asked, context, stride, max_tokens, batch_size)
     if asked.tasks:
@@ -128,7 +139,8 @@ def _on_text(
     stride = context if stride is None else stride
     tokens = text_tokens(asked.text, found.tokenizer, DataConfig(), max_tokens)
     batches = list(windows(tokens, context, stride, batch_size))
-    total, scored = log_likelihood(found.model, batches)
+    own = getattr(found.model, "log_likelihood", None)  # of a model that runs elsewhere
+    total, scored = own(batches) if own else log_likelihood(found.model, batches)
     name = Path(asked.text).name if Path(asked.text).expanduser().exists() else asked.text
     result = {"perplexity": exp_mean(total, scored), "text": name, "context": context, "stride": stride}
     result |= {"tokens": len(tokens), "scored_tokens": scored}
@@ -153,7 +165,7 @@ def window_context(model: Any, context: int | None = None) -> int:
 
     most = context_length(model)
     if context is None:
-        return min(most or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+        return min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if most is not None and context > most:
         raise ValueError(f"--context {context} is above the model's {most} positions")
     return context
@@ -206,6 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, help="tokens by which the window moves (default: the context)")
     parser.add_argument("--max-tokens", type=int, help="evaluate the first so many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows or task requests at once (default: 8)")
+    parser.add_argument(
+        "--reader", default="auto", choices=READERS, help="of a .gguf file (default: llama.cpp where it is installed and enough)"
+    )
     parser.add_argument("--teacher", metavar="MODEL", help="compare with this model: KL, top-1 agreement")
     parser.add_argument("--layers", action="store_true", help="with --teacher: each quantized layer's relative error")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="print N continuations of the text")

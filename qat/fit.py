@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from qat.callbacks import Checkpoint, GracefulInterrupt, NonFiniteGuard, Progress, RandomState, Throughput
+from qat.callbacks import Checkpoint, GracefulInterrupt, NonFiniteGuard, RandomState, Throughput, progress
 from qat.config import TrainerConfig
 
 
@@ -50,12 +50,21 @@ def fit(
     saver = Checkpoint(checkpoint, config.checkpoint_every)
     ours = [NonFiniteGuard(), throughput, RandomState(), interrupt, *(callbacks or []), saver]
     if config.progress:
-        ours.append(Progress(name))
+        ours.append(progress(name))
     metrics = csv_logger(folder, resumed_step)
     trainer = build_trainer(config, ours, [metrics, *(loggers or [])])
     with _quiet():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if resumed_step is not None else None, weights_only=True)
+    for logger in loggers or []:
+        _close(logger)
     return FitResult(trainer.global_step, throughput.tokens, throughput.seconds, interrupt.interrupted)
+
+
+def _close(logger: Logger) -> None:
+    """Weights & Biases' last words come now, and not after the run's table, when the process ends."""
+    finish = getattr(getattr(logger, "experiment", None), "finish", None)
+    if callable(finish):
+        finish()
 
 
 def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: list[Logger]) -> pl.Trainer:
@@ -81,7 +90,7 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
             logger=loggers,
             enable_checkpointing=False,
             enable_model_summary=False,
-            enable_progress_bar=config.progress,
+            enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
             use_distributed_sampler=False,
         )
 
@@ -93,8 +102,8 @@ def check_hardware(config: TrainerConfig) -> None:
         raise ValueError("trainer.precision=16-mixed needs a CUDA GPU; on a CPU use bf16-mixed or 32-true")
     if config.devices * config.num_nodes > 1:
         raise ValueError(
-            f"trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes}: a run uses one device for now;"
-            " runs on several are neither written nor tested"
+            f"trainer.devices={config.devices}, trainer.num_nodes={config.num_nodes}: allowed is 1 of each, as a run uses one"
+            " device for now; for several GPUs start one run on each, by CUDA_VISIBLE_DEVICES"
         )
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator=gpu, but torch finds no CUDA GPU; use trainer=cpu, or a CUDA build of torch")

@@ -44,9 +44,9 @@ class TiledLinear(nn.Module):
         super().__init__()
         first = layers[0]
         assert len(layers) == 1 or all(fits_with(first, layer) for layer in layers)
-        packed = torch.cat([layer.packed for layer in layers])
-        scale = first.weight_scale
+        packed, scale = first.packed, first.weight_scale
         if len(layers) > 1:
+            packed = torch.cat([layer.packed for layer in layers])
             scale = torch.cat([layer.weight_scale.expand(layer.out_features, -1) for layer in layers])
         tiles, scale, base3 = cpu.packed_tiles(packed, scale, first.in_features, first.layout)
         self.register_buffer("tiles", tiles)
@@ -164,8 +164,10 @@ class DigitLinear(nn.Module):
         config = QuantConfig(granularity="group", group_size=k)
         layer = PackedBitLinear(digits * k, n, False, config, "base3", device="meta")
         with torch.no_grad():
-            chunks = [_packed_digits(rows.float(), digits) for rows in linear.weight.split(_CHUNK)]
-            layer.packed, layer.weight_scale = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+            layer.packed, layer.weight_scale = torch.empty_like(layer.packed, device="cpu"), torch.empty(n, digits)
+            for first in range(0, n, _CHUNK):
+                rows = slice(first, first + _CHUNK)
+                layer.packed[rows], layer.weight_scale[rows] = _packed_digits(linear.weight[rows].float(), digits)
             layer.bias = None if linear.bias is None else linear.bias.detach().clone()
         self.digits = digits
         self.linear = TiledLinear([layer]) if _tileable(layer) else layer
@@ -174,7 +176,7 @@ class DigitLinear(nn.Module):
         return self.linear(x.repeat(*[1] * (x.ndim - 1), self.digits))
 
 
-_CHUNK = 2048  # rows at once: a large vocabulary's digits would take gigabytes
+_CHUNK = 256  # rows at once: a large vocabulary's digits would take gigabytes
 
 
 def _packed_digits(weight: Tensor, digits: int) -> tuple[Tensor, Tensor]:

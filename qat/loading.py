@@ -72,7 +72,8 @@ def _load_full(path: str) -> Loaded:
     from qat.config import ModelConfig
     from qat.models import load_model
 
-    return Loaded(load_model(ModelConfig(path=path)), _tokenizer(path), "full precision (float32)")
+    kind = "GGUF, weights dequantized to float32 by transformers" if path.endswith(".gguf") else "full precision (float32)"
+    return Loaded(load_model(ModelConfig(path=path)), _tokenizer(path), kind)
 
 
 def _load_stock(folder: Path) -> Loaded:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import socket
+import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from urllib.request import getproxies
 import torch
 
 from qat.config import ModelConfig
-from qat.export import gguf_file
+from qat.export import gguf_file, gguf_tokenizer
+from qat.export.tensors import all_finite
 from qat.glass import load_glass_model, load_glass_tokenizer
 from qat.provenance import gguf_facts, package_license, readme_license
 
@@ -169,7 +171,7 @@ def _explain(what: str, source: str, error: Exception) -> str:
 
 def _check_finite(model: torch.nn.Module, source: str) -> None:
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise ValueError(f"{source}: the weight {name} has NaN or infinite values; the checkpoint is damaged")
 
 
@@ -190,7 +192,28 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
             raise ValueError(_explain("tokenizer", source, error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"the tokenizer of {source} is {type(tokenizer).__name__}, a slow one; a tokenizer.json is needed")
-    return tokenizer
+    return _split_as_named(tokenizer, source) if source.endswith(".gguf") else tokenizer
+
+
+def _split_as_named(tokenizer: Any, source: str) -> PreTrainedTokenizerFast:
+    """transformers takes some split for all files of an architecture; digits would be other tokens than the model knows."""
+    from transformers import PreTrainedTokenizerFast
+
+    metadata, backend = gguf_file.read(source).metadata, tokenizer.backend_tokenizer
+    pre, level = metadata.get("tokenizer.ggml.pre"), "ByteLevel" in str(backend.pre_tokenizer)
+    if pre is None or metadata.get("tokenizer.ggml.model") != "gpt2" or not level:
+        return tokenizer
+    if not gguf_tokenizer.set_split(tokenizer, str(pre)):
+        print(
+            f"qat: {source} names the text split {pre!r}, which qat does not know: the tokens may differ from llama.cpp's",
+            file=sys.stderr,
+        )
+        return tokenizer
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    # an architecture's own class would take its own split again when it is loaded from a folder
+    about = {**tokenizer.special_tokens_map, "model_max_length": tokenizer.model_max_length}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **about)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -51,18 +51,19 @@ def _export_hf(
     """Write <run>/model, or return why the format cannot hold the model."""
     if reason := hf.unsupported(model):
         return reason
-    card = {**_card(config), "results": _card_results(result)}
-    batches = _windows(measure)
+    batches, further = _windows(measure), {name: _windows(measure, name) for name in measure.texts if name}
     info = hf.save(
         model,
         folder / "model",
         tokenizer,
         linear_class=config.export.linear_class,
-        card=card,
-        check=lambda written: hf.verify(written, model, measure.probe(), batches),
+        card=lambda found: {**_card(config), "results": _card_results(result, found["perplexity"])},
+        check=lambda written: hf.verify(written, model, measure.probe(), batches, further=further),
     )
     found = info["verification"]
     result.perplexity["exported"] = found["perplexity"]
+    for name, value in found.get("further", {}).items():
+        result.further[name]["exported"] = value
     result.verify({"hf": found, "summary": [_hf_summary(folder / "model", found)]})
     return None
 
@@ -100,13 +101,14 @@ def _card(config: TrainConfig) -> dict[str, Any]:
     return {**models.describe_source(config.model), "recipe": config.run.name, "name": config.run.name}
 
 
-def _windows(measure: Measure) -> list[Window]:
-    return list(windows(measure.texts[""], measure.context, measure.stride, measure.batch_size))
+def _windows(measure: Measure, text: str = "") -> list[Window]:
+    return list(windows(measure.texts[text], measure.context, measure.stride, measure.batch_size))
 
 
-def _card_results(result: RunResult) -> dict[str, Any]:
-    values = result.perplexity
-    stages = {key: round(values[key], 4) for key in ("full_precision", "converted", "trained", "packed") if key in values}
+def _card_results(result: RunResult, exported: float) -> dict[str, Any]:
+    values = {**result.perplexity, "exported": exported}
+    kept = ("full_precision", "converted", "trained", "packed", "exported")
+    stages = {key: round(values[key], 4) for key in kept if key in values}
     return {f"perplexity, {key.replace('_', ' ')}": value for key, value in stages.items()} | {
         "text": values["text"],
         "context": values["context"],

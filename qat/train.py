@@ -168,6 +168,9 @@ def _show(build: Any) -> None:
         sys.exit(130)
 
 
+FLAGS = "--help, --dry-run, -m (one run for each of key=a,b), --cfg job, --info"
+"""Of those that Hydra has, the ones that serve here."""
+
 HELP = """Fine-tune a pretrained model as a ternary or binary BitLinear model.
 
   python -m qat.train recipe=NAME [key=value ...]    train, verify, pack, export
@@ -185,6 +188,23 @@ def _help() -> str:
     from qat.config import options
 
     return HELP + "\n".join(f"  {group + '=':<11}{', '.join(names)}" for group, names in options().items())
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Raise ValueError for a flag that Hydra does not have, or has otherwise: its own answer is a page of usage."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if not flags:
+        return
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        settings = [flag.lstrip("-") for flag in flags if "=" in flag]
+        hint = f"; settings have no dashes: {settings[0]}" if settings else ""
+        raise ValueError(f"{message}{hint}. Allowed: {FLAGS}, and settings as key=value (python -m qat.train --help)")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
 
 
 def _check_composition(folder: str, arguments: list[str]) -> None:
@@ -224,12 +244,15 @@ def main(arguments: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(arguments):
         return print(_help())
     try:
+        _check_flags(arguments)
         check_keys(arguments)
     except ValueError as error:
         _exit(error)
     resume = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
     if resume:
         overrides = [a for a in arguments if not a.startswith("resume=")]
+        if flags := [a for a in overrides if a.startswith("-")]:
+            _exit(f"{flags[0]} does not go with resume=, which continues one run; allowed beside it are settings as key=value")
         return _show(lambda: load_config(resume[-1], overrides))
 
     import hydra

@@ -16,7 +16,20 @@ LAYERS = {
     2: ["bitlinear", "selection", "conversion", "inference"],
     3: ["distill", "schedule", "perplexity", "compare"],
     4: ["export"],
-    5: ["models", "glass", "provenance", "data", "module", "callbacks", "fit", "kvcache", "decode", "loading", "zeroshot"],
+    5: [
+        "models",
+        "glass",
+        "provenance",
+        "data",
+        "module",
+        "callbacks",
+        "fit",
+        "kvcache",
+        "decode",
+        "loading",
+        "runtime",
+        "zeroshot",
+    ],
     6: ["train", "runs", "measure", "outputs", "estimate", "report", "export.__main__"]
     + ["evaluate", "generate", "bench", "bench_ggml", "inspect", "serve"],
 }

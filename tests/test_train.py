@@ -20,6 +20,7 @@ from qat.config import (
     ControlConfig,
     DataConfig,
     DistillConfig,
+    EvalConfig,
     ExportConfig,
     ModelConfig,
     OptimConfig,
@@ -28,8 +29,8 @@ from qat.config import (
     TrainConfig,
     TrainerConfig,
 )
-from qat.report import recovered
-from qat.train import load_config, run
+from qat.report import print_table, recovered
+from qat.train import load_config, main, run
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = TrainerConfig(max_steps=12, accelerator="cpu", progress=False, log_every_n_steps=1, threads=1)
@@ -75,8 +76,9 @@ def overrides(config: TrainConfig, folder: Path, **more: Any) -> list[str]:
     return [f"{key}={value}" for key, value in data.items()]
 
 
-def test_a_whole_run(config: TrainConfig) -> None:
+def test_a_whole_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config.export = ExportConfig(formats=["hf"])
+    config.eval = EvalConfig(texts={"other": config.data.train}, max_tokens=400)
     config.control = ControlConfig(enabled=True, lr=1e-3)
     config.trainer = replace(TRAINER, max_steps=60, val_every=30, checkpoint_every=25)
     result = run(config)
@@ -87,6 +89,15 @@ def test_a_whole_run(config: TrainConfig) -> None:
     assert values["packed"] == values["trained"]
     assert values["exported"] == pytest.approx(values["packed"], rel=1e-3)
     assert values["control"] < values["full_precision"]
+    other = saved["perplexity_other"]
+    assert other["packed"] != values["packed"] and other["exported"] == pytest.approx(other["packed"], rel=1e-3)
+    print_table(result)
+    rows = {cells[1].strip(): cells[2:-1] for line in capsys.readouterr().out.splitlines() if len(cells := line.split("│")) > 2}
+    assert [f"{text['exported']:,.3f}" for text in (values, other)] == [
+        cell.strip() for cell in rows["read back from the export"]
+    ]
+    assert all(cell.strip() for cells in rows.values() for cell in cells)
+    assert f"| perplexity, exported | {round(values['exported'], 4):.6g} |" in (folder / "model/README.md").read_text()
     assert (values["context"], values["stride"], values["text"]) == (32, 32, "last 10 % of text.txt")
     assert saved["export"] == {"done": ["hf"], "skipped": {}}
     assert saved["tokens"] == 60 * 4 * 32 and saved["tokens_per_second"] > 0
@@ -219,7 +230,7 @@ def test_dry_run_writes_nothing(config: TrainConfig, capsys: pytest.CaptureFixtu
         ({"data": {"train": "/nowhere/text.txt"}}, "/nowhere/text.txt"),
         ({"trainer": {"precision": "16-mixed"}}, "bf16-mixed"),
         ({"trainer": {"accelerator": "gpu"}}, "no CUDA GPU"),
-        ({"trainer": {"devices": 2}}, "one device"),
+        ({"trainer": {"devices": 2}}, "trainer.devices=2, trainer.num_nodes=1: allowed is 1 of each"),
         ({"model": {"teacher": "off"}}, "needs a teacher"),
         ({"optim": {"lambda_steps": 100}}, "lambda_steps=100 is above trainer.max_steps=12"),
         ({"quant": {"granularity": "group", "group_size": 5}}, "model.layers.0.self_attn.q_proj.*not a multiple"),
@@ -315,6 +326,44 @@ def test_wandb_offline_and_tensorboard_log(config: TrainConfig) -> None:
     config.trainer = replace(config.trainer, max_steps=2)
     folder = Path(run(config).folder)
     assert list(folder.glob("wandb/offline-run-*/*.wandb")) and list(folder.glob("tensorboard/events.*"))
+
+
+def test_piped_output_is_lines_and_ends_with_the_table(config: TrainConfig, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    progress = {"trainer.progress": "true", "trainer.max_steps": 20, "logger": "wandb"}
+    arguments = overrides(config, tmp_path / "piped", **progress)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[-1] == f"run        {tmp_path / 'piped'} (done)", done.stdout
+    table = max(i for i, line in enumerate(lines) if line.startswith("┏"))
+    wandb = [i for i, line in enumerate(lines) if line.startswith("wandb")]
+    assert wandb and max(wandb) < table
+    steps = [line for line in lines if line.startswith("QAT")]
+    assert len(steps) == 10 and steps[-1].startswith("QAT step 20/20, loss ") and steps[-1].endswith(" tokens/s, 0:00 left")
+    assert "\r" not in done.stdout and not any(line == "" and i < table for i, line in enumerate(lines)), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--foo", "unrecognized arguments: --foo. Allowed: --help, --dry-run, -m"),
+        ("--trainer.max_steps=5", "settings have no dashes: trainer.max_steps=5"),
+        ("--cfg=nothing", "invalid choice: 'nothing'"),
+    ],
+)
+def test_an_unknown_flag_is_one_line(capsys: pytest.CaptureFixture[str], flag: str, words: str) -> None:
+    for arguments in ([flag], ["recipe=quickstart", flag]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.startswith("qat.train: ") and words in shown.err and shown.err.count("\n") == 1
+
+
+def test_resume_takes_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["resume=somewhere", "-m"])
+    assert "-m does not go with resume=" in capsys.readouterr().err
 
 
 def test_recovered_share() -> None:

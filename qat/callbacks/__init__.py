@@ -3,7 +3,7 @@
 from qat.callbacks.checkpoint import Checkpoint
 from qat.callbacks.guard import NonFiniteError, NonFiniteGuard
 from qat.callbacks.interrupt import GracefulInterrupt
-from qat.callbacks.progress import Progress
+from qat.callbacks.progress import progress
 from qat.callbacks.rng import RandomState
 from qat.callbacks.samples import Samples
 from qat.callbacks.throughput import Throughput
@@ -15,8 +15,8 @@ __all__ = [
     "LambdaWarmup",
     "NonFiniteError",
     "NonFiniteGuard",
-    "Progress",
     "RandomState",
     "Samples",
     "Throughput",
+    "progress",
 ]

@@ -1,16 +1,25 @@
-"""The progress bar: loss, tokens/s and time left, without lightning's version number."""
+"""How far a training is: a bar in a terminal, a plain line now and then elsewhere; loss, tokens/s and the time left."""
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+_LINES = 10
 
-class Progress(TQDMProgressBar):
-    """lightning's bar under a name of its own: `QAT` or `control`."""
+
+def progress(name: str) -> pl.Callback:
+    """What fits stdout, under the name `QAT` or `control`: a bar redraws its line, which a file or a pipe would keep."""
+    return Bar(name) if sys.stdout.isatty() else Lines(name)
+
+
+class Bar(TQDMProgressBar):
+    """lightning's bar, without its version number."""
 
     def __init__(self, name: str) -> None:
         super().__init__(refresh_rate=5)
@@ -32,3 +41,36 @@ class Progress(TQDMProgressBar):
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
         return metrics
+
+
+class Lines(pl.Callback):
+    """A line after each tenth of the optimizer steps."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.shown = name, 0
+        self.first, self.start = 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The clock, and where a resumed run goes on."""
+        self.first, self.start = trainer.global_step, time.perf_counter()
+        self.shown = self._tenth(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Print where another tenth is done."""
+        if not trainer.is_global_zero or self._tenth(trainer) == self.shown:
+            return
+        self.shown = self._tenth(trainer)
+        step, found = trainer.global_step, trainer.progress_bar_metrics
+        left = (time.perf_counter() - self.start) / (step - self.first) * (trainer.max_steps - step)
+        numbers = [f"loss {found['loss']:.3f}"] if "loss" in found else []
+        numbers += [f"{found['tok/s']:,.0f} tokens/s"] if "tok/s" in found else []
+        print(", ".join([f"{self.name} step {step}/{trainer.max_steps}", *numbers, f"{_clock(left)} left"]), flush=True)
+
+    @staticmethod
+    def _tenth(trainer: pl.Trainer) -> int:
+        return trainer.global_step * _LINES // trainer.max_steps
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -6,7 +6,8 @@ Three of llama.cpp's tokenizers can be the one that a BPE tokenizer.json describ
     llama   spaces are U+2581, unknown characters fall back to bytes; no merges but scores: minus the merge's rank
     gpt2, with the `pre` sarvam-moe   spaces are U+2581, no bytes: llama.cpp drops characters that the vocabulary does not know
 
-Whether it tokenizes alike is not believed but tried: see `qat.export.gguf_verify`.
+Whether it tokenizes alike is not believed but tried: see `qat.export.gguf_verify`. And the way back: `set_split` gives a
+tokenizer that was read from a file the text split that the file names, of which transformers reads nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ _SPLITS = {  # the regular expression of a Split in tokenizer.json -> llama.cpp'
     _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _CONTRACTIONS + _WORDS + r"\p{N}" + _REST: "qwen2",
 }
+_ALIASES = {  # our name -> what else llama.cpp calls the same split (tried with llama-cpp-python 0.3.36)
+    "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en",
+              "gigachat", "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "granite-docling"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "stablelm2", "hunyuan", "megrez"),
+}  # fmt: skip
+_NAMED = {name: ours for ours, others in _ALIASES.items() for name in (ours, *others)}
 
 
 def vocabulary(tokenizer: Any, rows: int, pre: str | None = None) -> dict[str, Any]:
@@ -151,3 +160,22 @@ def _split_name(pre_tokenizer: Any) -> str:
         if name:
             return name
     raise ValueError(f"the text split {json.dumps(pre_tokenizer)} is not recognized; name llama.cpp's own by --pre-tokenizer")
+
+
+def set_split(tokenizer: Any, pre: str) -> bool:
+    """Make a byte-level tokenizer split texts as llama.cpp does under the name `pre`; False where we do not know the name."""
+    from tokenizers import Regex, pre_tokenizers
+
+    name = _NAMED.get(pre)
+    if name is None:
+        return False
+    patterns = {ours: pattern for pattern, ours in _SPLITS.items()}
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
+    if name in patterns:
+        steps = [pre_tokenizers.Split(Regex(patterns[name]), "isolated")]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in patterns)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, level]) if steps else level
+    if name == "llama-bpe":
+        backend.model.ignore_merges = True  # a piece that is a token stays one, whatever the merges say
+    return True

@@ -33,6 +33,7 @@ from qat.export.verify import verify as verify
 
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
 OPTIONS = ("linear_class",)
+Card = Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 def save(
@@ -41,8 +42,8 @@ def save(
     tokenizer: Any = None,
     *,
     linear_class: str = "bitlinear",
-    card: Mapping[str, Any] | None = None,
-    check: Callable[[Path], dict[str, float]] | None = None,
+    card: Card | None = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write a packed model as a stock transformers folder, with its model card.
 
@@ -50,7 +51,7 @@ def save(
         model: a transformers model with PackedBitLinear layers.
         folder: replaced if an earlier export wrote it.
         linear_class: `bitlinear` (the default of readers) or `autobitlinear`.
-        card: facts of the model card, see `qat.export.card.model_card`.
+        card: facts of the model card, see `qat.export.card.model_card`, or a function that gives them for what `check` returned.
         check: called with the finished folder before it gets its name, such as `verify`; if it raises, nothing is left.
 
     Returns:
@@ -70,13 +71,14 @@ def save(
         save_config(model, config, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        quant = next(iter(packed_layers(model).values())).config
-        facts = {"name": Path(folder).name, **(card or {})}
-        text = model_card(facts, quant, linear_class, padding.note() if padding.added else None)
-        (partial / "README.md").write_text(text, encoding="utf-8")
         info: dict[str, Any] = {"folder": str(folder), "linear_class": linear_class, "bytes": (partial / WEIGHTS).stat().st_size}
         info |= {"padding": padding.note()} if padding.added else {}
         info |= {"verification": check(partial)} if check else {}
+        quant = next(iter(packed_layers(model).values())).config
+        given = card(info.get("verification", {})) if callable(card) else card
+        facts = {"name": Path(folder).name, **(given or {})}
+        text = model_card(facts, quant, linear_class, padding.note() if padding.added else None)
+        (partial / "README.md").write_text(text, encoding="utf-8")
     return info
 
 

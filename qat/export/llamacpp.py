@@ -28,8 +28,8 @@ def tokenize(file: str | Path, texts: Sequence[str]) -> list[list[int]]:
     return [answer[f"ids.{i:06d}"].tolist() for i in range(len(texts))]
 
 
-def ask(file: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer a request (see `llamacpp_process.answer`) in a process of its own.
+def ask(file: str | Path, request: Mapping[str, Any], *, exact: bool = True) -> dict[str, Any]:
+    """Answer a request (see `llamacpp_process`) in a process of its own; not `exact`: keys and values as llama.cpp keeps them.
 
     Raises:
         ValueError: llama-cpp-python is not installed, the file is missing, or llama.cpp refused it; its last words are quoted.
@@ -40,7 +40,7 @@ def ask(file: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"there is no file {file}")
     with tempfile.TemporaryDirectory(prefix="qat-llamacpp-") as scratch:
         asked, answered = Path(scratch, "request.npz"), Path(scratch, "answer.npz")
-        np.savez(asked, **request, path=np.array(str(file)))
+        np.savez(asked, **request, path=np.array(str(file)), exact=np.array(exact))
         command = [sys.executable, "-P", str(PROCESS), str(asked), str(answered)]
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")

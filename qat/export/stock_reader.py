@@ -2,10 +2,11 @@
 
     python -P stock_reader.py FOLDER REQUEST RESULT
 
-REQUEST and RESULT are safetensors files. REQUEST holds `probe_ids` int64 [B, T], `layer.NAME` inputs float32 [T, in] of quantized
-layers, `window.I` int64 [B, L] with `start.I` (in each row, tokens from there on are scored), and in its metadata `device` and
-`bfloat16` ("1": perplexity once more, loaded in bfloat16). RESULT holds `logits`, `layer.NAME`, `nll` float64 [sum, count],
-`nll_bfloat16`, and `bfloat16_cast` (true: the model ran in bfloat16 only after a further `.to`).
+REQUEST and RESULT are safetensors files. REQUEST holds `probe_ids` int64 [B, T], `layer.NAME` inputs float32 [T, in] of
+quantized layers, `window.I` int64 [B, L] with `start.I` (in each row, tokens from there on are scored), the same for further
+texts as `text.J.window.I` and `text.J.start.I`, and in its metadata `device` and `bfloat16` ("1": perplexity once more, loaded in
+bfloat16). RESULT holds `logits`, `layer.NAME`, `nll` float64 [sum, count], `text.J.nll`, `nll_bfloat16`, and `bfloat16_cast`
+(true: the model ran in bfloat16 only after a further `.to`).
 
 Run by path and with -P: its folder must not be importable, since a file there may share a library's name.
 """
@@ -33,11 +34,11 @@ def load(folder: str, device: str, **dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def negative_log_likelihood(model: Any, request: dict[str, Tensor], device: str) -> Tensor:
-    """float64 [2]: the sum over all scored tokens, and how many they are."""
+def negative_log_likelihood(model: Any, request: dict[str, Tensor], device: str, text: str = "") -> Tensor:
+    """float64 [2]: the sum over all scored tokens of a text, and how many they are."""
     total, count = 0.0, 0
-    for name in sorted(key for key in request if key.startswith("window.")):
-        ids, start = request[name].to(device), int(request["start." + name.removeprefix("window.")])
+    for name in sorted(key for key in request if key.startswith(f"{text}window.")):
+        ids, start = request[name].to(device), int(request[f"{text}start." + name.removeprefix(f"{text}window.")])
         logits = model(input_ids=ids, use_cache=False).logits
         for row, targets in zip(logits, ids, strict=True):
             total += F.cross_entropy(row[start - 1 : -1].float(), targets[start:], reduction="sum").double().item()
@@ -68,6 +69,8 @@ def main(folder: str, request_file: str, result_file: str) -> None:
     for key in (key for key in request if key.startswith("layer.")):
         result[key] = model.get_submodule(key.removeprefix("layer."))(request[key].to(device)).cpu().contiguous()
     result["nll"] = negative_log_likelihood(model, request, device)
+    for text in {key.partition("window.")[0] for key in request if key.startswith("text.") and "window." in key}:
+        result[f"{text}nll"] = negative_log_likelihood(model, request, device, text)
     if asked["bfloat16"] == "1":
         del model
         result.update(in_bfloat16(folder, request, device))

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,8 +43,14 @@ _READER_ENVIRONMENT = {
 
 
 def verify(
-    folder: str | Path, model: nn.Module, probe_ids: Tensor, windows: Sequence[Window], *, bfloat16: bool = True
-) -> dict[str, float]:
+    folder: str | Path,
+    model: nn.Module,
+    probe_ids: Tensor,
+    windows: Sequence[Window],
+    *,
+    further: Mapping[str, Sequence[Window]] | None = None,
+    bfloat16: bool = True,
+) -> dict[str, Any]:
     """Compare a stock folder with the packed model that it was written from.
 
     Args:
@@ -51,12 +58,14 @@ def verify(
         model: the packed model.
         probe_ids: int64 [B, T], tokens whose logits are compared.
         windows: of `qat.perplexity.windows`.
+        further: name -> windows of texts whose perplexity is measured as read back, and not compared.
         bfloat16: measure the perplexity of the folder loaded as bfloat16, too.
 
     Returns:
         `perplexity` (as read back), `perplexity_packed`, `perplexity_difference` (relative), `logits_difference` and
-        `layers_difference` (relative Frobenius norms; the largest of all layers), `perplexity_bfloat16`, and `bfloat16_cast`:
-        1.0 if the folder loaded with `dtype=bfloat16` runs only after a further `.to(torch.bfloat16)` (autobitlinear does).
+        `layers_difference` (relative Frobenius norms; the largest of all layers), `perplexity_bfloat16`, `bfloat16_cast`:
+        1.0 if the folder loaded with `dtype=bfloat16` runs only after a further `.to(torch.bfloat16)` (autobitlinear does), and
+        `further`: name -> perplexity, where such texts were given.
 
     Raises:
         ValueError: the reader fails, or a difference is above TOLERANCE; the numbers are named.
@@ -64,13 +73,18 @@ def verify(
     windows = list(windows)
     model = _float32(model)
     inputs = _layer_inputs(model)
-    answer = _ask(Path(folder), _request(probe_ids, windows, inputs, _widths(folder, inputs)), _device(model), bfloat16)
-    found = {
+    request = _request(probe_ids, windows, inputs, _widths(folder, inputs))
+    for i, others in enumerate((further or {}).values()):
+        request |= _window_request(others, f"text.{i}.")
+    answer = _ask(Path(folder), request, _device(model), bfloat16)
+    found: dict[str, Any] = {
         **_compare_perplexity(answer, model, windows),
         "logits_difference": relative_error(answer["logits"], logits_of(model, probe_ids.to(_device(model))).cpu()),
         "layers_difference": _compare_layers(answer, model, inputs),
     }
     _assert_equal(found)
+    if further:
+        found["further"] = {name: _perplexity(answer[f"text.{i}.nll"]) for i, name in enumerate(further)}
     return found
 
 
@@ -107,11 +121,16 @@ def _request(
     probe_ids: Tensor, windows: Sequence[Window], inputs: Mapping[str, Tensor], widths: Mapping[str, int]
 ) -> dict[str, Tensor]:
     request = {"probe_ids": probe_ids.cpu().clone().contiguous()}
-    for i, (ids, start) in enumerate(windows):
-        request[f"window.{i:06d}"] = ids.cpu().clone().contiguous()  # windows are views of one text
-        request[f"start.{i:06d}"] = torch.tensor(start)
     for name, x in inputs.items():
         request[f"layer.{name}"] = nn.functional.pad(x, (0, widths[name] - x.shape[1]))
+    return request | _window_request(windows)
+
+
+def _window_request(windows: Sequence[Window], text: str = "") -> dict[str, Tensor]:
+    request = {}
+    for i, (ids, start) in enumerate(windows):
+        request[f"{text}window.{i:06d}"] = ids.cpu().clone().contiguous()  # windows are views of one text
+        request[f"{text}start.{i:06d}"] = torch.tensor(start)
     return request
 
 
