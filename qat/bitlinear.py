@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat import ops
+from qat.components import repeat, sum_components
 from qat.config import QuantConfig
 from qat.norm import input_norm
 from qat.ops.options import PackedOptions
@@ -88,7 +89,8 @@ class BitLinear(nn.Linear):
         return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam), self.bias)
 
     def _mixed_weight(self, lam: Tensor) -> Tensor:
-        quantized = dequantize_weight(*ops.quantize_weight(self.weight.detach(), self.config))
+        codes, scale = ops.quantize_weight(self.weight.detach(), self.config)
+        quantized = sum_components(dequantize_weight(codes, scale), self.config.components)
         return mix(self.weight, quantized.to(self.weight.dtype), lam).to(self.weight.dtype)
 
     def _mixed_activation(self, x: Tensor, lam: Tensor) -> Tensor:
@@ -102,7 +104,8 @@ class BitLinear(nn.Linear):
         c = self.config
         group = f" of {c.group_size}" if c.group_size else ""
         activations = f"int{c.act_bits} per {c.act_granularity}" if c.act_bits else "float"
-        return f"{super().extra_repr()}, {c.weight} {c.scale} per {c.granularity}{group}, activations {activations}"
+        count = f"{c.components} components " if c.components > 1 else ""
+        return f"{super().extra_repr()}, {count}{c.weight} {c.scale} per {c.granularity}{group}, activations {activations}"
 
 
 class PackedBitLinear(nn.Module):
@@ -131,10 +134,12 @@ class PackedBitLinear(nn.Module):
         check_group_size(in_features, config.group_size)
         self.in_features, self.out_features = in_features, out_features
         self.config, self.layout, self.dtype = replace(config), layout, dtype
+        self.width = in_features * config.components
+        """Codes a row: those of all components, side by side."""
         self._version = f"layout {layout}, in_features={in_features}"  # type: ignore[assignment]  # state_dict keeps it
         self._prepared: PreparedLinear | None = None
-        scales = scale_shape(out_features, in_features, config.granularity, config.group_size)
-        row_bytes = get_layout(layout).row_bytes(in_features)
+        scales = scale_shape(out_features, in_features, config.granularity, config.group_size, config.components)
+        row_bytes = get_layout(layout).row_bytes(self.width)
         self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.ones(scales, dtype=torch.float32, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if bias else None)
@@ -165,17 +170,20 @@ class PackedBitLinear(nn.Module):
         return weight
 
     def codes(self) -> Tensor:
-        """int8 [out_features, in_features] in {-1, 0, 1}; ValueError if a byte holds no codes."""
-        return ops.unpack_ternary(self.packed, self.in_features, self.layout)
+        """int8 [out_features, components * in_features] in {-1, 0, 1}; ValueError if a byte holds no codes."""
+        return ops.unpack_ternary(self.packed, self.width, self.layout)
 
     def dequantize(self) -> Tensor:
-        """codes * weight_scale, float32 [out_features, in_features]."""
-        return dequantize_weight(self.codes(), self.weight_scale)
+        """codes * weight_scale, float32 [out_features, in_features]; components are added."""
+        return sum_components(dequantize_weight(self.codes(), self.weight_scale), self.config.components)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
         if self.rms_norm is not None:
             x = self.rms_norm(x)
+        if self.config.components > 1:
+            ops.check_input(x, self.in_features)
+            x = repeat(x, self.config.components)
         if not torch.compiler.is_compiling():
             prepared = self._current()
             if prepared is not None and prepared.serves(x):
@@ -185,7 +193,7 @@ class PackedBitLinear(nn.Module):
             self.packed,
             self.weight_scale,
             self.bias,
-            in_features=self.in_features,
+            in_features=self.width,
             layout=self.layout,
             act_bits=self.config.act_bits,
             act_granularity=self.config.act_granularity,
@@ -204,7 +212,7 @@ class PackedBitLinear(nn.Module):
         self._prepared = None
         if self.config.kernels != "reference":
             c = self.config
-            options = PackedOptions(self.in_features, self.layout, c.act_bits, c.act_granularity, c.eps)
+            options = PackedOptions(self.width, self.layout, c.act_bits, c.act_granularity, c.eps)
             self._prepared = prepare(packed, scale, bias, options)
         return self._prepared
 
@@ -222,7 +230,7 @@ class PackedBitLinear(nn.Module):
 
     def check(self, name: str) -> None:
         """Raise ValueError, with the layer's `name`, for bytes and scales that no writer of ours produced."""
-        check_packed(self.packed, self.in_features, self.layout, f"{name}.packed")
+        check_packed(self.packed, self.width, self.layout, f"{name}.packed")
         _check_scale(self.weight_scale, f"{name}.weight_scale")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
@@ -232,7 +240,7 @@ class PackedBitLinear(nn.Module):
             raise ValueError(f"{prefix}packed was saved with {stored}, but this layer has {self._version}")
         name = prefix + "packed"
         if name in state_dict:
-            check_packed(state_dict[name], self.in_features, self.layout, name)
+            check_packed(state_dict[name], self.width, self.layout, name)
         scale = state_dict.get(prefix + "weight_scale")
         if scale is not None:
             _check_scale(scale, f"{prefix}weight_scale")

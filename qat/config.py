@@ -42,6 +42,8 @@ class QuantConfig:
     """One scale a `tensor`, an output `channel`, or a `group` of `group_size` weights along the input."""
     group_size: int | None = None
     """Weights a group; must divide the layer's `in_features`. Only with `granularity=group`."""
+    components: int = 1
+    """Ternary matrices a weight is the sum of, up to 4: 2 have 9 levels in twice the bits. Scales are then of least squares."""
     act_bits: int | None = 8
     """8: activations are quantized to int8. null: they stay in floating point."""
     act_granularity: str = "token"
@@ -67,6 +69,7 @@ class QuantConfig:
         _choose("quant.kernels", self.kernels, ("auto", "compiled", "reference"))
         _choose("quant.backward", self.backward, ("input", "bf16", "int8"))
         _at_least("quant.eps", self.eps, 0, open_end=True)
+        _choose("quant.components", self.components, (1, 2, 3, 4))
         _at_least("quant.rms_norm_eps", self.rms_norm_eps, 0, open_end=True)
         if self.act_bits is None and self.backward != "input":
             raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
@@ -74,6 +77,8 @@ class QuantConfig:
             raise ValueError("quant.kernels=compiled needs quant.act_bits=8; float activations have no compiled kernels")
         if self.backward == "int8" and self.granularity == "group":
             raise ValueError("quant.backward=int8 does not fit quant.granularity=group; choose another granularity, or bf16")
+        if self.components > 1:
+            self._check_components()
         if self.weight == "binary" and self.scale != "absmean":
             raise ValueError(f"quant.scale={self.scale!r} does not fit quant.weight=binary; only absmean does")
         if self.granularity == "group":
@@ -82,6 +87,15 @@ class QuantConfig:
             _at_least("quant.group_size", self.group_size, 1)
         elif self.group_size is not None:
             raise ValueError(f"quant.group_size={self.group_size} needs quant.granularity=group, not {self.granularity}")
+
+    def _check_components(self) -> None:
+        given = f"quant.components={self.components}"
+        if self.weight != "ternary":
+            raise ValueError(f"{given} does not fit quant.weight={self.weight}; components are ternary")
+        if self.scale != "absmean":
+            raise ValueError(f"quant.scale={self.scale} does not fit {given}, whose scales are fitted; leave it out")
+        if self.backward == "int8":
+            raise ValueError(f"quant.backward=int8 does not fit {given}; choose input or bf16")
 
 
 @dataclass

@@ -102,7 +102,7 @@ def _layer(layer: Any) -> tuple[list[Tensor], list[int]] | None:
     linears = [fused[0].linear, attention.o_proj, fused[1].linear, mlp.down_proj]
     if not all(isinstance(linear, TiledLinear) and linear.eps == linears[0].eps for linear in linears):
         return None
-    if any(linear.rms_norm is not None for linear in linears):
+    if any(linear.rms_norm is not None or linear.components > 1 for linear in linears):
         return None
     parts = [_tensors(linear) for linear in linears]
     norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]

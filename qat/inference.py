@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.bitlinear import PackedBitLinear
+from qat.components import repeat
 from qat.config import QuantConfig
 from qat.ops import cpu, pack_ternary
 
@@ -48,19 +49,20 @@ class TiledLinear(nn.Module):
         if len(layers) > 1:
             packed = torch.cat([layer.packed for layer in layers])
             scale = torch.cat([layer.weight_scale.expand(layer.out_features, -1) for layer in layers])
-        tiles, scale, base3 = cpu.packed_tiles(packed, scale, first.in_features, first.layout)
+        tiles, scale, base3 = cpu.packed_tiles(packed, scale, first.width, first.layout)
         self.register_buffer("tiles", tiles)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", _joined_bias(layers))
         self.in_features, self.out_features = first.in_features, packed.shape[0]
-        self.sizes = (self.out_features, self.in_features, first.weight_scale.shape[1], base3)
+        self.sizes = (self.out_features, first.width, first.weight_scale.shape[1], base3)
         self.per_tensor, self.eps = first.config.act_granularity == "tensor", first.config.eps
-        self.rms_norm = first.rms_norm
+        self.rms_norm, self.components = first.rms_norm, first.config.components
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.rms_norm is not None:
             x = self.rms_norm(x)
+        x = repeat(x, self.components)
         return torch.ops.qat.cpu_linear(x, self.tiles, self.scale, self.bias, *self.sizes, self.per_tensor, self.eps)
 
     def extra_repr(self) -> str:
@@ -145,7 +147,7 @@ def _tileable(layer: Any) -> bool:
         and layer.packed.is_cpu
         and layer.config.kernels != "reference"
         and layer.config.act_bits is not None
-        and layer.in_features <= cpu.MAX_WIDTH
+        and layer.width <= cpu.MAX_WIDTH
         and cpu.compiled()
     )
 

@@ -44,7 +44,7 @@ def check_group_size(k: int, group_size: int | None) -> None:
         )
 
 
-def _scale_rows(w: Tensor, granularity: str, group_size: int | None) -> Tensor:
+def scale_rows(w: Tensor, granularity: str, group_size: int | None) -> Tensor:
     """View w [N, K] as [R, L], each row sharing one scale."""
     n, k = w.shape
     if granularity == "tensor":
@@ -56,17 +56,17 @@ def _scale_rows(w: Tensor, granularity: str, group_size: int | None) -> Tensor:
     return w.reshape(n * (k // group_size), group_size)
 
 
-def scale_shape(n: int, k: int, granularity: str, group_size: int | None) -> tuple[int, int]:
-    """Shape of the weight scale of a layer [N, K]: [1, 1], [N, 1] or [N, K / group_size]."""
+def scale_shape(n: int, k: int, granularity: str, group_size: int | None, components: int = 1) -> tuple[int, int]:
+    """Shape of the weight scale of a layer [N, K]: [1, 1], [N, 1] or [N, K / group_size], wider by the components."""
     if granularity == "tensor":
-        return (1, 1)
-    return (n, 1 if granularity == "channel" else k // (group_size or k))
+        return (1, components)
+    return (n, components * (1 if granularity == "channel" else k // (group_size or k)))
 
 
-def _round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` rounded to `dtype` within its range: neither 0 (float16 ends at 6e-8) nor infinity (above 65504)."""
-    limits = torch.finfo(dtype)
-    return scale.clamp(limits.tiny * limits.eps, limits.max).to(dtype).float()
+def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
+    """`scale` rounded to that dtype within its range: neither 0 (float16 ends at 6e-8) nor infinity (above 65504)."""
+    limits = torch.finfo(_SCALE_DTYPES[scale_dtype])
+    return scale.clamp(limits.tiny * limits.eps, limits.max).to(_SCALE_DTYPES[scale_dtype]).float()
 
 
 def quantize_weight(
@@ -83,18 +83,23 @@ def quantize_weight(
     return SCHEMES[weight](rows, value).to(torch.int8).reshape(w.shape), value.reshape(shape)
 
 
+def check_weight(w: Tensor) -> None:
+    """ValueError unless w is a floating-point matrix."""
+    if w.ndim != 2 or not w.is_floating_point():
+        raise ValueError(f"w must be a floating-point matrix [N, K], not {w.dtype} {list(w.shape)}")
+
+
 def weight_scale(
     w: Tensor, scale: str, granularity: str, group_size: int | None, scale_dtype: str, eps: float
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """w as float32 [R, L], each row sharing one scale; the scales [R, 1]; and the shape they are returned in."""
-    if w.ndim != 2 or not w.is_floating_point():
-        raise ValueError(f"w must be a floating-point matrix [N, K], not {w.dtype} {list(w.shape)}")
+    check_weight(w)
     shape = scale_shape(w.shape[0], w.shape[1], granularity, group_size)
-    rows = _scale_rows(w.float(), granularity, group_size)
+    rows = scale_rows(w.float(), granularity, group_size)
     if w.numel() == 0:
         return rows, w.new_full((shape[0] * shape[1], 1), eps, dtype=torch.float32), shape
     value = _REDUCE[scale](rows.abs()).clamp_min(eps)
-    return rows, _round_scale(value, _SCALE_DTYPES[scale_dtype]), shape
+    return rows, round_scale(value, scale_dtype), shape
 
 
 def activation_codes(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ def on_the_gpu(name: str, *arguments: Any) -> Any:
 def check_weight_codes(w: Tensor, t: Tensor, scale: Tensor, config: QuantConfig) -> None:
     """The scale is the reference's but for the order of the sum; the codes are those of this very scale."""
     o = weight_options(config)
-    rows, wanted, shape = quantizers.weight_scale(w, *o[1:])
+    rows, wanted, shape = quantizers.weight_scale(w, *o.scaling)
     assert scale.dtype == torch.float32 and scale.shape == shape and t.shape == w.shape and t.dtype == torch.int8
     rounding = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}[config.scale_dtype]  # a neighbour of the wanted one
     torch.testing.assert_close(scale, wanted.reshape(shape), rtol=rounding, atol=0)

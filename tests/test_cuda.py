@@ -157,6 +157,16 @@ def test_bitlinear(place, config, dtype):
     same(y, reference.integer_linear(x_q, divisor, t, scale, bias, dtype))
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_bitlinear_of_components(place, granularity):
+    device, op = place
+    options = training_options(QuantConfig(components=2, granularity=granularity))
+    x, w, bias = tokens(22, 72), torch.randn(40, 72), torch.randn(40)
+    found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), *options)
+    for a, b in zip(found, reference.bitlinear(x, w, bias, *options), strict=True):
+        same(a, b)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matmuls_of_the_int8_backward(place, dtype):
     device, op = place

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: ["config", "registration", "verb"],
-    1: ["quantizers", "packing", "norm", "ops"],
+    1: ["quantizers", "components", "packing", "norm", "ops"],
     2: ["bitlinear", "selection", "conversion", "inference"],
     3: ["distill", "schedule", "perplexity", "compare"],
     4: ["export"],

@@ -155,13 +155,15 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
     for file in files:
         check_checksums(file, own_tensors(widths))
     group = f" of {quant.group_size}" if quant.group_size else ""
-    convention = f"{quant.weight} {quant.scale} per {quant.granularity}{group}, {layout}; weight_scale (float32) multiplies"
+    count = f"{quant.components} components, " if quant.components > 1 else ""
+    codes = f"{count}{quant.weight} {quant.scale} per {quant.granularity}{group}"
+    convention = f"{codes}, {layout}; weight_scale (float32) multiplies"
     stored = Stored(files)
     for name, k in widths.items():
-        shape = scale_shape(stored.shape(f"{name}.weight")[0], k, quant.granularity, quant.group_size)
+        shape = scale_shape(stored.shape(f"{name}.weight")[0], k, quant.granularity, quant.group_size, quant.components)
         if stored.shape(f"{name}.weight_scale") != list(shape):
             raise ValueError(f"{name}.weight_scale is {stored.shape(f'{name}.weight_scale')}, not {list(shape)}")
-    layers = {name: partial(_packed_layer, stored, name, k, layout) for name, k in widths.items()}
+    layers = {name: partial(_packed_layer, stored, name, k * quant.components, layout) for name, k in widths.items()}
     activations = f"int{quant.act_bits} per {quant.act_granularity}" if quant.act_bits else "floating point"
     if quant.rms_norm_eps is not None:
         activations = f"RMSNorm (eps {quant.rms_norm_eps:g}) in every layer, then {activations}"

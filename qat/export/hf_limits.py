@@ -43,6 +43,8 @@ def unsupported(model: nn.Module) -> str | None:
 def _config_reason(quant: QuantConfig) -> str | None:
     if quant.weight != "ternary":
         return f"quant.weight={quant.weight}; the format holds ternary weights only"
+    if quant.components > 1:
+        return f"quant.components={quant.components}; the format holds one ternary matrix a layer"
     if quant.granularity != "tensor":
         return f"quant.granularity={quant.granularity}; the format has one scale a tensor"
     if quant.act_bits != 8 or quant.act_granularity != "token":

@@ -31,7 +31,8 @@ def _describe(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
-def _check_input(x: Tensor, k: int) -> None:
+def check_input(x: Tensor, k: int) -> None:
+    """ValueError unless x is a floating-point tensor [..., k]."""
     _need(x.is_floating_point() and x.ndim >= 1, lambda: f"x must be a floating-point tensor [..., {k}], not {_describe(x)}")
     _need(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features in its last dimension, but the layer has in_features={k}")
 
@@ -124,6 +125,8 @@ def _check_weight(w: Tensor, config: QuantConfig) -> None:
 def quantize_weight(w: Tensor, config: QuantConfig = _DEFAULT) -> tuple[Tensor, Tensor]:
     """int8 codes t [N, K] in {-1, 0, 1} and float32 scale [1 | N, 1 | K / group_size] with w ~ t * scale.
 
+    With config.components > 1 both are wider by that factor, the components side by side (`qat.components`).
+
     Source: arXiv:2402.17764, eq. 1-3 (ternary); arXiv:2310.11453, eq. 1-3 (binary).
 
     Raises:
@@ -185,7 +188,7 @@ def packed_linear(
         ValueError: a wrong dtype, shape, device or layout, with the argument's name and what was expected.
     """
     row_bytes = get_layout(layout).row_bytes(in_features)
-    _check_input(x, in_features)
+    check_input(x, in_features)
     _need(
         packed.dtype == torch.uint8 and packed.ndim == 2 and packed.shape[1] == row_bytes,
         lambda: (
@@ -218,7 +221,7 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Qua
         ValueError: a wrong dtype, shape or device, with the argument's name and what was expected.
     """
     _check_weight(weight, config)
-    _check_input(x, weight.shape[1])
+    check_input(x, weight.shape[1])
     _check_bias(bias, weight.shape[0])
     _check_device(x, weight=weight, bias=bias)
     x = cast_for_autocast(x)

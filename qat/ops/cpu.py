@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import packing, quantizers
+from qat import components, packing, quantizers
 from qat.ops import build_cpu, reference
 from qat.ops.choice import Status, choose
 from qat.ops.derived import Derived
@@ -147,10 +147,10 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
 
 
 def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    if w.numel() == 0 or not compiled():
-        return quantizers.quantize_weight(w, *options)
     o = WeightOptions(*options)
-    rows, value, shape = quantizers.weight_scale(w, *o[1:])
+    if o.components > 1 or w.numel() == 0 or not compiled():
+        return reference.quantize_weight(w, *options)
+    rows, value, shape = quantizers.weight_scale(w, *o.scaling)
     binary = o.scheme == "binary"
     threshold = rows.mean(-1, keepdim=True) if binary else value
     return torch.ops.qat.cpu_codes(rows.contiguous(), threshold.contiguous(), binary).reshape(w.shape), value.reshape(shape)
@@ -190,13 +190,17 @@ def _latent_codes(w: Tensor, options: WeightOptions) -> tuple[Tensor, Tensor, Te
 
 
 def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    o, (n, k) = TrainingOptions(*options), weight.shape
+    o = TrainingOptions(*options)
+    n, k = weight.shape[0], weight.shape[1] * o.components
     if o.act_bits is None or not _serves(x, k) or weight.numel() == 0:
         return reference.bitlinear(x, weight, bias, *options)
     t, w_scale, tiles, tile_scale = _latent_codes(weight, o.weight)
+    wide, per_tensor = components.repeat(narrow(x), o.components), o.act_granularity == "tensor"
     y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(
-        narrow(x), tiles, tile_scale, float_bias(bias), n, k, w_scale.shape[1], o.act_granularity == "tensor", o.eps
+        wide, tiles, tile_scale, float_bias(bias), n, k, w_scale.shape[1], per_tensor, o.eps
     )
+    if o.components > 1:
+        x_q = x_q[..., : weight.shape[1]].contiguous()
     # Views: an op's results belong to its caller, the cache keeps its own tensors.
     return y.to(x.dtype), x_q, x_scale, t.view(t.shape), w_scale.view(w_scale.shape)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import packing, quantizers
+from qat import components, packing, quantizers
 from qat.ops import build_cuda, reference
 from qat.ops.cache import BuildError
 from qat.ops.choice import Status, choose
@@ -110,9 +110,10 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
 
 
 def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    if w.ndim != 2 or not w.is_floating_point() or w.numel() == 0 or not _serves(w):
-        return quantizers.quantize_weight(w, *options)
-    return torch.ops.qat.cuda_quantize_weight(narrow(w), *weight_arguments(w, WeightOptions(*options)), False)
+    o = WeightOptions(*options)
+    if o.components > 1 or w.ndim != 2 or not w.is_floating_point() or w.numel() == 0 or not _serves(w):
+        return reference.quantize_weight(w, *options)
+    return torch.ops.qat.cuda_quantize_weight(narrow(w), *weight_arguments(w, o), False)
 
 
 def weight_arguments(w: Tensor, o: WeightOptions) -> tuple[Any, ...]:
@@ -120,7 +121,7 @@ def weight_arguments(w: Tensor, o: WeightOptions) -> tuple[Any, ...]:
     quantizers.check_group_size(w.shape[1], o.group_size)
     reduction, given = _REDUCTIONS.get(o.scale, _GIVEN), None
     if reduction == _GIVEN:
-        _, value, shape = quantizers.weight_scale(w, *o[1:])
+        _, value, shape = quantizers.weight_scale(w, *o.scaling)
         given = value.reshape(shape).contiguous()
     groups = quantizers.scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size)[1]
     binary, scale_dtype = o.scheme == "binary", _SCALE_DTYPES[o.scale_dtype]
@@ -171,10 +172,14 @@ def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: Pac
 
 def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = TrainingOptions(*options)
-    if o.act_bits is None or x.numel() == 0 or weight.numel() == 0 or not _serves(x, weight.shape[1]):
+    if o.act_bits is None or x.numel() == 0 or weight.numel() == 0 or not _serves(x, weight.shape[1] * o.components):
         return reference.bitlinear(x, weight, bias, *options)
     t, w_scale = quantize_weight(weight, *o.weight)
-    y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(narrow(x), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps)
+    y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(
+        components.repeat(narrow(x), o.components), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps
+    )
+    if o.components > 1:
+        x_q = x_q[..., : weight.shape[1]].contiguous()
     return y.to(x.dtype), x_q, x_scale, t, w_scale
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat import packing
+from qat.components import sum_components
 from qat.ops.options import PackedOptions, TrainingOptions
 
 
@@ -26,8 +27,15 @@ def _bias_gradient(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
 
 
-def _input_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
-    return grad @ torch.ops.qat.dequantize(t, w_scale, grad.dtype)
+def _input_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int = 1) -> Tensor:
+    return grad @ _values(t, w_scale, grad.dtype, components)
+
+
+def _values(t: Tensor, w_scale: Tensor, dtype: torch.dtype, components: int) -> Tensor:
+    """The weight [N, K] that codes [N, components * K] stand for; several are added in float32."""
+    if components == 1:
+        return torch.ops.qat.dequantize(t, w_scale, dtype)
+    return sum_components(torch.ops.qat.dequantize(t, w_scale, torch.float32), components).to(dtype)
 
 
 def _input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
@@ -35,10 +43,10 @@ def _input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     return _weight_gradient(grad, values)
 
 
-def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
+def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) -> Tensor:
     """The codes are exact in bfloat16; scales are applied outside of the matmul where their shape allows."""
     if w_scale.shape[1] > 1:
-        return grad.bfloat16() @ torch.ops.qat.dequantize(t, w_scale, torch.bfloat16)
+        return grad.bfloat16() @ _values(t, w_scale, torch.bfloat16, components)
     if w_scale.shape[0] > 1:
         return (grad * w_scale.t()).bfloat16() @ t.bfloat16()
     return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())
@@ -48,8 +56,9 @@ def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     return _weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
 
 
-def _int8_gradient(grad: Tensor, t: Tensor, w_scale: Tensor) -> Tensor:
+def _int8_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) -> Tensor:
     """Rows of the gradient (times the channels' scales) in int8, each with its own scale; exact integer sums."""
+    assert components == 1  # QuantConfig refuses more
     if w_scale.shape[0] > 1:
         return torch.ops.qat.quantized_matmul(grad * w_scale.t(), t, _TINY)
     return torch.ops.qat.quantized_matmul(grad, t, _TINY) * w_scale.reshape(())
@@ -86,7 +95,7 @@ class _BitLinear(torch.autograd.Function):
         output = _below(op, x, weight, bias, *options)
         _, x_q, x_scale, t, w_scale = output
         o = TrainingOptions(*options)
-        ctx.matmuls = _MATMULS[o.backward]
+        ctx.matmuls, ctx.components = _MATMULS[o.backward], o.components
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, t, w_scale)
         ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)
@@ -102,7 +111,7 @@ class _BitLinear(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         input_gradient, weight_gradient = ctx.matmuls
         _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = input_gradient(grad, t, w_scale).to(x_dtype) if needs_x else None
+        grad_x = input_gradient(grad, t, w_scale, ctx.components).to(x_dtype) if needs_x else None
         grad_weight = weight_gradient(grad, x, x_scale).to(weight_dtype) if needs_weight else None
         grad_bias = _bias_gradient(grad).to(bias_dtype) if needs_bias else None
         return None, None, grad_x, grad_weight, grad_bias

@@ -26,8 +26,9 @@ def _fake_quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[
 
 def _fake_quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     o = WeightOptions(*options)
-    shape = quantizers.scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size)
-    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
+    n, k = w.shape
+    shape = quantizers.scale_shape(n, k, o.granularity, o.group_size, o.components)
+    return w.new_empty((n, k * o.components), dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_pack_ternary(t: Tensor, layout: str) -> Tensor:
@@ -72,7 +73,7 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
     ),
     "quantize_weight": (
         f"(Tensor w, {schema(WeightOptions)}) -> (Tensor, Tensor)",
-        quantizers.quantize_weight,
+        reference.quantize_weight,
         _fake_quantize_weight,
     ),
     "pack_ternary": ("(Tensor t, str layout) -> Tensor", packing.pack_ternary, _fake_pack_ternary),

@@ -27,6 +27,12 @@ class WeightOptions(NamedTuple):
     group_size: int | None
     scale_dtype: str
     eps: float
+    components: int
+
+    @property
+    def scaling(self) -> tuple[str, str, int | None, str, float]:
+        """What `quantizers.weight_scale` takes after w."""
+        return self.scale, self.granularity, self.group_size, self.scale_dtype, self.eps
 
 
 class PackedOptions(NamedTuple):
@@ -50,23 +56,27 @@ class TrainingOptions(NamedTuple):
     act_bits: int | None
     act_granularity: str
     eps: float
+    components: int
     backward: str
 
     @property
     def weight(self) -> WeightOptions:
         """The weight's part."""
-        return WeightOptions(self.scheme, self.scale, self.granularity, self.group_size, self.scale_dtype, self.eps)
+        return WeightOptions(
+            self.scheme, self.scale, self.granularity, self.group_size, self.scale_dtype, self.eps, self.components
+        )
 
 
 def weight_options(c: QuantConfig) -> WeightOptions:
     """How a layer of this configuration quantizes its weight."""
-    return WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps)
+    return WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps, c.components)
 
 
 def training_options(c: QuantConfig) -> TrainingOptions:
     """How a layer of this configuration trains."""
     return TrainingOptions(
-        c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.act_bits, c.act_granularity, c.eps, c.backward
+        *(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype),
+        *(c.act_bits, c.act_granularity, c.eps, c.components, c.backward),
     )
 
 

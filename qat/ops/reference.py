@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat import packing, quantizers
-from qat.ops.options import PackedOptions, TrainingOptions
+from qat import components, packing, quantizers
+from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
 
 EXACT_FLOAT32_WIDTH = 2**24 // 128
 
@@ -53,6 +53,14 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
     return quantizers.quantize_activation(x, granularity, eps)
 
 
+def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """See `qat.ops.quantize_weight`; `options` are WeightOptions."""
+    o = WeightOptions(*options)
+    if o.components > 1:
+        return components.quantize_weight(w, o.granularity, o.group_size, o.scale_dtype, o.eps, o.components)
+    return quantizers.quantize_weight(w, o.scheme, *o.scaling)
+
+
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """See `qat.ops.packed_linear`; `options` are PackedOptions."""
     o = PackedOptions(*options)
@@ -69,12 +77,12 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
     `options` are TrainingOptions. With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
     """
     o = TrainingOptions(*options)
-    t, w_scale = quantizers.quantize_weight(weight, *o.weight)
+    t, w_scale = quantize_weight(weight, *o.weight)
     if o.act_bits is None:
-        empty = x.new_empty(0)
-        return integer_linear(x, None, t, w_scale, bias, x.dtype), empty.to(torch.int8), empty.float(), t, w_scale
+        y, empty = integer_linear(components.repeat(x, o.components), None, t, w_scale, bias, x.dtype), x.new_empty(0)
+        return y, empty.to(torch.int8), empty.float(), t, w_scale
     x_q, divisor = quantizers.activation_codes(x, o.act_granularity, o.eps)
-    y = integer_linear(x_q, divisor, t, w_scale, bias, x.dtype)
+    y = integer_linear(components.repeat(x_q, o.components), divisor, t, w_scale, bias, x.dtype)
     return y, x_q, (1 / divisor).contiguous(), t, w_scale
 
 
