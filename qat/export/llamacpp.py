@@ -22,14 +22,25 @@ from qat.export.ggml import INSTALL, version
 PROCESS = Path(__file__).with_name("llamacpp_process.py")
 
 
-def tokenize(file: str | Path, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with the tokens that the file adds around a text. Errors as `ask`."""
-    answer = ask(file, {"texts": np.array(list(texts), dtype=np.str_)})
+def perplexity(file: str | Path, windows: Iterable[tuple[Any, int]], *, exact: bool = True) -> float:
+    """Perplexity on the windows of `qat.perplexity.windows`; errors as `ask`."""
+    nll, count = ask(file, window_request(windows), exact=exact)["nll"]
+    return float(np.exp(nll / count))
+
+
+def logits(file: str | Path, ids: Any, *, exact: bool = True) -> NDArray[np.float32]:
+    """Logits float32 [B, T, V] of token ids [B, T]; errors as `ask`."""
+    return ask(file, {"probes": _ids(ids)}, exact=exact)["logits"]
+
+
+def tokenize(file: str | Path, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    """Token ids of each text, with the tokens that the file adds around a text if `special`. Errors as `ask`."""
+    answer = ask(file, {"texts": np.array(list(texts), dtype=np.str_), "special": np.array(special)})
     return [answer[f"ids.{i:06d}"].tolist() for i in range(len(texts))]
 
 
-def ask(file: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer a request (see `llamacpp_process.answer`) in a process of its own.
+def ask(file: str | Path, request: Mapping[str, Any], *, exact: bool = True) -> dict[str, Any]:
+    """Answer a request (see `llamacpp_process`) in a process of its own; `exact`: keys and values of attention in float32.
 
     Raises:
         ValueError: llama-cpp-python is not installed, the file is missing, or llama.cpp refused it; its last words are quoted.
@@ -40,7 +51,7 @@ def ask(file: str | Path, request: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"there is no file {file}")
     with tempfile.TemporaryDirectory(prefix="qat-llamacpp-") as scratch:
         asked, answered = Path(scratch, "request.npz"), Path(scratch, "answer.npz")
-        np.savez(asked, **request, path=np.array(str(file)))
+        np.savez(asked, **request, path=np.array(str(file)), exact=np.array(exact))
         command = [sys.executable, "-P", str(PROCESS), str(asked), str(answered)]
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
@@ -55,5 +66,9 @@ def window_request(windows: Iterable[tuple[Any, int]]) -> dict[str, NDArray[Any]
     """Windows as `ask` takes them; its answer's "nll" is the sum over all scored tokens, and how many they are."""
     request = {}
     for i, (ids, start) in enumerate(windows):
-        request[f"window.{i:06d}"], request[f"start.{i:06d}"] = ids.cpu().numpy(), np.array(start)
+        request[f"window.{i:06d}"], request[f"start.{i:06d}"] = _ids(ids), np.array(start)
     return request
+
+
+def _ids(ids: Any) -> NDArray[np.int64]:
+    return np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids, dtype=np.int64)

@@ -2,13 +2,13 @@
 
     python -P llamacpp_process.py REQUEST ANSWER
 
-Both are .npz files. REQUEST holds `path` of the GGUF file and any of: `window.I` int64 [B, L] with `start.I` (in each row, tokens
-from there on are scored), `probes` int64 [B, T], `prompt` int64 [T] with `count`, `texts`. ANSWER holds for these: `nll` float64
-[sum, count], `logits` float32 [B, T, V], `continuation` int64 [count] (the likeliest tokens; an end-of-text token does not stop
-it), and `ids.I` of each text.
+Both are .npz files. REQUEST holds `path` of the GGUF file, `exact`, and any of: `window.I` int64 [B, L] with `start.I` (in each
+row, tokens from there on are scored), `probes` int64 [B, T], `prompt` int64 [T] with `count`, `texts` with `special` (with the
+tokens that the file adds around a text). ANSWER holds for these: `nll` float64 [sum, count], `logits` float32 [B, T, V],
+`continuation` int64 [count] (the likeliest tokens; an end-of-text token does not stop it), `ids.I` of each text.
 
-Attention keeps float32 keys and values, where llama.cpp's default is float16: then what remains of a difference to PyTorch is the
-quantization of activations, in blocks of 256 (TQ1_0, TQ2_0) or 32 (Q1_0, Q2_0).
+If `exact`, attention keeps float32 keys and values, where llama.cpp's default is float16: then what remains of a difference to
+PyTorch is the quantization of activations, in blocks of 256 (TQ1_0, TQ2_0) or 32 (Q1_0, Q2_0).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROWS = 64  # of logits at a time, in float64
 class Session:
     """A model in llama.cpp. `context` is the longest sequence that it will see."""
 
-    def __init__(self, file: str, context: int) -> None:
+    def __init__(self, file: str, context: int, *, exact: bool) -> None:
         import llama_cpp
         from llama_cpp._logger import set_verbose
 
@@ -45,8 +45,9 @@ class Session:
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
         settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
-        settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
-        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if exact:
+            settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+            settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
             sys.exit(f"llama.cpp makes no context of {context} tokens")
@@ -83,12 +84,12 @@ class Session:
             found.append(int(self.decode(found[-1:], len(prompt) + len(found) - 1)[0].argmax()))
         return found
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, with those that the file adds around it; names of special tokens in it are text."""
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Token ids of a text; names of special tokens in it are text."""
         raw = text.encode("utf-8")
         room = len(raw) + 8
         ids = (self._lib.llama_token * room)()
-        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, True, False)
+        count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, special, False)
         assert count >= 0, count
         return list(ids[:count])
 
@@ -99,7 +100,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     count = int(request.get("count", 0))
     lengths = [request[key].shape[-1] for key in (*windows, "probes") if key in request]
     lengths += [len(request["prompt"]) + count] if "prompt" in request else []
-    session = Session(str(request["path"]), max(lengths, default=32))
+    session = Session(str(request["path"]), max(lengths, default=32), exact=bool(request["exact"]))
     found: dict[str, Any] = {}
     if windows:
         total, scored = 0.0, 0
@@ -114,7 +115,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         found["continuation"] = np.array(session.greedy(request["prompt"], count))
     if "texts" in request:
         for i, text in enumerate(request["texts"].tolist()):
-            found[f"ids.{i:06d}"] = np.array(session.tokenize(text), dtype=np.int64)
+            found[f"ids.{i:06d}"] = np.array(session.tokenize(text, bool(request["special"])), dtype=np.int64)
     return found
 
 
