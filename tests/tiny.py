@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import qat
 from qat import BitLinear, PackedBitLinear
 
 
@@ -36,3 +38,29 @@ class Model(nn.Module):
 def assert_untouched(model: nn.Module) -> None:
     """No layer was converted."""
     assert not any(isinstance(module, BitLinear | PackedBitLinear) for module in model.modules())
+
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+"""Of a transformers model: Llama, Qwen2, BitNet, ..."""
+
+
+def packed_model(
+    config: object = None, layout: str = "2bit", auto: type = AutoModelForCausalLM, **quant: object
+) -> PreTrainedModel:
+    """A random transformers model, Llama by default, with biases that are not zero."""
+    torch.manual_seed(0)
+    model = auto.from_config(config or LlamaConfig(**SIZES)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    qat.convert(model, qat.QuantConfig(**quant))
+    qat.pack(model, layout=layout)
+    return model
