@@ -18,7 +18,7 @@ LAYERS = {
     4: ["export"],
     5: ["models", "glass", "provenance", "data", "module", "callbacks", "fit", "kvcache", "decode", "loading", "zeroshot"],
     6: ["train", "runs", "measure", "outputs", "estimate", "report", "export.__main__"]
-    + ["evaluate", "generate", "bench", "bench_ggml", "inspect"],
+    + ["evaluate", "generate", "bench", "bench_layers", "bench_ggml", "inspect"],
 }
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 HOME = {name: layer for layer, names in LAYERS.items() for name in names}
