@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qat.bench import cpu_name
 from qat.generate import peak_bytes
 
 FILES = {"Q4_0": 2, "IQ4_NL": 25}  # llama.cpp's file types, 4.5 bits a weight each
@@ -155,10 +155,7 @@ def prepare(model: str, folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def machine() -> str:
-    names = [
-        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
 def versions() -> str:

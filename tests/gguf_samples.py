@@ -13,11 +13,11 @@ from torch import nn
 
 import qat
 from qat import QuantConfig
-from qat.export import ggml, gguf, gguf_file
+from qat.export import gguf, gguf_file, llamacpp
 from qat.export.gguf_blocks import BLOCKS
 from qat.perplexity import windows
 
-needs_llama_cpp = pytest.mark.skipif(ggml.version() is None, reason="llama-cpp-python is not installed: make llama-cpp")
+needs_llama_cpp = pytest.mark.skipif(llamacpp.version() is None, reason="llama-cpp-python is not installed: make llama-cpp")
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 64,

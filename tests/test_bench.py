@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from qat import bench
+from qat import bench, bench_layers
 from qat.ops import cpu
 
 if not cpu.compiled():
@@ -17,15 +17,24 @@ if not cpu.compiled():
 
 def test_rows(tmp_path, monkeypatch):
     file = tmp_path / "rows.json"
-    monkeypatch.setattr(bench, "COLD_BYTES", 1 << 16)
+    monkeypatch.setattr(bench_layers, "COLD_BYTES", 1 << 16)
     options = "--shapes 64x128 --tokens 1 3 --seconds 0.01 --train-tokens 8 --rounds 2 --threads 1 --json"
     monkeypatch.setattr(sys, "argv", ["bench", *options.split(), str(file)])
     bench.main()
     result = json.loads(file.read_text())
     assert result["environment"]["isa"] == cpu.isa()
     found = {(row["regime"], row["what"]) for row in result["rows"]}
-    assert {("cold", "qat 2bit"), ("hot", "qat base3"), ("hot", bench.BASELINE), ("train fp32", "qat backward=int8")} <= found
+    assert {
+        ("cold", "qat 2bit"),
+        ("hot", "qat base3"),
+        ("hot", bench_layers.BASELINE),
+        ("train fp32", "qat backward=int8"),
+    } <= found
     assert all(row["microseconds"] > 0 and row["gops"] > 0 for row in result["rows"])
+
+
+def test_the_peers_of_the_command_line_are_those_that_are_measured():
+    assert list(bench_layers.PEERS) == bench.PEERS
 
 
 def test_ggml_layer():

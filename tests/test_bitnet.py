@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 from safetensors.torch import load_file, save_file
+from tiny import SIZES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen2Config
 from transformers.integrations.bitnet import pack_weights
@@ -20,18 +21,7 @@ from qat.export import bitnet, hf
 from qat.export.tensors import packed_layers
 
 IDS = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(0))
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TINY = {**SIZES, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # As the published checkpoints say it: microsoft/bitnet-b1.58-2B-4T, Falcon-E, onebitllms (with biases, to see their scaling).
 PEERS = {
     "bitnet-b1.58-2B-4T": (BitNetConfig, {"linear_class": "autobitlinear", "quantization_mode": "offline"}, torch.bfloat16),

@@ -18,9 +18,6 @@ from qat.compare import agreement, layer_errors
 from qat.export import packed
 from qat.perplexity import perplexity, windows
 
-SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "models/stories260k").is_dir(), reason=f"{SHARED} is absent")
-
 
 class Bigram(nn.Module):
     """The simplest causal model: logits of the next token are a row of a table."""
@@ -122,14 +119,13 @@ def plain_perplexity(folder, text, count, context):
     return float(torch.stack(losses).mean().exp())
 
 
-@needs_shared
-def test_full_precision_stories(capsys, tmp_path, monkeypatch):
+def test_full_precision_stories(shared, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("QAT_CACHE", str(tmp_path))
-    text = str(SHARED / "data/tinystories/valid.txt")
-    arguments = [str(SHARED / "models/stories260k"), "--text", text, "--max-tokens", "2048", "--json"]
+    text = str(shared / "data/tinystories/valid.txt")
+    arguments = [str(shared / "models/stories260k"), "--text", text, "--max-tokens", "2048", "--json"]
     assert evaluate.main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["perplexity"] == pytest.approx(plain_perplexity(SHARED / "models/stories260k", text, 2048, 512), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(plain_perplexity(shared / "models/stories260k", text, 2048, 512), rel=1e-5)
     assert found["context"] == found["stride"] == 512 and found["tokens"] == 2048 and found["scored_tokens"] == 4 * 511
     assert found["kind"].startswith("full precision") and found["text"] == "valid.txt"
     assert evaluate.main([*arguments[:3], "--context", "513"]) == 2
@@ -283,10 +279,9 @@ def test_tasks_that_cannot_run_are_one_line(packed_folder, tmp_path, capsys):
         assert error.startswith("qat.evaluate:") and message in error
 
 
-@needs_shared
-def test_zero_shot_on_real_data(capsys):
+def test_zero_shot_on_real_data(shared, capsys):
     """stories260k knows no science, but which of two sentences is grammatical; bounds are wide of what was measured."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    found = run_tasks_on(SHARED / "models/stories260k", SHARED / "data", capsys, "--limit", "100")
+    found = run_tasks_on(shared / "models/stories260k", shared / "data", capsys, "--limit", "100")
     assert {name: found[name]["examples"] for name in found} == {"local_piqa": 100, "local_arc_easy": 100, "local_blimp": 100}
     assert 0.1 < found["local_arc_easy"]["acc"] < 0.5 < found["local_blimp"]["acc"] and 0.3 < found["local_piqa"]["acc"] < 0.75

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,8 +23,6 @@ from qat.export.manifest import parse, sealed
 from qat.export.tensors import packed_layers
 from qat.perplexity import windows
 
-SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "models/stories260k").is_dir(), reason=f"{SHARED} is absent")
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -432,18 +429,17 @@ def test_errors_of_the_verb_are_one_line(capsys, tmp_path, llama):
     assert not (tmp_path / "out").exists()
 
 
-@needs_shared
-def test_export_of_a_run(capsys, tmp_path, monkeypatch):
+def test_export_of_a_run(shared, capsys, tmp_path, monkeypatch):
     """Stories260k, converted without training: the verb writes, reads back in a subprocess, and prints both."""
     monkeypatch.setenv("QAT_CACHE", str(tmp_path / "cache"))
-    source = SHARED / "models/stories260k"
+    source = shared / "models/stories260k"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     record = qat.convert(model)
     qat.pack(model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     packed.save(model, tmp_path / "run/packed", record, tokenizer, {"card": {"recipe": "stories260k"}})
     (tmp_path / "run/result.json").write_text(json.dumps({"perplexity": {"packed": 1500.0}}))
-    text = str(SHARED / "data/tinystories/valid.txt")
+    text = str(shared / "data/tinystories/valid.txt")
     arguments = [str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--text", text, "--max-tokens", "4096"]
     assert verb.main(arguments) == 0
     printed = capsys.readouterr().out

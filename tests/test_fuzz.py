@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import packed_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -163,11 +164,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def llama(layout: str = "2bit", **quant: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
-    qat.convert(model, qat.QuantConfig(**quant))
-    qat.pack(model, layout=layout)
-    return model
+    return packed_model(LlamaConfig(**TINY), layout, **quant)
 
 
 def module() -> nn.Module:

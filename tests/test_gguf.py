@@ -11,7 +11,7 @@ import transformers
 from gguf_samples import IDS, SMALL, WINDOWS, kinds, packed_model, save
 
 import qat
-from qat.export import ggml, gguf, gguf_file
+from qat.export import gguf, gguf_file, llamacpp
 from qat.export.tensors import packed_layers
 
 
@@ -31,7 +31,7 @@ def test_a_quantized_head_is_written_as_such(tmp_path: Path, name: str) -> None:
     model = packed_model(name, {"tie_word_embeddings": False}, include=["*layers*", "lm_head"])
     info = save(model, tmp_path / "x.gguf")
     assert "lm_head" in packed_layers(model) and kinds(tmp_path / "x.gguf")["output.weight"] == 42
-    if ggml.version():
+    if llamacpp.version():
         assert gguf.verify(tmp_path / "x.gguf", model, IDS[:64][None], WINDOWS)["logits_difference"] < 0.03, info
 
 

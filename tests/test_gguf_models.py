@@ -8,7 +8,7 @@ import pytest
 import transformers
 from gguf_samples import IDS, MODELS, SMALL, WINDOWS, packed_model, save
 
-from qat.export import ggml, gguf, gguf_file, gguf_models
+from qat.export import gguf, gguf_file, gguf_models, llamacpp
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -17,7 +17,7 @@ def test_every_architecture_in_llama_cpp(tmp_path: Path, name: str) -> None:
     model = packed_model(name)
     info = save(model, tmp_path / "x.gguf")
     assert info["verification"]["tensors"] == len(gguf_file.read(tmp_path / "x.gguf").tensors)  # type: ignore[index]
-    if ggml.version() is None:
+    if llamacpp.version() is None:
         pytest.skip("llama-cpp-python is not installed: make llama-cpp")
     found = gguf.verify(tmp_path / "x.gguf", model, IDS[:64][None], WINDOWS)
     assert found["logits_difference"] < 0.03, found  # 0.46 with llama's heads in the wrong order

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf_samples import IDS, WINDOWS, kinds, packed_model, save
 
-from qat.export import ggml, gguf, gguf_file, gguf_i2s, gguf_tensors, gguf_verify
+from qat.export import gguf, gguf_file, gguf_i2s, gguf_tensors, gguf_verify, llamacpp
 
 
 def test_auto_chooses_by_shape_and_says_why(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_i2_s_files(tmp_path: Path, kind: str, order: str) -> None:
 @pytest.mark.parametrize("floats", gguf_tensors.FLOATS)
 def test_types_of_embeddings(tmp_path: Path, floats: str) -> None:
     model = packed_model(changes={"hidden_size": 256}, exclude="*down_proj")
-    if floats == "q6_k" and ggml.version() is None:
+    if floats == "q6_k" and llamacpp.version() is None:
         with pytest.raises(ValueError, match="llama-cpp-python is not installed"):
             save(model, tmp_path / "x.gguf", floats=floats)
         return

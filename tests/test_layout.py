@@ -31,7 +31,7 @@ LAYERS = {
         "zeroshot",
     ],
     6: ["train", "runs", "measure", "outputs", "estimate", "report", "export.__main__"]
-    + ["evaluate", "generate", "bench", "bench_ggml", "inspect", "serve"],
+    + ["evaluate", "generate", "bench", "bench_layers", "bench_ggml", "inspect", "serve"],
 }
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 HOME = {name: layer for layer, names in LAYERS.items() for name in names}

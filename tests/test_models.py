@@ -18,11 +18,9 @@ from qat.glass import halves_from_pairs
 from qat.models import check_context, check_vocabulary, describe_source, load_model, load_tokenizer, resolve
 from qat.provenance import package_license
 
-SHARED = Path(__file__).parents[2] / "shared"
 GLASS = "package://glassllm/weights/en.npz"
 
 needs_glassllm = pytest.mark.skipif(importlib.util.find_spec("glassllm") is None, reason="glassllm is not installed")
-needs_stories = pytest.mark.skipif(not (SHARED / "models/stories260k").is_dir(), reason=f"{SHARED}/models/stories260k is absent")
 
 
 @pytest.fixture
@@ -156,9 +154,8 @@ def test_the_licence_comes_from_the_readme_or_the_package(folder: Path) -> None:
     assert package_license("no-such-package") is None and "BSD" in str(package_license("torch"))
 
 
-@needs_stories
-def test_stories260k_loads() -> None:
-    config = ModelConfig(path=str(SHARED / "models/stories260k"))
+def test_stories260k_loads(shared: Path) -> None:
+    config = ModelConfig(path=str(shared / "models/stories260k"))
     model, tokenizer = load_model(config), load_tokenizer(config)
     check_vocabulary(model, tokenizer)
     assert sum(p.numel() for p in model.parameters()) == 260_032

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import SIZES, packed_model
 from torch import nn
 from transformers import (
     AutoModel,
@@ -19,7 +20,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     Qwen2Config,
     pipeline,
 )
@@ -32,30 +32,6 @@ from qat.export.tensors import packed_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(0))
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def packed_model(
-    config: object = None, layout: str = "2bit", auto: type = AutoModelForCausalLM, **quant: object
-) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = auto.from_config(config or LlamaConfig(**TINY)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.2)
-    qat.convert(model, qat.QuantConfig(**quant))
-    qat.pack(model, layout=layout)
-    return model
-
-
 KINDS = {
     "ternary": {},
     "channel": {"granularity": "channel"},
@@ -69,7 +45,7 @@ KINDS = {
 @pytest.mark.parametrize("layout", ["2bit", "base3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_pretrained_gives_packed_layers_of_every_kind(tmp_path: Path, kind: str, layout: str) -> None:
-    model = packed_model(Qwen2Config(**TINY), layout, **KINDS[kind])
+    model = packed_model(Qwen2Config(**SIZES), layout, **KINDS[kind])
     packed.save(model, tmp_path / "x")
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "x", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -84,7 +60,7 @@ def test_from_pretrained_gives_packed_layers_of_every_kind(tmp_path: Path, kind:
 @pytest.mark.parametrize("shard", ["5GB", "3KB"])
 def test_save_pretrained_round_trip(tmp_path: Path, tied: bool, shard: str) -> None:
     """Packed in memory, saved; loaded and saved again; whole and in shards: the same tensors and the same manifest."""
-    model = packed_model(LlamaConfig(**TINY, tie_word_embeddings=tied), "base3")
+    model = packed_model(LlamaConfig(**SIZES, tie_word_embeddings=tied), "base3")
     expected = model(IDS).logits
     model.save_pretrained(tmp_path / "first", max_shard_size=shard)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
@@ -106,7 +82,9 @@ def test_save_pretrained_round_trip(tmp_path: Path, tied: bool, shard: str) -> N
 
 def test_the_same_for_conv1d_and_for_encoders(tmp_path: Path) -> None:
     gpt2 = packed_model(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32))
-    bert = packed_model(BertConfig(**{key: TINY[key] for key in TINY if key != "num_key_value_heads"}), auto=AutoModelForMaskedLM)
+    bert = packed_model(
+        BertConfig(**{key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}), auto=AutoModelForMaskedLM
+    )
     for model, auto in ((gpt2, AutoModelForCausalLM), (bert, AutoModelForMaskedLM)):
         model.save_pretrained(tmp_path / model.config.model_type)
         again = auto.from_pretrained(tmp_path / model.config.model_type)
@@ -128,7 +106,7 @@ def test_auto_model_loads_the_base_of_a_causal_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, {"model.layers.1": "disk", "": "cpu"}])
 def test_device_maps(tmp_path: Path, device_map: object) -> None:
-    model = packed_model(Qwen2Config(**TINY))
+    model = packed_model(Qwen2Config(**SIZES))
     packed.save(model, tmp_path / "x")
     if isinstance(device_map, dict) and len(device_map) > 1:
         names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
@@ -138,7 +116,7 @@ def test_device_maps(tmp_path: Path, device_map: object) -> None:
 
 
 def test_bfloat16_keeps_codes_and_scales(tmp_path: Path) -> None:
-    model = packed_model(Qwen2Config(**TINY))
+    model = packed_model(Qwen2Config(**SIZES))
     packed.save(model, tmp_path / "x")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.bfloat16)
     for name, layer in packed_layers(again).items():
@@ -193,7 +171,7 @@ def test_unpack_and_dequantize_leave_an_ordinary_model(tmp_path: Path) -> None:
 
 def test_parts_packed_on_their_own(tmp_path: Path) -> None:
     """Packing never fails for what a folder cannot hold; saving says it, whichever way the parts were packed."""
-    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     qat.convert(model, include="*.self_attn")
     qat.pack(model.model.layers[0].self_attn)
     assert not hasattr(model.config, "quantization_config")
@@ -205,7 +183,7 @@ def test_parts_packed_on_their_own(tmp_path: Path) -> None:
     next(iter(layers.values())).config.eps = 1e-4
     with pytest.raises(ValueError, match="mixes 2 kinds of packed layers"):
         model.save_pretrained(tmp_path / "y")
-    mixed = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
+    mixed = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     qat.convert(mixed.model.layers[0], qat.QuantConfig())
     qat.convert(mixed.model.layers[1], qat.QuantConfig(weight="binary"))
     qat.pack(mixed.model.layers[0])
@@ -218,7 +196,7 @@ def test_parts_packed_on_their_own(tmp_path: Path) -> None:
 def test_nothing_is_quantized_on_the_fly_or_trained(tmp_path: Path) -> None:
     from qat.export.quantizer import QatConfig
 
-    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(tmp_path / "plain")
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "plain")
     config = packed_model().config.quantization_config
     with pytest.raises(ValueError, match="require the model to be pre-quantized"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=QatConfig(**config.to_dict()))

@@ -156,22 +156,27 @@ def stop_after(config: TrainConfig, step: int) -> None:
             run(config)
 
 
+def started(arguments: list[str], awaited: Path) -> subprocess.Popen[str]:
+    """The command line in a process of its own, once it has written the file `awaited`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not awaited.exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.05)
+    return process
+
+
 def test_killed_process_resumes_from_the_command_line(config: TrainConfig, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     arguments = overrides(config, folder, **{"trainer.max_steps": 400, "trainer.checkpoint_every": 3})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not (folder / "checkpoints/last.ckpt").exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.05)
+    process = started(arguments, folder / "checkpoints/last.ckpt")
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     more = str(step + 5)
-    done = subprocess.run(
-        command(f"resume={folder}", f"trainer.max_steps={more}"), env=environment, capture_output=True, text=True
-    )
+    again = command(f"resume={folder}", f"trainer.max_steps={more}")
+    done = subprocess.run(again, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(losses(folder)) == list(range(step + 5))
     assert json.loads((folder / "result.json").read_text())["status"] == "done"
@@ -180,12 +185,7 @@ def test_killed_process_resumes_from_the_command_line(config: TrainConfig, tmp_p
 def test_ctrl_c_keeps_a_checkpoint_and_a_readable_result(config: TrainConfig, tmp_path: Path) -> None:
     folder = tmp_path / "interrupted"
     arguments = overrides(config, folder, **{"trainer.max_steps": 5000})
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not (folder / "metrics.csv").exists():
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.05)
+    process = started(arguments, folder / "metrics.csv")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -61,21 +61,21 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(file: str | Path) -> Iterator[Path]:
-    """Yield the path of a file to write, which becomes `file` on success and vanishes on any error.
+    """Yield the path of a file to write, of the same name elsewhere, which becomes `file` on success and vanishes on any error.
 
     Raises:
         ValueError: the disk refuses a write.
     """
     target = Path(file).expanduser().absolute()
-    partial = target.with_name(f".{target.stem}.partial-{os.getpid()}{target.suffix}")
+    folder = target.with_name(f".{target.stem}.partial-{os.getpid()}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, target)
+        folder.mkdir(parents=True)
+        yield folder / target.name
+        os.replace(folder / target.name, target)
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_foreign(target: Path) -> None:

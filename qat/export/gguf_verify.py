@@ -84,7 +84,7 @@ def _expected(source: Source, kind: str, floats: str) -> NDArray[np.float32]:
     if chosen == "f32":
         return source.values
     tensor = gguf_tensors.to_tensor(source, chosen)
-    if chosen == "q6_k" and ggml.version():
+    if chosen == "q6_k" and llamacpp.version():
         return ggml.dequantize(tensor.data, "q6_K", source.values.size).reshape(source.values.shape)
     return gguf_file.GGUFFile({}, {source.name: tensor}).float32(source.name)
 
@@ -112,11 +112,11 @@ def check_tokenizer(file: Path, tokenizer: Any, kind: str) -> dict[str, Any]:
     Raises:
         ValueError: the ids of a text differ.
     """
-    if ggml.version() is None or kind in I2S:
+    if llamacpp.version() is None or kind in I2S:
         return {}
     wanted = {text: tokenizer(text).input_ids for text in TEXTS}
     known = [text for text in TEXTS if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in wanted[text]]
-    for text, ids in zip(known, llamacpp.tokenize(file, known), strict=True):
+    for text, ids in zip(known, llamacpp.tokenize(file, known, special=True), strict=True):
         if ids != wanted[text]:
             raise ValueError(
                 f"llama.cpp would read {text!r} as the tokens {ids}, but the model was trained with {wanted[text]};"
@@ -146,8 +146,8 @@ def verify(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Seque
     read = gguf_file.read(file)
     if gguf_i2s.NUMBER in {tensor.kind for tensor in read.tensors.values()}:
         return {"llama_cpp": None, "why": "I2_S runs in bitnet.cpp only, so the file was compared tensor by tensor and not run"}
-    if ggml.version() is None:
-        return {"llama_cpp": None, "why": f"llama-cpp-python is not installed ({ggml.INSTALL})"}
+    if llamacpp.version() is None:
+        return {"llama_cpp": None, "why": f"llama-cpp-python is not installed ({llamacpp.INSTALL})"}
     windows = list(windows)
     prompt = probe_ids[0, :_GREEDY_PROMPT]
     answer = llamacpp.ask(
@@ -162,7 +162,7 @@ def verify(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Seque
     nll, count = answer["nll"]
     blocks = as_llama_cpp(model, read)
     found: dict[str, Any] = {
-        "llama_cpp": ggml.version(),
+        "llama_cpp": llamacpp.version(),
         "perplexity": exp_mean(float(nll), int(count)),
         "perplexity_packed": exp_mean(*log_likelihood(model, windows)),
         "perplexity_blocks": exp_mean(*log_likelihood(blocks, windows)),

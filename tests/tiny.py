@@ -1,0 +1,66 @@
+"""Models small enough to read, for tests of several modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import qat
+from qat import BitLinear, PackedBitLinear
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class Model(nn.Module):
+    """A language model small enough to read: embedding, two blocks, an output head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.lm_head = nn.Linear(8, 16, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+def assert_untouched(model: nn.Module) -> None:
+    """No layer was converted."""
+    assert not any(isinstance(module, BitLinear | PackedBitLinear) for module in model.modules())
+
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+"""Of a transformers model: Llama, Qwen2, BitNet, ..."""
+
+
+def packed_model(
+    config: object = None, layout: str = "2bit", auto: type = AutoModelForCausalLM, **quant: object
+) -> PreTrainedModel:
+    """A random transformers model, Llama by default, with biases that are not zero."""
+    torch.manual_seed(0)
+    model = auto.from_config(config or LlamaConfig(**SIZES)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    qat.convert(model, qat.QuantConfig(**quant))
+    qat.pack(model, layout=layout)
+    return model
