@@ -104,7 +104,8 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a kernel without them is no error
+  // Advice: a kernel without them is no error.
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
@@ -112,14 +113,19 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 
 Tensor make_tiles(const Tensor& rows, qat::Source source, int64_t k, int64_t groups, bool base3) {
   check_width(k, groups);
-  const int64_t n = rows.size(0), row_bytes = rows.size(1), per_byte = source == qat::Source::bits ? 4 : source == qat::Source::base3 ? 5 : 1;
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.is_contiguous() && rows.element_size() == 1 && row_bytes == (k + per_byte - 1) / per_byte, "wrong rows for tiles");
+  const int64_t n = rows.size(0), row_bytes = rows.size(1);
+  const int64_t per_byte = source == qat::Source::bits ? 4 : source == qat::Source::base3 ? 5 : 1;
+  STD_TORCH_CHECK(
+      rows.dim() == 2 && rows.is_contiguous() && rows.element_size() == 1 && row_bytes == (k + per_byte - 1) / per_byte,
+      "wrong rows for tiles");
   const auto segments = qat::Segments::of(k, groups, base3);
   Tensor tiles = empty({tile_words(n, segments, base3)}, ScalarType::Int);
   ask_for_huge_pages(tiles.mutable_data_ptr(), tiles.numel() * 4);
-  const qat::Tiling plan = {source, rows.const_data_ptr(), row_bytes, n, segments, base3, static_cast<uint32_t*>(tiles.mutable_data_ptr())};
+  const qat::Tiling plan = {
+      source, rows.const_data_ptr(), row_bytes, n, segments, base3, static_cast<uint32_t*>(tiles.mutable_data_ptr())};
   const int64_t panels = (n + qat::kPanel - 1) / qat::kPanel;
-  torch::stable::parallel_for(0, panels, grain(k * qat::kPanel), [&](int64_t begin, int64_t end) { qat::make_tiles(plan, begin, end); });
+  torch::stable::parallel_for(0, panels, grain(k * qat::kPanel),
+                              [&](int64_t begin, int64_t end) { qat::make_tiles(plan, begin, end); });
   return tiles;
 }
 
@@ -146,8 +152,9 @@ qat::Linear with_weights(const Tensor& tiles, const Tensor& scale, const Tensor*
   p.k = k;
   p.segments = qat::Segments::of(k, groups, base3);
   p.base3 = base3;
-  STD_TORCH_CHECK(tiles.scalar_type() == ScalarType::Int && tiles.is_contiguous() && tiles.numel() == tile_words(n, p.segments, base3),
-                  "tiles do not fit [", n, ", ", k, "]");
+  STD_TORCH_CHECK(
+      tiles.scalar_type() == ScalarType::Int && tiles.is_contiguous() && tiles.numel() == tile_words(n, p.segments, base3),
+      "tiles do not fit [", n, ", ", k, "]");
   p.tiles = static_cast<const uint32_t*>(tiles.const_data_ptr());
   const int64_t scales = groups > 1 ? p.panels() * groups * qat::kPanel : scale.numel() == 1 ? 1 : n;
   p.scale = floats(scale, scales, "scale");
@@ -179,8 +186,8 @@ struct Result {
   Tensor y, x_q, x_scale;
 };
 
-Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-           int64_t groups, bool base3, bool per_tensor, double eps, bool keep) {
+Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n,
+           int64_t k, int64_t groups, bool base3, bool per_tensor, double eps, bool keep) {
   qat::Linear p = with_weights(tiles, scale, bias ? &*bias : nullptr, n, k, groups, base3, eps);
   const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
   const auto sizes = x.sizes();
@@ -215,42 +222,73 @@ Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const 
   return result;
 }
 
-Tensor cpu_linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                  int64_t groups, bool base3, bool per_tensor, double eps) {
+Tensor cpu_linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n,
+                  int64_t k, int64_t groups, bool base3, bool per_tensor, double eps) {
   return run(x, tiles, scale, bias, n, k, groups, base3, per_tensor, eps, false).y;
 }
 
-// y of one float32 token x, by tiles, scale and bias (empty: none) and [N, K, G, base3].
-void project(const Tensor* tensors, const int64_t* sizes, double eps, const float* x, std::vector<float>& y) {
-  const Tensor& bias = tensors[2];
-  const Tensor* given = bias.numel() ? &bias : nullptr;
-  qat::Linear p = with_weights(tensors[0], tensors[1], given, sizes[0], sizes[1], sizes[2], sizes[3] != 0, eps);
-  y.resize(static_cast<size_t>(p.n));
-  const Scratch<int8_t> words(p.segments.row());
-  const Scratch<int32_t> sums(p.segments.count);
-  float divisor;
-  p.x = x;
-  p.y = y.data();
-  p.dtype = qat::Dtype::f32;
-  p.m = 1;
-  p.words = words.get();
-  p.sums = sums.get();
-  p.divisor = &divisor;
-  qat::quantize_tokens(p, 0, 1);
-  multiply(p);
-}
+// A packed linear among a decoder's weights: tiles, scale, bias (empty: none) and [N, K, G, base3].
+struct Projection {
+  const Tensor &tiles, &scale, &bias;
+  int64_t n, k, groups;
+  bool base3;
 
-constexpr size_t kLayerTensors = 16;  // norm, qkv, o, norm, gate and up, down (each projection 3), norms of q and k heads (or empty)
-constexpr size_t kLayerSizes = 16;    // of the four projections
+  Projection(const Tensor* tensors, const int64_t* sizes)
+      : tiles(tensors[0]), scale(tensors[1]), bias(tensors[2]), n(sizes[0]), k(sizes[1]), groups(sizes[2]),
+        base3(sizes[3] != 0) {}
 
-// One token [1, H] through all layers of a Llama-shaped decoder: x += o(attend(qkv(norm(x)))), x += down(silu(gate(norm(x))) * up(norm(x))).
+  // y of one float32 token.
+  void operator()(const float* x, double eps, std::vector<float>& y) const {
+    qat::Linear p = with_weights(tiles, scale, bias.numel() ? &bias : nullptr, n, k, groups, base3, eps);
+    y.resize(static_cast<size_t>(n));
+    const Scratch<int8_t> words(p.segments.row());
+    const Scratch<int32_t> sums(groups);
+    float divisor;
+    p.x = x;
+    p.y = y.data();
+    p.dtype = qat::Dtype::f32;
+    p.m = 1;
+    p.words = words.get();
+    p.sums = sums.get();
+    p.divisor = &divisor;
+    qat::quantize_tokens(p, 0, 1);
+    multiply(p);
+  }
+};
+
+// One layer's part of a decoder's weights and sizes, in this order; the norms of q and k heads may be empty.
+struct Layer {
+  static constexpr size_t kTensors = 16, kSizes = 16;
+  const Tensor& norm;
+  const Projection qkv, o;
+  const Tensor& mlp_norm;
+  const Projection gate_up, down;
+  const Tensor &q_norm, &k_norm;
+
+  Layer(const Tensor* w, const int64_t* sizes)
+      : norm(w[0]), qkv(w + 1, sizes), o(w + 4, sizes + 4), mlp_norm(w[7]), gate_up(w + 8, sizes + 8), down(w + 11, sizes + 12),
+        q_norm(w[14]), k_norm(w[15]) {}
+
+  bool fits(int64_t hidden, int64_t q_width, int64_t kv_width) const {
+    const bool attention = qkv.n == q_width + 2 * kv_width && qkv.k == hidden && o.n == hidden && o.k == q_width;
+    return attention && gate_up.n == 2 * down.k && gate_up.k == hidden && down.n == hidden;
+  }
+};
+
+// One token [1, H] through all layers of a Llama-shaped decoder: x += o(attend(qkv(norm(x)))), then
+// x += down(silu(gate(norm(x))) * up(norm(x))).
 // The token's keys and values are written at `position` of keys and values [layers, KV heads, room, D].
-Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std::vector<int64_t> sizes, const Tensor& keys, const Tensor& values,
-                  const Tensor& cos, const Tensor& sin, int64_t position, int64_t heads, double norm_eps, double act_eps, double scaling) {
+Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std::vector<int64_t> sizes, const Tensor& keys,
+                  const Tensor& values, const Tensor& cos, const Tensor& sin, int64_t position, int64_t heads, double norm_eps,
+                  double act_eps, double scaling) {
   const int64_t layers = keys.size(0), kv_heads = keys.size(1), room = keys.size(2), width = keys.size(3), hidden = x.numel();
   const int64_t rotary = cos.numel(), block = kv_heads * room * width;
-  STD_TORCH_CHECK(weights.size() == static_cast<size_t>(layers) * kLayerTensors && sizes.size() == static_cast<size_t>(layers) * kLayerSizes, "wrong number of weights");
-  STD_TORCH_CHECK(position >= 0 && position < room && kv_heads > 0 && heads % kv_heads == 0 && rotary <= width && rotary % 2 == 0, "wrong position, heads or rotary width");
+  const auto count = static_cast<size_t>(layers);
+  const bool complete = weights.size() == count * Layer::kTensors && sizes.size() == count * Layer::kSizes;
+  STD_TORCH_CHECK(complete, "wrong number of weights");
+  STD_TORCH_CHECK(
+      position >= 0 && position < room && kv_heads > 0 && heads % kv_heads == 0 && rotary <= width && rotary % 2 == 0,
+      "wrong position, heads or rotary width");
   const float *cosine = floats(cos, rotary, "cos"), *sine = floats(sin, rotary, "sin");
   floats(keys, layers * block, "keys"), floats(values, layers * block, "values");
   auto* key = static_cast<float*>(keys.mutable_data_ptr());
@@ -262,44 +300,45 @@ Tensor cpu_decode(const Tensor& x, const std::vector<Tensor> weights, const std:
   std::memcpy(h, floats(x, hidden, "x"), static_cast<size_t>(hidden) * sizeof(float));
   std::vector<float> normed(static_cast<size_t>(hidden)), qkv, attended(static_cast<size_t>(heads * width)), out, gated;
   std::vector<float> scores(static_cast<size_t>(heads * room));
-  for (int64_t layer = 0; layer < layers; ++layer, key += block, value += block) {
-    const Tensor* w = &weights[static_cast<size_t>(layer) * kLayerTensors];
-    const int64_t* size = &sizes[static_cast<size_t>(layer) * kLayerSizes];
-    STD_TORCH_CHECK(size[0] == (heads + 2 * kv_heads) * width && size[1] == hidden && size[4] == hidden && size[5] == heads * width &&
-                    size[8] % 2 == 0 && size[9] == hidden && size[12] == hidden && size[13] == size[8] / 2, "projections do not fit each other");
-    isa().rms_norm(h, floats(w[0], hidden, "norm"), hidden, eps, normed.data());
-    project(w + 1, size, act_eps, normed.data(), qkv);
+  for (size_t i = 0; i < count; ++i, key += block, value += block) {
+    const Layer layer(&weights[i * Layer::kTensors], &sizes[i * Layer::kSizes]);
+    STD_TORCH_CHECK(layer.fits(hidden, heads * width, kv_heads * width), "projections do not fit each other");
+    isa().rms_norm(h, floats(layer.norm, hidden, "norm"), hidden, eps, normed.data());
+    layer.qkv(normed.data(), act_eps, qkv);
     for (int64_t head = 0; head < heads + kv_heads; ++head) {
       float* part = &qkv[static_cast<size_t>(head * width)];
-      const Tensor& norm = head < heads ? w[14] : w[15];
+      const Tensor& norm = head < heads ? layer.q_norm : layer.k_norm;
       if (norm.numel()) isa().rms_norm(part, floats(norm, width, "head norm"), width, eps, part);
       isa().rotate(part, cosine, sine, rotary);
     }
     for (int64_t head = 0; head < kv_heads; ++head) {
       const size_t bytes = static_cast<size_t>(width) * sizeof(float);
-      std::memcpy(key + (head * room + position) * width, &qkv[static_cast<size_t>((heads + head) * width)], bytes);
-      std::memcpy(value + (head * room + position) * width, &qkv[static_cast<size_t>((heads + kv_heads + head) * width)], bytes);
+      const int64_t at = (head * room + position) * width;
+      std::memcpy(key + at, &qkv[static_cast<size_t>((heads + head) * width)], bytes);
+      std::memcpy(value + at, &qkv[static_cast<size_t>((heads + kv_heads + head) * width)], bytes);
     }
     share(heads, grain(2 * (position + 1) * width), [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) {
         const int64_t first = head / (heads / kv_heads) * room * width;
-        isa().attend(&qkv[static_cast<size_t>(head * width)], key + first, value + first, position + 1, width, static_cast<float>(scaling),
-                     &scores[static_cast<size_t>(head * room)], &attended[static_cast<size_t>(head * width)]);
+        isa().attend(&qkv[static_cast<size_t>(head * width)], key + first, value + first, position + 1, width,
+                     static_cast<float>(scaling), &scores[static_cast<size_t>(head * room)],
+                     &attended[static_cast<size_t>(head * width)]);
       }
     });
-    project(w + 4, size + 4, act_eps, attended.data(), out);
-    for (int64_t i = 0; i < hidden; ++i) h[i] += out[static_cast<size_t>(i)];
-    isa().rms_norm(h, floats(w[7], hidden, "norm"), hidden, eps, normed.data());
-    project(w + 8, size + 8, act_eps, normed.data(), gated);
-    isa().gate(gated.data(), gated.data() + size[13], size[13]);
-    project(w + 11, size + 12, act_eps, gated.data(), out);
-    for (int64_t i = 0; i < hidden; ++i) h[i] += out[static_cast<size_t>(i)];
+    layer.o(attended.data(), act_eps, out);
+    for (int64_t j = 0; j < hidden; ++j) h[j] += out[static_cast<size_t>(j)];
+    isa().rms_norm(h, floats(layer.mlp_norm, hidden, "norm"), hidden, eps, normed.data());
+    layer.gate_up(normed.data(), act_eps, gated);
+    isa().gate(gated.data(), gated.data() + layer.down.k, layer.down.k);
+    layer.down(gated.data(), act_eps, out);
+    for (int64_t j = 0; j < hidden; ++j) h[j] += out[static_cast<size_t>(j)];
   }
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cpu_bitlinear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias,
-                                                 int64_t n, int64_t k, int64_t groups, bool per_tensor, double eps) {
+std::tuple<Tensor, Tensor, Tensor> cpu_bitlinear(const Tensor& x, const Tensor& tiles, const Tensor& scale,
+                                                 const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t groups,
+                                                 bool per_tensor, double eps) {
   Result result = run(x, tiles, scale, bias, n, k, groups, false, per_tensor, eps, true);
   return {result.y, result.x_q, result.x_scale};
 }
@@ -333,7 +372,8 @@ Tensor cpu_codes(const Tensor& rows, const Tensor& value, bool binary) {
 Tensor cpu_dequantize(const Tensor& codes, const Tensor& scale, int64_t kind) {
   constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   const int64_t r = codes.size(0), length = codes.size(1), slice = 1024, slices = (length + slice - 1) / slice;
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && kind >= 0 && kind < 3, "wrong codes or kind");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && kind >= 0 && kind < 3,
+                  "wrong codes or kind");
   const int64_t step = scale.numel() == 1 ? 0 : 1;
   const float* row_scale = floats(scale, step ? r : 1, "scale");
   Tensor out = empty({r, length}, kTypes[kind]);
@@ -418,8 +458,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
       "cpu_bitlinear(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int n, int k, int groups, bool per_tensor, float eps)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_decode(Tensor x, Tensor[] weights, int[] sizes, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin, int position,"
-      " int heads, float norm_eps, float act_eps, float scaling) -> Tensor");
+      "cpu_decode(Tensor x, Tensor[] weights, int[] sizes, Tensor(a!) keys, Tensor(b!) values, Tensor cos, Tensor sin,"
+      " int position, int heads, float norm_eps, float act_eps, float scaling) -> Tensor");
   m.def("cpu_quantize_activation(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor)");
   m.def("cpu_codes(Tensor rows, Tensor value, bool binary) -> Tensor");
   m.def("cpu_dequantize(Tensor codes, Tensor scale, int kind) -> Tensor");

@@ -149,7 +149,8 @@ Result make_result(const Device& device, const Tensor& x, int64_t n, const Tenso
 }
 
 // Quantizes x [..., K] into codes, divisor and scale, where they are given.
-void quantize(const Device& device, const Tensor& x, bool per_tensor, double eps, Tensor& codes, Tensor* divisor, Tensor* scale) {
+void quantize(const Device& device, const Tensor& x, bool per_tensor, double eps, Tensor& codes, Tensor* divisor,
+              Tensor* scale) {
   const Tensor workspace = device.empty({per_tensor ? qat::cuda::kWorkspaceBytes : 0}, ScalarType::Byte);
   qat::cuda::QuantizeActivation p = {};
   p.x = x.const_data_ptr();
@@ -176,13 +177,16 @@ std::tuple<Tensor, Tensor> cuda_quantize_activation(const Tensor& x_any, bool pe
 
 // Codes int8 t [N, K], or their 2-bit bytes if `packed`, and the scale [1 | N, 1 | G], which is `given` for a reduction
 // that the kernels do not have.
-std::tuple<Tensor, Tensor> cuda_quantize_weight(const Tensor& w_any, int64_t granularity, int64_t reduce, int64_t groups, bool binary,
-                                                int64_t scale_dtype, double eps, const std::optional<Tensor>& given, bool packed) {
+std::tuple<Tensor, Tensor> cuda_quantize_weight(const Tensor& w_any, int64_t granularity, int64_t reduce, int64_t groups,
+                                                bool binary, int64_t scale_dtype, double eps,
+                                                const std::optional<Tensor>& given, bool packed) {
   using qat::cuda::Granularity;
   using qat::cuda::Reduce;
   const Device device(w_any);
-  STD_TORCH_CHECK(w_any.dim() == 2 && groups >= 1 && w_any.size(1) % groups == 0, "w must be [N, K] with K in ", groups, " groups");
-  STD_TORCH_CHECK((static_cast<Reduce>(reduce) == Reduce::given) == given.has_value(), "a scale is given for Reduce::given alone");
+  STD_TORCH_CHECK(w_any.dim() == 2 && groups >= 1 && w_any.size(1) % groups == 0, "w must be [N, K] with K in ", groups,
+                  " groups");
+  STD_TORCH_CHECK((static_cast<Reduce>(reduce) == Reduce::given) == given.has_value(),
+                  "a scale is given for Reduce::given alone");
   const Tensor w = rows_in_memory(w_any), workspace = device.empty({qat::cuda::kWorkspaceBytes}, ScalarType::Byte);
   const int64_t n = w.size(0), k = w.size(1), rows = static_cast<Granularity>(granularity) == Granularity::tensor ? 1 : n;
   STD_TORCH_CHECK(!packed || groups == 1 || k / groups % 4 == 0, "groups of a packed weight must be multiples of 4");
@@ -210,8 +214,8 @@ std::tuple<Tensor, Tensor> cuda_quantize_weight(const Tensor& w_any, int64_t gra
 }
 
 // y of x and 2-bit bytes; one token takes one launch. For `overlap` see cuda/kernels.h.
-Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias, int64_t k,
-                          bool per_tensor, double eps, bool overlap) {
+Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
+                          int64_t k, bool per_tensor, double eps, bool overlap) {
   const Device device(x_any);
   const Tensor x = rows_in_memory(x_any);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x must be [..., ", k, "]");
@@ -231,7 +235,8 @@ Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tenso
   // Scratch memory goes back to torch's allocator at the end, which gives it to later work of this stream only.
   std::vector<Tensor> scratch;
   if (!qat::cuda::packed_linear_fused(p)) {
-    scratch = {device.empty({p.m * qat::cuda::padded_width(k, p.groups)}, ScalarType::Char), device.empty({p.m}, ScalarType::Float),
+    scratch = {device.empty({p.m * qat::cuda::padded_width(k, p.groups)}, ScalarType::Char),
+               device.empty({p.m}, ScalarType::Float),
                device.empty({per_tensor ? qat::cuda::kWorkspaceBytes : 0}, ScalarType::Byte)};
     p.codes = static_cast<int8_t*>(scratch[0].mutable_data_ptr());
     p.divisor = static_cast<float*>(scratch[1].mutable_data_ptr());
@@ -242,8 +247,8 @@ Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tenso
 }
 
 // y of x and int8 codes t [N, K]; and the codes and scale of x, for the backward pass.
-std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Tensor& t, const Tensor& scale, const std::optional<Tensor>& bias,
-                                                  bool per_tensor, double eps) {
+std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Tensor& t, const Tensor& scale,
+                                                  const std::optional<Tensor>& bias, bool per_tensor, double eps) {
   const Device device(x_any);
   const Tensor x = rows_in_memory(x_any);
   const int64_t k = x.size(x.dim() - 1), m = rows_of(x);
@@ -271,7 +276,8 @@ Tensor cuda_int8_matmul(const Tensor& a, const Tensor& b) {
   const Device device(a);
   device.check(a, ScalarType::Char, "a");
   device.check(b, ScalarType::Char, "b");
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(1) <= qat::cuda::kMaxWidth, "a and b must be [M, K] and [N, K]");
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(1) <= qat::cuda::kMaxWidth,
+                  "a and b must be [M, K] and [N, K]");
   Tensor y = device.empty({a.size(0), b.size(0)}, ScalarType::Int);
   qat::cuda::Linear p = {};
   p.codes = static_cast<const int8_t*>(a.const_data_ptr());
@@ -300,8 +306,8 @@ Tensor cuda_pack(const Tensor& t, bool base3, Tensor bad) {
   device.check(t, ScalarType::Char, "t");
   const int64_t n = t.size(0), k = t.size(1), per_byte = base3 ? 5 : 4;
   Tensor packed = device.empty({n, (k + per_byte - 1) / per_byte}, ScalarType::Byte);
-  done(qat::cuda::pack(static_cast<const int8_t*>(t.const_data_ptr()), n, k, layout_of(base3), static_cast<uint8_t*>(packed.mutable_data_ptr()),
-                       first_bad(device, bad), device.stream),
+  done(qat::cuda::pack(static_cast<const int8_t*>(t.const_data_ptr()), n, k, layout_of(base3),
+                       static_cast<uint8_t*>(packed.mutable_data_ptr()), first_bad(device, bad), device.stream),
        "pack");
   return packed;
 }
@@ -310,8 +316,8 @@ Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad) {
   const Device device(packed);
   const uint8_t* bytes = bytes_of(device, packed, k, base3 ? 5 : 4);
   Tensor t = device.empty({packed.size(0), k}, ScalarType::Char);
-  done(qat::cuda::unpack(bytes, packed.size(0), k, layout_of(base3), static_cast<int8_t*>(t.mutable_data_ptr()), first_bad(device, bad),
-                         device.stream),
+  done(qat::cuda::unpack(bytes, packed.size(0), k, layout_of(base3), static_cast<int8_t*>(t.mutable_data_ptr()),
+                         first_bad(device, bad), device.stream),
        "unpack");
   return t;
 }
@@ -320,7 +326,8 @@ Tensor cuda_repack(const Tensor& base3, int64_t k) {
   const Device device(base3);
   const uint8_t* bytes = bytes_of(device, base3, k, 5);
   Tensor bits = device.empty({base3.size(0), (k + 3) / 4}, ScalarType::Byte);
-  done(qat::cuda::repack(bytes, base3.size(0), k, static_cast<uint8_t*>(bits.mutable_data_ptr()), nullptr, device.stream), "repack");
+  done(qat::cuda::repack(bytes, base3.size(0), k, static_cast<uint8_t*>(bits.mutable_data_ptr()), nullptr, device.stream),
+       "repack");
   return bits;
 }
 
@@ -329,8 +336,8 @@ Tensor cuda_repack(const Tensor& base3, int64_t k) {
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cuda_quantize_activation(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor)");
   m.def(
-      "cuda_quantize_weight(Tensor w, int granularity, int reduce, int groups, bool binary, int scale_dtype, float eps, Tensor? given,"
-      " bool packed) -> (Tensor, Tensor)");
+      "cuda_quantize_weight(Tensor w, int granularity, int reduce, int groups, bool binary, int scale_dtype, float eps,"
+      " Tensor? given, bool packed) -> (Tensor, Tensor)");
   m.def(
       "cuda_packed_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int k, bool per_tensor, float eps, bool overlap)"
       " -> Tensor");

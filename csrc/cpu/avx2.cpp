@@ -24,7 +24,8 @@ QAT_TARGET void to_float8(const void* x, Dtype dtype, int64_t n, float* out) {
   const auto* in = static_cast<const uint16_t*>(x);
   int64_t i = 0;
   if (dtype == Dtype::f16)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   to_float(static_cast<const char*>(x) + i * 2, dtype, n - i, out + i);
 }
 

@@ -42,7 +42,8 @@ QAT_TARGET void to_float16(const void* x, Dtype dtype, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += 16) {
     const auto lanes = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
     const __m256i raw = _mm256_maskz_loadu_epi16(lanes, in + i);
-    const __m512 wide = dtype == Dtype::f16 ? _mm512_cvtph_ps(raw) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    const __m512 wide =
+        dtype == Dtype::f16 ? _mm512_cvtph_ps(raw) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
     _mm512_mask_storeu_ps(out + i, lanes, wide);
   }
 }
@@ -176,7 +177,8 @@ constexpr Base3Table base3_table() {
   Base3Table table = {};
   for (uint32_t c = 0; c < 81; ++c)
     for (uint32_t d = 0; d < 3; ++d)
-      table.fields[base3_store(c, d) - 64 * d] = static_cast<uint8_t>((c % 3) | (c / 3 % 3) << 2 | (c / 9 % 3) << 4 | (c / 27 % 3) << 6);
+      table.fields[base3_store(c, d) - 64 * d] =
+          static_cast<uint8_t>((c % 3) | (c / 3 % 3) << 2 | (c / 9 % 3) << 4 | (c / 27 % 3) << 6);
   return table;
 }
 
@@ -187,9 +189,14 @@ struct Base3 {
   __m512i low, high, top, zero;
 
   QAT_TARGET Base3()
-      : low(load(kBase3.fields)), high(load(kBase3.fields + 64)), top(_mm512_set1_epi8(static_cast<char>(0xc0))), zero(_mm512_setzero_si512()) {}
+      : low(load(kBase3.fields)),
+        high(load(kBase3.fields + 64)),
+        top(_mm512_set1_epi8(static_cast<char>(0xc0))),
+        zero(_mm512_setzero_si512()) {}
   QAT_TARGET __m512i fifth(__m512i v) const { return _mm512_and_si512(_mm512_avg_epu8(v, _mm512_avg_epu8(v, zero)), top); }
-  QAT_TARGET __m512i fields(__m512i v, __m512i fifth) const { return _mm512_permutex2var_epi8(low, _mm512_sub_epi8(v, fifth), high); }
+  QAT_TARGET __m512i fields(__m512i v, __m512i fifth) const {
+    return _mm512_permutex2var_epi8(low, _mm512_sub_epi8(v, fifth), high);
+  }
 };
 
 QAT_TARGET void dot_base3(const uint32_t* tiles, const int8_t* words, int64_t supers, int32_t* out) {

@@ -86,7 +86,8 @@ QAT_TARGET inline int32_t round_code(float value) {
 QAT_TARGET inline int64_t word_position(int64_t i) { return (i & ~int64_t{15}) + (i & 3) * 4 + (i >> 2 & 3); }
 
 // Elements [from, length) of one group; returns their sum.
-QAT_TARGET inline int32_t quantize_rest(const float* x, int64_t from, int64_t length, float inverse, int8_t* words, int8_t* codes) {
+QAT_TARGET inline int32_t quantize_rest(const float* x, int64_t from, int64_t length, float inverse, int8_t* words,
+                                        int8_t* codes) {
   int32_t sum = 0;
   for (int64_t i = from; i < length; ++i) {
     const int32_t code = round_code(x[i] * inverse);
@@ -133,7 +134,8 @@ QAT_TARGET inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  const float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333338e-3f + r * 1.3888889e-3f)))));
+  const float p =
+      1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666668e-2f + r * (8.3333338e-3f + r * 1.3888889e-3f)))));
   return p * bits_to_float((float_to_bits(shifted) - 0x4b400000u + 127u) << 23);
 }
 

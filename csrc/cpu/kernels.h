@@ -61,9 +61,9 @@ struct Isa {
   void (*ternary)(const float* w, int64_t n, float scale, int8_t* t);
   void (*binary)(const float* w, int64_t n, float threshold, int8_t* t);
   void (*dequantize)(const int8_t* codes, int64_t n, float scale, float* out);
-  // What lies between the linears of a decoder, for one token (cpu_decode in ops.cpp): y = x / rms(x) * weight; y = silu(y) * up;
-  // rotary embedding in halves over a head's first n elements, x cos + (-x2, x1) sin; and one head's softmax(q K^T * scale) V
-  // over `length` positions, with `weights` [length] as scratch.
+  // What lies between the linears of a decoder, for one token (cpu_decode in ops.cpp): y = x / rms(x) * weight;
+  // y = silu(y) * up; rotary embedding in halves over a head's first n elements, x cos + (-x2, x1) sin; and one head's
+  // softmax(q K^T * scale) V over `length` positions, with `weights` [length] as scratch.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
   void (*gate)(float* y, const float* up, int64_t n);
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t n);

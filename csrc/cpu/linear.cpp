@@ -22,7 +22,9 @@ const float* float_row(const Linear& p, int64_t row, float* buffer) {
   return buffer;
 }
 
-std::vector<float> float_buffer(const Linear& p) { return std::vector<float>(p.dtype == Dtype::f32 ? 0 : static_cast<std::size_t>(p.k)); }
+std::vector<float> float_buffer(const Linear& p) {
+  return std::vector<float>(p.dtype == Dtype::f32 ? 0 : static_cast<std::size_t>(p.k));
+}
 
 float larger(float a, float b) { return b > a || b != b ? b : a; }
 
@@ -34,9 +36,11 @@ struct Output {
   int64_t rows;   // at most 64
   float inverse[kPanel];  // 1 / w_scale
 
-  Output(const Linear& problem, int64_t panel) : p(problem), row0(panel * kPanel), rows(p.n - row0 < kPanel ? p.n - row0 : kPanel) {
+  Output(const Linear& problem, int64_t panel)
+      : p(problem), row0(panel * kPanel), rows(p.n - row0 < kPanel ? p.n - row0 : kPanel) {
     if (p.segments.count == 1)
-      for (int64_t i = 0; i < kPanel; ++i) inverse[i] = 1.0f / (p.scale_per_row ? (i < rows ? p.scale[row0 + i] : 1.0f) : p.scale[0]);
+      for (int64_t i = 0; i < kPanel; ++i)
+        inverse[i] = 1.0f / (p.scale_per_row ? (i < rows ? p.scale[row0 + i] : 1.0f) : p.scale[0]);
   }
 
   void write(int64_t token, float* y) const {
@@ -77,7 +81,8 @@ void multiply_panel(const Linear& p, int64_t panel, const uint32_t* tiles, bool 
       }
       if (s.count == 1) break;
       const float* scale = p.scale + (panel * s.count + g) * kPanel;
-      for (int m = 0; m < tokens; ++m) p.isa->accumulate(acc + m * kPanel, p.sums[(token + m) * s.count + g], scale, y + m * kPanel);
+      for (int m = 0; m < tokens; ++m)
+        p.isa->accumulate(acc + m * kPanel, p.sums[(token + m) * s.count + g], scale, y + m * kPanel);
     }
     for (int m = 0; m < tokens; ++m) {
       if (s.count == 1) {

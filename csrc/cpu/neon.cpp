@@ -14,7 +14,8 @@ constexpr int kTokens = 4;  // 4 tokens x 4 vectors = 16 accumulators of 32 regi
 constexpr int kVectors = 4;  // of 4 output rows
 
 template <int TOKENS>
-QAT_TARGET inline void add_position(int32x4_t (&acc)[TOKENS][kVectors], const uint32x4_t (&bytes)[kVectors], const int8x16_t (&x)[TOKENS], int p) {
+QAT_TARGET inline void add_position(int32x4_t (&acc)[TOKENS][kVectors], const uint32x4_t (&bytes)[kVectors],
+                                    const int8x16_t (&x)[TOKENS], int p) {
   const uint8x16_t mask = vdupq_n_u8(3);
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {

@@ -67,7 +67,8 @@ void make_tiles(const Tiling& p, int64_t begin, int64_t end) {
       } else {
         std::memset(natural.data(), 1, natural.size());
       }
-      for (int64_t g = 0; g < s.count; ++g) std::memcpy(padded.data() + g * s.padded, natural.data() + g * s.length, static_cast<size_t>(s.length));
+      for (int64_t g = 0; g < s.count; ++g)
+        std::memcpy(padded.data() + g * s.padded, natural.data() + g * s.length, static_cast<size_t>(s.length));
       write_row(p, padded.data(), out + lane);
     }
   }
