@@ -16,6 +16,8 @@ A file may also be a stack of PackedBitLinear layers without ids: give `example`
 from __future__ import annotations
 
 import os
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from qat.inference import TiledLinear
 
 KINDS = ("exported", "compiled")
 Runner = Callable[[Tensor], Tensor]
+_MARK = "extra/writer"
 
 
 class _Logits(nn.Module):
@@ -63,36 +66,69 @@ def trace(model: nn.Module, example: Tensor | None = None) -> torch.export.Expor
     sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=2, max=most)}
     try:
         with torch.no_grad():
-            return torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,), strict=False)
+            program = torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,), strict=False)
     except Exception as error:  # torch.export raises nearly any class
         raise ValueError(f"torch.export cannot trace {type(model).__name__}: {one_line(error)}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # this machine's paths and source lines: more bytes than a small model's weights
+    return program
 
 
-def save(model: nn.Module, file: str | Path, *, kind: str = "exported", example: Tensor | None = None) -> Path:
-    """Write the packed model as one .pt2 file, which appears whole or not at all; see `trace` for the arguments.
+def save(
+    model: nn.Module,
+    file: str | Path,
+    *,
+    kind: str = "exported",
+    example: Tensor | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write the packed model as one .pt2 file, which appears whole or not at all; see `trace` for the other arguments.
+
+    Args:
+        file: NAME.pt2; replaced if an earlier export wrote it.
+        kind: of KINDS.
+        check: called with the finished file before it gets its name; if it raises, nothing is left.
 
     Raises:
-        ValueError: unknown kind, another suffix than .pt2, a model that cannot be traced or compiled, a disk that refuses.
+        ValueError: unknown kind, another suffix than .pt2, a foreign file in the way, a model that cannot be traced or compiled,
+            a disk that refuses.
     """
-    target = Path(file)
+    target = Path(file).expanduser()
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not allowed; choose one of {', '.join(KINDS)}")
     if target.suffix != ".pt2":
         raise ValueError(f"{file} must end in .pt2")
-    partial = target.with_name(f".{target.stem}.partial-{os.getpid()}.pt2")
+    if target.exists() and not _is_ours(target):
+        raise ValueError(f"{target} exists and was not written by an export of qat; choose another target or remove it")
     program = trace(model, example)
+    folder = target.with_name(f".{target.stem}.partial-{os.getpid()}")
+    partial = folder / target.name  # its name lies in the archive
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         if kind == "exported":
             torch.export.save(program, partial)
         else:
             torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.writestr(zipfile.ZipInfo(f"{target.stem}/{_MARK}"), "qat")  # without the time of day
+        if check is not None:
+            check(partial)
         partial.replace(target)
+    except ValueError:
+        raise
     except Exception as error:  # OSError, or whatever the compiler raised
         raise ValueError(f"cannot write {target}: {one_line(error)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith(f"/{_MARK}") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load(file: str | Path) -> Runner:
@@ -117,7 +153,5 @@ def load(file: str | Path) -> Runner:
 
 
 def _is_compiled(file: Path) -> bool:
-    import zipfile
-
     with zipfile.ZipFile(file) as archive:
         return any(name.endswith((".so", ".wrapper.so")) for name in archive.namelist())
