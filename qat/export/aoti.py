@@ -143,7 +143,7 @@ def load(file: str | Path) -> Runner:
     if not Path(file).is_file():
         raise ValueError(f"{file} is missing")
     try:
-        if _is_compiled(Path(file)):
+        if kind_of(Path(file)) == "compiled":
             runner: Any = torch._inductor.aoti_load_package(str(file))
             return runner
         module: Any = torch.export.load(file).module()
@@ -152,6 +152,7 @@ def load(file: str | Path) -> Runner:
         raise ValueError(f"{file} is no .pt2 file that this machine can run: {one_line(error)}") from error
 
 
-def _is_compiled(file: Path) -> bool:
+def kind_of(file: Path) -> str:
+    """Which of KINDS a .pt2 file is; zipfile.BadZipFile where it is none."""
     with zipfile.ZipFile(file) as archive:
-        return any(name.endswith((".so", ".wrapper.so")) for name in archive.namelist())
+        return "compiled" if any(name.endswith(".so") for name in archive.namelist()) else "exported"
