@@ -414,8 +414,8 @@ def test_a_failed_check_leaves_no_folder(tmp_path, llama):
 
 
 def test_formats():
-    assert get_format("hf") is hf and list(FORMATS) == ["hf", "gguf"]
-    with pytest.raises(ValueError, match="choose one of hf, gguf"):
+    assert get_format("hf") is hf and list(FORMATS) == ["hf", "gguf", "pt2"]
+    with pytest.raises(ValueError, match="choose one of hf, gguf, pt2"):
         get_format("onnx")
 
 

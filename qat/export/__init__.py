@@ -6,7 +6,7 @@
 from importlib import import_module
 from types import ModuleType
 
-FORMATS = {"hf": "qat.export.hf", "gguf": "qat.export.gguf"}
+FORMATS = {"hf": "qat.export.hf", "gguf": "qat.export.gguf", "pt2": "qat.export.pt2"}
 
 
 def get_format(name: str) -> ModuleType:

@@ -36,7 +36,7 @@ def export(
 
     Args:
         run: a run folder (its `packed/` is used) or a packed folder.
-        out: a folder, or for gguf a file; an earlier export is replaced; it appears only when what was read back is equal.
+        out: a folder, or a file for gguf and pt2; an earlier export is replaced; it appears only when what was read is equal.
         text: a file or `pydoc_data.topics`; perplexity is compared on its first `max_tokens` tokens.
         options: keywords of the format's `save`; None is the format's default.
 
@@ -103,14 +103,16 @@ def _results(run: Path) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qat.export", description="Write a trained run in another format.")
     parser.add_argument("run", metavar="RUN", help="folder of a run, or a packed folder of qat")
-    parser.add_argument("--format", default="hf", choices=sorted(FORMATS), help="hf: stock transformers; gguf: llama.cpp")
+    readers = "hf: stock transformers; gguf: llama.cpp; pt2: torch without transformers"
+    parser.add_argument("--format", default="hf", choices=sorted(FORMATS), help=readers)
     parser.add_argument(
-        "--out", required=True, metavar="PATH", help="hf: a folder, gguf: NAME.gguf; an earlier export is replaced"
+        "--out", required=True, metavar="PATH", help="hf: a folder, gguf: NAME.gguf, pt2: NAME.pt2; an earlier export is replaced"
     )
     parser.add_argument("--linear-class", help="hf: scale convention, bitlinear (default) or autobitlinear")
     parser.add_argument("--type", help="gguf: auto (default), tq1_0, tq2_0, q2_0, q1_0, i2_s (x86) or i2_s_arm")
     parser.add_argument("--floats", help="gguf: embeddings, head and full-precision layers: f16 (default), f32, bf16, q8_0, q6_k")
     parser.add_argument("--pre-tokenizer", metavar="NAME", help="gguf: llama.cpp's name of the text split, if not recognized")
+    parser.add_argument("--kind", help="pt2: exported (default), or compiled by AOTInductor for this CPU")
     parser.add_argument("--text", default="pydoc_data.topics", help="text on which perplexity is compared")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="how much of it (default: 16384)")
     return parser
@@ -126,6 +128,10 @@ def _show(info: dict[str, Any]) -> None:
     sizes = info["sizes"]
     if info["format"] == "gguf":
         from qat.export.gguf_verify import report
+
+        print(*report(info), sep="\n")
+    elif info["format"] == "pt2":
+        from qat.export.pt2 import report
 
         print(*report(info), sep="\n")
     else:

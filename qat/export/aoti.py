@@ -15,6 +15,7 @@ A file may also be a stack of PackedBitLinear layers without ids: give `example`
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from qat.inference import TiledLinear  # and with it qat.ops, which the graphs n
 
 KINDS = ("exported", "compiled")
 Runner = Callable[[Tensor], Tensor]
+_MARK = "extra/writer"
 
 
 class _Logits(nn.Module):
@@ -62,22 +64,40 @@ def trace(model: nn.Module, example: Tensor | None = None) -> torch.export.Expor
     sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=2, max=most)}
     try:
         with torch.no_grad():
-            return torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,), strict=False)
+            program = torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,), strict=False)
     except Exception as error:  # torch.export raises nearly any class
         raise ValueError(f"torch.export cannot trace {type(model).__name__}: {one_line(error)}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # this machine's paths and source lines: more bytes than a small model's weights
+    return program
 
 
-def save(model: nn.Module, file: str | Path, *, kind: str = "exported", example: Tensor | None = None) -> Path:
-    """Write the packed model as one .pt2 file, which appears whole or not at all; see `trace` for the arguments.
+def save(
+    model: nn.Module,
+    file: str | Path,
+    *,
+    kind: str = "exported",
+    example: Tensor | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write the packed model as one .pt2 file, which appears whole or not at all; see `trace` for the other arguments.
+
+    Args:
+        file: NAME.pt2; replaced if an earlier export wrote it.
+        kind: of KINDS.
+        check: called with the finished file before it gets its name; if it raises, nothing is left.
 
     Raises:
-        ValueError: unknown kind, another suffix than .pt2, a model that cannot be traced or compiled, a disk that refuses.
+        ValueError: unknown kind, another suffix than .pt2, a foreign file in the way, a model that cannot be traced or compiled,
+            a disk that refuses.
     """
     target = Path(file).expanduser()
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not allowed; choose one of {', '.join(KINDS)}")
     if target.suffix != ".pt2":
         raise ValueError(f"{file} must end in .pt2")
+    if target.exists() and not _is_ours(target):
+        raise ValueError(f"{target} exists and was not written by an export of qat; choose another target or remove it")
     program = trace(model, example)
     with new_file(target) as partial:
         try:
@@ -85,9 +105,21 @@ def save(model: nn.Module, file: str | Path, *, kind: str = "exported", example:
                 torch.export.save(program, partial)
             else:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
+            with zipfile.ZipFile(partial, "a") as archive:
+                archive.writestr(zipfile.ZipInfo(f"{target.stem}/{_MARK}"), "qat")  # without the time of day
         except Exception as error:  # OSError, or whatever the compiler raised
             raise ValueError(f"cannot write {target}: {one_line(error)}") from error
+        if check is not None:
+            check(partial)
     return target
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith(f"/{_MARK}") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load(file: str | Path) -> Runner:
@@ -99,7 +131,7 @@ def load(file: str | Path) -> Runner:
     if not Path(file).is_file():
         raise ValueError(f"{file} is missing")
     try:
-        if _is_compiled(Path(file)):
+        if kind_of(Path(file)) == "compiled":
             runner: Any = torch._inductor.aoti_load_package(str(file))
             return runner
         module: Any = torch.export.load(file).module()
@@ -108,8 +140,7 @@ def load(file: str | Path) -> Runner:
         raise ValueError(f"{file} is no .pt2 file that this machine can run: {one_line(error)}") from error
 
 
-def _is_compiled(file: Path) -> bool:
-    import zipfile
-
+def kind_of(file: Path) -> str:
+    """Which of KINDS a .pt2 file is; zipfile.BadZipFile where it is none."""
     with zipfile.ZipFile(file) as archive:
-        return any(name.endswith((".so", ".wrapper.so")) for name in archive.namelist())
+        return "compiled" if any(name.endswith(".so") for name in archive.namelist()) else "exported"

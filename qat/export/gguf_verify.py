@@ -116,7 +116,7 @@ def check_tokenizer(file: Path, tokenizer: Any, kind: str) -> dict[str, Any]:
         return {}
     wanted = {text: tokenizer(text).input_ids for text in TEXTS}
     known = [text for text in TEXTS if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in wanted[text]]
-    for text, ids in zip(known, llamacpp.tokenize(file, known, special=True), strict=True):
+    for text, ids in zip(known, llamacpp.tokenize(file, known), strict=True):
         if ids != wanted[text]:
             raise ValueError(
                 f"llama.cpp would read {text!r} as the tokens {ids}, but the model was trained with {wanted[text]};"
