@@ -42,7 +42,8 @@ def choose_reader(path: str, reader: str, needs_pytorch: Sequence[str]) -> str |
         raise ValueError(f"--reader llama.cpp: llama-cpp-python is not installed: {llamacpp.INSTALL}")
     if needs_pytorch:
         raise ValueError(
-            f"--reader llama.cpp gives perplexity, and KL and top-1 with --teacher; {needs_pytorch[0]} needs --reader transformers"
+            "--reader llama.cpp gives perplexity, and KL and top-1 with --teacher;"
+            f" {needs_pytorch[0]} needs --reader transformers"
         )
     return reader
 
@@ -55,7 +56,7 @@ class LlamaCppModel(nn.Module):
         self.file = file
         metadata = gguf_file.read(file).metadata
         positions = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-        self.config = SimpleNamespace(max_position_embeddings=positions, get_text_config=lambda: self.config)
+        self.config: Any = SimpleNamespace(max_position_embeddings=positions, get_text_config=lambda: self.config)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, L] -> logits float32 [B, L, V]. ValueError: llama.cpp refuses the file."""

@@ -26,8 +26,8 @@ gguf = pytest.importorskip("qat.export.gguf")
 needs_llama_cpp = pytest.mark.skipif(llamacpp.version() is None, reason="llama-cpp-python is not installed: make llama-cpp")
 
 TEXT = (
-    "In 2024, 12345 people don't I'LL   see\n\n the 1 22 333 4444 cats' toys!! \t he's WE'RE ½ ٣٤ naïve über 你好 x1y2 a.b.c  \r\n"
-    " end...\n ok 🙂 it's 007 (a) "
+    "In 2024, 12345 people don't I'LL   see\n\n the 1 22 333 4444 cats' toys!! \t he's WE'RE ½ ٣٤ naïve über 你好 x1y2 a.b.c "
+    " \r\n end...\n ok 🙂 it's 007 (a) "
 )
 TEXTS = [TEXT, TEXT[5:], TEXT[::-1], "In 2024, 1234567 people", "a  b\n\n c\t1.5e10 ½ ٣٤"]
 
