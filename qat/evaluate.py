@@ -94,7 +94,7 @@ def evaluate(
         context: tokens a window; default: 512, or the model's largest position where that is less.
         stride: default: the context, so that windows do not overlap.
         max_tokens: evaluate the first so many tokens of the text; default: all.
-        head: `6bit` or `8bit`: with the output head in fewer bits, as `qat.generate` has it.
+        head: `bf16`, `8bit` or `6bit`: with the output head in fewer bits, as `qat.generate` has it.
         reader: of a .gguf file: `llama.cpp` or `transformers`, see `qat.runtime`.
         more: the fields of `Asked`.
 
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, help="tokens by which the window moves (default: the context)")
     parser.add_argument("--max-tokens", type=int, help="evaluate the first so many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows or task requests at once (default: 8)")
-    parser.add_argument("--head", default="full", choices=("full", "6bit", "8bit"), help="bits of the output head")
+    parser.add_argument("--head", default="full", choices=("full", "bf16", "8bit", "6bit"), help="bits of the output head")
     parser.add_argument(
         "--reader", default="auto", choices=READERS, help="of a .gguf file (default: llama.cpp where it is installed and enough)"
     )

@@ -106,7 +106,7 @@ QAT_TARGET void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, 
 
 }  // namespace
 
-const Isa avx2 = {"avx2", kTokens, to_float8, from_float8, absmax, quantize8, dot, nullptr, nullptr, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, read, nullptr};
+const Isa avx2 = {"avx2", kTokens, to_float8, from_float8, absmax, quantize8, dot, nullptr, nullptr, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, rows, read, nullptr};
 
 }  // namespace qat
 #endif

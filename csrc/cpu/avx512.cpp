@@ -247,7 +247,7 @@ QAT_TARGET int64_t peak(int64_t rounds) {
 
 }  // namespace
 
-const Isa avx512 = {"avx512", kTokens, to_float16, from_float16, absmax16, quantize16, dot, dot_base3, expand_base3_64, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, read, peak};
+const Isa avx512 = {"avx512", kTokens, to_float16, from_float16, absmax16, quantize16, dot, dot_base3, expand_base3_64, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, rows, read, peak};
 
 }  // namespace qat
 #endif

@@ -67,7 +67,7 @@ QAT_TARGET void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, 
 
 }  // namespace
 
-const Isa neon = {"neon", kTokens, to_float, from_float, absmax, quantize, dot, nullptr, nullptr, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, read, nullptr};
+const Isa neon = {"neon", kTokens, to_float, from_float, absmax, quantize, dot, nullptr, nullptr, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, rows, read, nullptr};
 
 }  // namespace qat
 #endif

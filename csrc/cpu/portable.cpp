@@ -22,6 +22,6 @@ void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, int64_t blo
 
 }  // namespace
 
-const Isa portable = {"portable", kMaxTokens, to_float, from_float, absmax, quantize, dot, nullptr, nullptr, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, read, nullptr};
+const Isa portable = {"portable", kMaxTokens, to_float, from_float, absmax, quantize, dot, nullptr, nullptr, rescale, accumulate, ternary, binary, dequantize, rms_norm, gate, attend, rows, read, nullptr};
 
 }  // namespace qat
