@@ -22,6 +22,7 @@ from typing import Any
 
 from qat.bench import cpu_name
 from qat.generate import peak_bytes
+from qat.verb import HEADS
 
 FILES = {"Q4_0": 2, "IQ4_NL": 25}  # llama.cpp's file types, 4.5 bits a weight each
 PROMPT, BLOCK = 64, 16
@@ -170,7 +171,7 @@ def compare(model: str, threads: int, rounds: int) -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         packed, files = prepare(model, Path(scratch))
-        contenders = [Contender(f"qat ternary, {head} head", "qat", packed, threads, head) for head in ("full", "8bit", "6bit")]
+        contenders = [Contender(f"qat ternary, {head} head", "qat", packed, threads, head) for head in HEADS]
         contenders += [Contender(f"llama.cpp {name}", "llama", file, threads) for name, file in files.items()]
         for contender in contenders:
             contender.ask("begin", keep=False), contender.ask("step", keep=False)

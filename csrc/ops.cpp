@@ -227,6 +227,36 @@ Tensor cpu_linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, con
   return run(x, tiles, scale, bias, n, k, groups, base3, per_tensor, eps, false).y;
 }
 
+// y = x W^T of a few float32 tokens x [..., K] and W [N, K] in float32 or bfloat16, in float32: a matrix in full precision
+// at the memory's speed, which torch's, made for many tokens, does not reach.
+Tensor cpu_rows(const Tensor& x_any, const Tensor& weight) {
+  const Tensor x = x_any.is_contiguous() ? x_any : torch::stable::contiguous(x_any);
+  const auto sizes = x.sizes();
+  const qat::Dtype dtype = dtype_of(weight);
+  const bool matrix = weight.is_contiguous() && weight.dim() == 2 && dtype != qat::Dtype::f16;
+  STD_TORCH_CHECK(matrix, "weight must be contiguous float32 or bfloat16 [N, K]");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const bool fits = x.scalar_type() == ScalarType::Float && sizes.size() >= 1 && sizes[sizes.size() - 1] == k;
+  STD_TORCH_CHECK(fits, "x must be float32 [..., ", k, "]");
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = n;
+  Tensor y = empty(shape, ScalarType::Float);
+  constexpr int64_t block = 16;  // rows, which stay in the cache for all tokens
+  const int64_t m = n > 0 ? y.numel() / n : 0, blocks = (n + block - 1) / block;
+  if (m == 0) return y;
+  const auto* in = static_cast<const float*>(x.const_data_ptr());
+  const auto* rows = static_cast<const char*>(weight.const_data_ptr());
+  auto* out = static_cast<float*>(y.mutable_data_ptr());
+  share(blocks, grain(m * block * k / 16), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * block; row < end * block && row < n; row += block) {
+      const int64_t count = n - row < block ? n - row : block;
+      for (int64_t token = 0; token < m; ++token)
+        isa().rows(in + token * k, rows + row * k * weight.element_size(), dtype, count, k, out + token * n + row);
+    }
+  });
+  return y;
+}
+
 // A packed linear among a decoder's weights: tiles, scale, bias (empty: none) and [N, K, G, base3].
 struct Projection {
   const Tensor &tiles, &scale, &bias;
@@ -454,6 +484,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
       "cpu_linear(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int n, int k, int groups, bool base3, bool per_tensor,"
       " float eps) -> Tensor");
+  m.def("cpu_rows(Tensor x, Tensor weight) -> Tensor");
   m.def(
       "cpu_bitlinear(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int n, int k, int groups, bool per_tensor, float eps)"
       " -> (Tensor, Tensor, Tensor)");
@@ -475,6 +506,7 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_tile", TORCH_BOX(&cpu_tile));
   m.impl("cpu_tile_codes", TORCH_BOX(&cpu_tile_codes));
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
+  m.impl("cpu_rows", TORCH_BOX(&cpu_rows));
   m.impl("cpu_bitlinear", TORCH_BOX(&cpu_bitlinear));
   m.impl("cpu_decode", TORCH_BOX(&cpu_decode));
   m.impl("cpu_quantize_activation", TORCH_BOX(&cpu_quantize_activation));

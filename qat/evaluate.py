@@ -95,7 +95,7 @@ def evaluate(
         context: tokens a window; default: 512, or the model's largest position where that is less.
         stride: default: the context, so that windows do not overlap.
         max_tokens: evaluate the first so many tokens of the text; default: all.
-        head: `6bit` or `8bit`: with the output head in fewer bits, as `qat.generate` has it.
+        head: `bf16`, `8bit` or `6bit`: with the output head in fewer bits, as `qat.generate` has it.
         reader: of a .gguf file: `llama.cpp` or `transformers`, see `qat.runtime`.
         more: the fields of `Asked`.
 

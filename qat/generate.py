@@ -174,14 +174,17 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
 
 def ready(path: str, head: str = "full") -> tuple[Loaded, str]:
     """Load `path` and prepare it for generation; and what was done to it, in words."""
-    from qat import inference
+    from qat import heads, inference
 
     found = load(path)
     found.model.requires_grad_(False)
     fused = inference.tile(found.model)
-    if head != "full":
+    if head == "full":
+        stored = heads.stream_head(found.model)
+    else:
         inference.quantize_head(found.model, head)
-    return found, "; ".join([found.kind, *([f"{fused} packed layers tiled, some as one"] if fused else []), f"{head} head"])
+        stored = f"{head} head"
+    return found, "; ".join([found.kind, *([f"{fused} packed layers tiled, some as one"] if fused else []), stored])
 
 
 def generate(
@@ -202,7 +205,7 @@ def generate(
     Args:
         path: run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE.
         chat: put the prompt into the tokenizer's chat template; `system` is its system message.
-        head: `full`, or `6bit`, `8bit`: the output head in fewer bits.
+        head: `full`, or `bf16`, `8bit`, `6bit`: the output head in fewer bits.
 
     Raises:
         ValueError: the model cannot be loaded, or an argument is out of range.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qat.bitlinear import PackedBitLinear
 from qat.components import repeat
 from qat.config import QuantConfig
+from qat.heads import stream_head
 from qat.ops import cpu, pack_ternary
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -202,14 +203,19 @@ HEADS = {"6bit": 4, "8bit": 5}
 
 
 def quantize_head(model: Any, kind: str) -> None:
-    """Replace the output head of a transformers model by a smaller one, in place. A tied embedding stays as it is.
+    """Replace the output head of a transformers model by a smaller one, in place. A tied embedding keeps its values.
 
     Raises:
-        ValueError: unknown kind, or a model without a linear head.
+        ValueError: unknown kind, a model without a linear head, or bf16 without compiled CPU kernels.
     """
-    if kind not in HEADS:
-        raise ValueError(f"--head {kind} is not known; choose one of full, {', '.join(HEADS)}")
+    if kind != "bf16" and kind not in HEADS:
+        raise ValueError(f"--head {kind} is not known; choose one of full, bf16, {', '.join(HEADS)}")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{type(model).__name__} has no linear output head to be stored in {kind}")
+    if kind == "bf16":
+        stream_head(model, half=True)
+        if model.get_output_embeddings() is head:
+            raise ValueError("--head bf16 needs the compiled CPU kernels and a float32 model; choose --head full")
+        return
     model.set_output_embeddings(DigitLinear(head, HEADS[kind]))

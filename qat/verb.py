@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-HEADS = ("full", "6bit", "8bit")
+HEADS = ("full", "bf16", "8bit", "6bit")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import qat
-from qat import generate, inference, verb
+from qat import generate, heads, inference, verb
 from qat.decode import Decoder, greedy
 from qat.export import packed
 from qat.ops import cpu
@@ -108,9 +108,9 @@ def test_ternary_digits_are_the_nearest_multiples():
 
 
 def test_an_unknown_head_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="choose one of full, 6bit, 8bit"):
+    with pytest.raises(ValueError, match="choose one of full, bf16, 6bit, 8bit"):
         inference.quantize_head(packed_model(tiny_model), "int3")
-    assert ("full", *inference.HEADS) == verb.HEADS
+    assert {"full", "bf16", *inference.HEADS} == set(verb.HEADS)
 
 
 def test_a_head_leaves_the_tied_embedding_alone(tiny_model):
@@ -118,6 +118,47 @@ def test_a_head_leaves_the_tied_embedding_alone(tiny_model):
     before = model.get_input_embeddings().weight.clone()
     inference.quantize_head(model, "8bit")
     assert type(model.lm_head) is inference.DigitLinear and torch.equal(model.get_input_embeddings().weight, before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("path", cpu.paths() if cpu.compiled() else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_multiplied_in_float32(path, dtype):
+    before = cpu.isa()
+    cpu.select_isa(path)
+    try:
+        for n, k in ((1, 1), (37, 43), (64, 576)):
+            weight, x = torch.randn(n, k).to(dtype), torch.randn(2, 3, k)
+            found = torch.ops.qat.cpu_rows(x, weight)
+            torch.testing.assert_close(found.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+    finally:
+        cpu.select_isa(before)
+    with pytest.raises(RuntimeError, match="x must be float32"):
+        torch.ops.qat.cpu_rows(torch.randn(2, 5), torch.randn(3, 4))
+
+
+@needs_kernels
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_full_head_is_read_as_what_it_holds(tiny_model, exact):
+    model, ids = packed_model(tiny_model), torch.randint(31, (1, 5))
+    if exact:
+        model.lm_head.weight.copy_(model.lm_head.weight.bfloat16())
+    before, embedded = model(input_ids=ids).logits, model.get_input_embeddings()(ids)
+    words = heads.stream_head(model)
+    assert (model.lm_head.weight.dtype, "bfloat16" in words) == ((torch.bfloat16, True) if exact else (torch.float32, False))
+    assert model.get_input_embeddings().weight.data_ptr() == model.lm_head.weight.data_ptr()  # tied still
+    assert torch.equal(model.get_input_embeddings()(ids), embedded)
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(input_ids=ids.repeat(4, 1)).logits[3:], before, rtol=1e-5, atol=1e-5)  # by torch
+
+
+@needs_kernels
+def test_a_head_rounded_to_bfloat16(tiny_model):
+    model, x = packed_model(tiny_model), torch.randn(2, 32)
+    weight = model.lm_head.weight.detach().clone()
+    inference.quantize_head(model, "bf16")
+    torch.testing.assert_close(model.lm_head(x), x @ weight.bfloat16().float().T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.get_input_embeddings().weight, weight)
 
 
 def test_tokens_one_by_one_equal_one_pass(tiny_model):

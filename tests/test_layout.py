@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: ["config", "registration", "verb"],
     1: ["quantizers", "components", "packing", "norm", "ops"],
-    2: ["bitlinear", "selection", "conversion", "inference"],
+    2: ["bitlinear", "selection", "conversion", "heads", "inference"],
     3: ["distill", "schedule", "perplexity", "compare"],
     4: ["export"],
     5: [

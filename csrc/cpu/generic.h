@@ -141,15 +141,27 @@ QAT_TARGET inline float exponential(float x) {
 
 constexpr int kLanes = 16;  // partial sums of a reduction, so that it vectorizes without reassociation
 
-QAT_TARGET inline float product(const float* a, const float* b, int64_t n) {
+QAT_TARGET inline float value_of(float x) { return x; }
+
+QAT_TARGET inline float value_of(uint16_t bfloat) { return bits_to_float(static_cast<uint32_t>(bfloat) << 16); }
+
+template <class T>
+QAT_TARGET inline float product(const float* a, const T* b, int64_t n) {
   float lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  for (; i < n; ++i) lanes[0] += a[i] * b[i];
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * value_of(b[i + lane]);
+  for (; i < n; ++i) lanes[0] += a[i] * value_of(b[i]);
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
+}
+
+QAT_TARGET void rows(const float* x, const void* rows, Dtype dtype, int64_t n, int64_t k, float* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = dtype == Dtype::f32 ? product(x, static_cast<const float*>(rows) + i * k, k)
+                               : product(x, static_cast<const uint16_t*>(rows) + i * k, k);
+  }
 }
 
 QAT_TARGET void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* y) {
@@ -221,6 +233,7 @@ constexpr Isa path(const char* name, int tokens, decltype(Isa::dot) dot) {
   isa.gate = gate;
   isa.rotate = rotate;
   isa.attend = attend;
+  isa.rows = rows;
   isa.read = read;
   return isa;
 }

@@ -69,6 +69,8 @@ struct Isa {
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t n);
   void (*attend)(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale,
                  float* weights, float* y);
+  // y = rows x, for `n` rows [K] in float32 or bfloat16: every product and sum is one of float32 values.
+  void (*rows)(const float* x, const void* rows, Dtype dtype, int64_t n, int64_t k, float* y);
   // For qat.bench: a sum that reads n words, and `rounds` of nothing but dot products, giving the number of operations.
   uint64_t (*read)(const uint64_t* words, int64_t n);
   int64_t (*peak)(int64_t rounds);  // null where there is no such instruction
