@@ -106,6 +106,7 @@ def test_packed_round_trip_is_exact(tmp_path, layout, tied):
     kept, widths = parse(packed.read_config(folder)["quantization_config"])
     assert set(kept.converted) == set(record.converted) and kept.skipped == record.skipped and kept.layout == layout
     assert widths["model.layers.0.mlp.down_proj"] == 43
+    assert "rms_norm_eps" not in packed.read_config(folder)["quantization_config"]["quant"]  # older versions do not know it
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from qat.config import QuantConfig
 from qat.conversion import convert, pack
 from qat.export.files import opened, weight_files
 from qat.export.folder import one_line, refuse_depth, refuse_report
-from qat.export.manifest import METHOD, VERSION, sealed
+from qat.export.manifest import METHOD, VERSION, quant_entry, sealed
 from qat.export.packed import empty_model, quiet
 from qat.packing import pack_ternary
 
@@ -187,10 +186,8 @@ def decode_layer(weight: Tensor, scale: Tensor, n: int, k: int, multiplies: bool
 
 
 def _manifest(layers: Mapping[str, nn.Linear], config: QuantConfig) -> dict[str, Any]:
-    quant = asdict(config)
-    del quant["kernels"]
     widths = {name: linear.in_features for name, linear in layers.items()}
-    kind = {"quant_method": METHOD, "version": VERSION, "layout": "2bit", "quant": quant}
+    kind = {"quant_method": METHOD, "version": VERSION, "layout": "2bit", "quant": quant_entry(config)}
     return sealed({**kind, "layers": widths, "skipped": {}})
 
 

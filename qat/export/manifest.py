@@ -38,18 +38,22 @@ def describe(model: nn.Module, record: Conversion | None = None) -> dict[str, An
     first = _one_kind(model, layers)
     if all(layer.in_features == 1 for layer in layers.values()):
         raise ValueError("every packed layer has in_features=1: the packed weights would look like plain ones to other readers")
-    quant = asdict(first.config)
-    del quant["kernels"]
     return sealed(
         {
             "quant_method": METHOD,
             "version": VERSION,
             "layout": first.layout,
-            "quant": quant,
+            "quant": quant_entry(first.config),
             "layers": {name: layer.in_features for name, layer in layers.items()},
             "skipped": dict(record.skipped) if record is not None else {},
         }
     )
+
+
+def quant_entry(config: QuantConfig) -> dict[str, Any]:
+    """The manifest's `quant`. Without `rms_norm_eps` where it is null, so that an older qat reads what it can run."""
+    left_out = ("kernels",) if config.rms_norm_eps is not None else ("kernels", "rms_norm_eps")
+    return {key: value for key, value in asdict(config).items() if key not in left_out}
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
