@@ -32,8 +32,8 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        if self.weight.dtype == torch.float32 and x[..., 0].numel() > _TOKENS:
-            return F.linear(x.float(), self.weight, self.bias).to(x.dtype)
+        if x[..., 0].numel() > _TOKENS:
+            return F.linear(x.float(), self.weight.float(), self.bias).to(x.dtype)
         y = torch.ops.qat.cpu_rows(x.float(), self.weight)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from qat.evaluate import run_verb
 from qat.export.__main__ import packed_folder
+from qat.verb import run_verb
 
 _NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")
 

@@ -25,6 +25,7 @@ from qat.export.tensors import packed_layers
 from qat.packing import get_layout
 
 METHOD, VERSION = "qat", 2
+_NEWER = {"rms_norm_eps": None, "components": 1}
 _KEYS = ("quant_method", "version", "layout", "quant", "layers", "skipped", "crc32")
 
 
@@ -51,9 +52,9 @@ def describe(model: nn.Module, record: Conversion | None = None) -> dict[str, An
 
 
 def quant_entry(config: QuantConfig) -> dict[str, Any]:
-    """The manifest's `quant`. Without `rms_norm_eps` where it is null, so that an older qat reads what it can run."""
-    left_out = ("kernels",) if config.rms_norm_eps is not None else ("kernels", "rms_norm_eps")
-    return {key: value for key, value in asdict(config).items() if key not in left_out}
+    """The manifest's `quant`. Without the newer keys where they change nothing, so that an older qat reads what it can run."""
+    unused = {key for key, value in _NEWER.items() if getattr(config, key) == value}
+    return {key: value for key, value in asdict(config).items() if key not in {"kernels", *unused}}
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
