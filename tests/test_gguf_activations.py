@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import qat
 from qat import QuantConfig
-from qat.export import ggml, gguf, gguf_activations, gguf_file
+from qat.export import ggml, gguf, gguf_activations, gguf_file, packed
 from qat.export.tensors import packed_layers
 from qat.perplexity import logits_of, windows
 
@@ -91,6 +91,9 @@ def test_the_copy_has_the_files_embeddings_and_leaves_the_model_alone(tmp_path: 
     assert np.array_equal(copy.get_output_embeddings().weight.numpy(), head)  # type: ignore[operator]
     assert np.array_equal(copy.get_input_embeddings().weight.numpy(), file.float32("token_embd.weight"))  # type: ignore[operator]
     assert torch.equal(before, logits_of(made, IDS[:64][None]))
+    packed.save(made, tmp_path / "packed")
+    again = gguf_activations.as_llama_cpp(packed.load(tmp_path / "packed"), file)
+    assert torch.equal(logits_of(again, IDS[:64][None]), logits_of(copy, IDS[:64][None]))
     assert all(layer.config.act_bits == 8 for layer in packed_layers(made).values())
 
 

@@ -26,10 +26,18 @@ class Bar(TQDMProgressBar):
         self.name = name
 
     def init_train_tqdm(self) -> Tqdm:
-        """The bar over all batches of the run."""
+        """The bar over all batches of the run. A resumed run starts inside the epoch, so lightning would give it no total."""
         bar = super().init_train_tqdm()
         bar.bar_format = "{desc} {percentage:3.0f}% {bar:20} batch {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        bar.set_description(self.name, refresh=False)
+        bar.total = self.total_train_batches
+        bar.initial = bar.n = self.trainer.global_step * self.trainer.accumulate_grad_batches
         return bar
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Those of the whole run. lightning counts the optimizer steps that are left, each of which may take several batches."""
+        return min(self.trainer.num_training_batches, self.trainer.max_steps * self.trainer.accumulate_grad_batches)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """One epoch is the whole run, so its number says nothing."""

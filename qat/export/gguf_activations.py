@@ -54,7 +54,7 @@ def as_llama_cpp(model: nn.Module, file: GGUFFile, noise: float = 0.0) -> nn.Mod
     """
     config: Any = transformers_config(model)
     names = Names(architecture(config), config.num_hidden_layers)
-    model = copy.deepcopy(model).float()
+    model = nn.Module.float(copy.deepcopy(model))  # transformers refuses its own `float` for a folder of ours
     _set_floats(model, file)
     generator = torch.Generator().manual_seed(_SEED)
     for name, layer in packed_layers(model).items():
