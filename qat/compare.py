@@ -23,10 +23,11 @@ from qat.selection import is_linear
 
 
 class Agreement(NamedTuple):
-    """Means over `tokens` scored tokens."""
+    """Means over `tokens` scored tokens; `reference_nll` is the reference's negative log-likelihood of them, in nats."""
 
     kl: float
     top1: float
+    reference_nll: float
     tokens: int
 
 
@@ -36,19 +37,20 @@ def agreement(model: nn.Module, reference: nn.Module, batches: Iterable[Window])
     Raises:
         ValueError: the vocabularies differ in size, or a logit is not finite.
     """
-    kl, same, count = 0.0, 0, 0
+    kl, same, nll, count = 0.0, 0, 0.0, 0
     for ids, start in batches:
-        for row, other in zip(logits_of(model, ids), logits_of(reference, ids), strict=True):
+        for row, other, tokens in zip(logits_of(model, ids), logits_of(reference, ids), ids, strict=True):
             if row.shape != other.shape:
                 raise ValueError(f"the vocabularies differ: {row.shape[-1]} tokens against the teacher's {other.shape[-1]}")
             mine, theirs = row[start - 1 : -1].float(), other[start - 1 : -1].float()
             logs = F.log_softmax(mine, -1), F.log_softmax(theirs, -1)
             kl += F.kl_div(*logs, reduction="sum", log_target=True).double().item()
+            nll += F.nll_loss(logs[1], tokens[start:].to(other.device), reduction="sum").double().item()
             same += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
             count += len(mine)
     if not kl < float("inf"):
         raise ValueError(f"the KL divergence of the text is {kl}; a model's logits are not finite")
-    return Agreement(kl / count, same / count, count)
+    return Agreement(kl / count, same / count, nll / count, count)
 
 
 class LayerError(NamedTuple):

@@ -178,10 +178,10 @@ def _same_tokens(found: Loaded, teacher: Loaded) -> None:
 
 def _compare(found: Loaded, teacher: Loaded, batches: Sequence[Window], layers: bool) -> dict[str, Any]:
     from qat.compare import agreement, layer_errors
-    from qat.perplexity import exp_mean, log_likelihood
+    from qat.perplexity import exp_mean
 
     close = agreement(found.model, teacher.model, batches)
-    result: dict[str, Any] = {"perplexity": exp_mean(*log_likelihood(teacher.model, batches)), "kl": close.kl, "top1": close.top1}
+    result: dict[str, Any] = {"perplexity": exp_mean(close.reference_nll, 1), "kl": close.kl, "top1": close.top1}
     if layers:
         errors = layer_errors(found.model, teacher.model, batches[0][0])
         result["layers"] = {name: error._asdict() for name, error in errors.items()}
