@@ -83,6 +83,7 @@ class BitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         if self.rms_norm is not None:
+            ops.check_input(x, self.in_features)
             x = self.rms_norm(x)
         if self.lam is None:
             return ops.bitlinear(x, self.weight, self.bias, self.config)
@@ -102,10 +103,8 @@ class BitLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         c = self.config
-        group = f" of {c.group_size}" if c.group_size else ""
         activations = f"int{c.act_bits} per {c.act_granularity}" if c.act_bits else "float"
-        count = f"{c.components} components " if c.components > 1 else ""
-        return f"{super().extra_repr()}, {count}{c.weight} {c.scale} per {c.granularity}{group}, activations {activations}"
+        return f"{super().extra_repr()}, {c.words}, activations {activations}"
 
 
 class PackedBitLinear(nn.Module):
@@ -136,7 +135,8 @@ class PackedBitLinear(nn.Module):
         self.config, self.layout, self.dtype = replace(config), layout, dtype
         self.width = in_features * config.components
         """Codes a row: those of all components, side by side."""
-        self._version = f"layout {layout}, in_features={in_features}"  # type: ignore[assignment]  # state_dict keeps it
+        count = f", components={config.components}" if config.components > 1 else ""
+        self._version = f"layout {layout}, in_features={in_features}{count}"  # type: ignore[assignment]  # state_dict keeps it
         self._prepared: PreparedLinear | None = None
         scales = scale_shape(out_features, in_features, config.granularity, config.group_size, config.components)
         row_bytes = get_layout(layout).row_bytes(self.width)
@@ -179,10 +179,11 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
+        if self.rms_norm is not None or self.config.components > 1:
+            ops.check_input(x, self.in_features)
         if self.rms_norm is not None:
             x = self.rms_norm(x)
         if self.config.components > 1:
-            ops.check_input(x, self.in_features)
             x = repeat(x, self.config.components)
         if not torch.compiler.is_compiling():
             prepared = self._current()

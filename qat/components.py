@@ -6,6 +6,9 @@ one with k times the groups, whose input is repeated k times: nothing else chang
 The scales are those of least squares: each weight takes the nearest level, then the k scales of a row are fitted to the weights
 by their normal equations, and so on. Fitting them one after another to what is left (greedy) has 1.3 times the error at k = 2
 and twice that at k = 3. Where a row's fit ends depends on where it starts, so it starts twice and the better one is kept.
+
+A fit of [576, 1536] takes 0.1 s on one core (k = 2, per channel) to 1 s (k = 3, groups of 64), where k = 1 takes 3 ms. Layers
+with int8 activations keep its result until the weight changes; others fit at each call.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from qat.quantizers import check_weight, round_scale, scale_rows, scale_shape
 
-_ROUNDS = 30
+_ROUNDS = 20
+"""More lower the error by 4 % at most, and usually not at all."""
 
 
 def quantize_weight(
@@ -48,19 +52,23 @@ def repeat(x: Tensor, components: int) -> Tensor:
 
 def _digits(components: int, like: Tensor) -> Tensor:
     """Every combination of codes, [3^k, k]."""
-    digit = torch.tensor([-1.0, 0.0, 1.0], dtype=like.dtype, device=like.device)
-    return torch.cartesian_prod(*[digit] * components)
+    combination = torch.arange(3**components, device=like.device)[:, None]
+    place = 3 ** torch.arange(components - 1, -1, -1, device=like.device)
+    return (combination // place % 3 - 1).to(like.dtype)
 
 
-def _levels(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For scales [R, k]: the levels in order [R, 3^k], which combination each is, and the borders between them [R, 3^k - 1]."""
-    levels, order = (scale @ _digits(scale.shape[1], scale).T).sort(dim=1, stable=True)
-    return levels, order, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+def _levels(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """For scales [R, k]: which combination each level is, in the levels' order [R, 3^k], and their borders [R, 3^k - 1].
+
+    A sum of products and no matmul, which autocast would round.
+    """
+    levels, order = (scale[:, None] * _digits(scale.shape[1], scale)).sum(-1).sort(dim=1, stable=True)
+    return order, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
 
 
 def _nearest(rows: Tensor, scale: Tensor) -> list[Tensor]:
     """For each of the k scales [R, k] the codes int8 [R, L] of the weights' nearest levels."""
-    _, order, borders = _levels(scale)
+    order, borders = _levels(scale)
     combination = order.gather(1, torch.searchsorted(borders, rows.contiguous()))
     return [plane[combination] for plane in _digits(scale.shape[1], scale).to(torch.int8).T]
 
@@ -106,16 +114,26 @@ def _alternate(ordered: Tensor, sums: Tensor, scale: Tensor) -> tuple[Tensor, Te
 
 def _normal_equations(ordered: Tensor, sums: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(T^T T [R, k, k], T^T w [R, k]) in float64 for the codes T of the nearest levels."""
-    _, order, borders = _levels(scale)
+    order, borders = _levels(scale)
     ends = torch.searchsorted(ordered, borders, right=True)
     ends = torch.cat([torch.zeros_like(ends[:, :1]), ends, torch.full_like(ends[:, :1], ordered.shape[1])], 1)
     count, total = ends.diff(dim=1).double(), sums.gather(1, ends).diff(dim=1)
-    codes = _digits(scale.shape[1], sums)[order]
-    return torch.einsum("rj,rja,rjb->rab", count, codes, codes), torch.einsum("rj,rja->ra", total, codes)
+    count, total = (torch.zeros_like(cells).scatter(1, order, cells) for cells in (count, total))
+    codes = _digits(scale.shape[1], sums)
+    products = codes[:, :, None] * codes[:, None]
+    return (count @ products.flatten(1)).unflatten(1, products.shape[1:]), total @ codes
 
 
 def _solve(normal: Tensor, target: Tensor) -> Tensor:
-    """A component that no weight uses leaves the equations singular: a small ridge makes its scale 0."""
+    """Gauss and Jordan without pivots, all rows at once: the matrices are small, symmetric and positive definite.
+
+    A component that no weight uses would leave the equations singular: a small ridge makes its scale 0.
+    """
     ridge = normal.diagonal(dim1=1, dim2=2).amax(1)[:, None, None].clamp_min(1) * 1e-12
     eye = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
-    return torch.linalg.solve(normal + ridge * eye, target[..., None])[..., 0]
+    system = torch.cat([normal + ridge * eye, target[..., None]], 2)
+    for i in range(normal.shape[1]):
+        row = system[:, i] / system[:, i, i, None]
+        system = system - system[:, :, i, None] * row[:, None]
+        system[:, i] = row
+    return system[..., -1]

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def _choose(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
+    if value not in allowed or isinstance(value, float):  # 2.0 is equal to 2
         raise ValueError(f"{key}={value!r} is not allowed; choose one of {', '.join(map(str, allowed))}")
 
 
@@ -43,7 +43,7 @@ class QuantConfig:
     group_size: int | None = None
     """Weights a group; must divide the layer's `in_features`. Only with `granularity=group`."""
     components: int = 1
-    """Ternary matrices a weight is the sum of, up to 4: 2 have 9 levels in twice the bits. Scales are then of least squares."""
+    """Ternary matrices a weight is the sum of, up to 4: 2 have 9 levels in twice the bits. Their fit slows training steps."""
     act_bits: int | None = 8
     """8: activations are quantized to int8. null: they stay in floating point."""
     act_granularity: str = "token"
@@ -88,14 +88,18 @@ class QuantConfig:
         elif self.group_size is not None:
             raise ValueError(f"quant.group_size={self.group_size} needs quant.granularity=group, not {self.granularity}")
 
+    @property
+    def words(self) -> str:
+        """How weights are quantized, for people."""
+        group = f" of {self.group_size}" if self.group_size else ""
+        what = f"{self.weight} {self.scale}" if self.components == 1 else f"{self.components} ternary components, least squares"
+        return f"{what} per {self.granularity}{group}"
+
     def _check_components(self) -> None:
-        given = f"quant.components={self.components}"
-        if self.weight != "ternary":
-            raise ValueError(f"{given} does not fit quant.weight={self.weight}; components are ternary")
-        if self.scale != "absmean":
-            raise ValueError(f"quant.scale={self.scale} does not fit {given}, whose scales are fitted; leave it out")
-        if self.backward == "int8":
-            raise ValueError(f"quant.backward=int8 does not fit {given}; choose input or bf16")
+        wrong = {"weight": self.weight != "ternary", "scale": self.scale != "absmean", "backward": self.backward == "int8"}
+        for key in (key for key, found in wrong.items() if found):
+            why = "components are ternary, their scales are fitted, and their gradients input or bf16"
+            raise ValueError(f"quant.{key}={getattr(self, key)} does not fit quant.components={self.components}: {why}")
 
 
 @dataclass

@@ -41,8 +41,9 @@ def token_count(config: TrainConfig) -> int:
 def linear_bytes(student: nn.Module, layout: str) -> tuple[int, int]:
     """Bytes of the converted layers' weights in bf16, and of their packed codes."""
     form = get_layout(layout)
-    shapes = [layer.weight.shape for _, layer in bitlinears(student)]
-    return sum(2 * n * k for n, k in shapes), sum(n * form.row_bytes(k) for n, k in shapes)
+    layers = [layer for _, layer in bitlinears(student)]
+    packed = sum(layer.out_features * form.row_bytes(layer.in_features * layer.config.components) for layer in layers)
+    return sum(2 * layer.weight.numel() for layer in layers), packed
 
 
 def activation_bytes(student: nn.Module, length: int) -> int:

@@ -176,7 +176,7 @@ class DigitLinear(nn.Module):
         self.linear = TiledLinear([layer]) if _tileable(layer) else layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.repeat(*[1] * (x.ndim - 1), self.digits))
+        return self.linear(repeat(x, self.digits))
 
 
 _CHUNK = 256  # rows at once: a large vocabulary's digits would take gigabytes

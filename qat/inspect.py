@@ -27,6 +27,8 @@ class Summary:
 
     layers: int = 0
     weights: int = 0
+    codes: int = 0
+    """As many as weights, or more: a weight may be the sum of several."""
     zeros: int = 0
     bytes: int = 0
     scales: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -44,7 +46,7 @@ def inspect(path: str) -> dict[str, Any]:
         about |= {
             "quantized layers": total.layers,
             "weights": total.weights,
-            "zero fraction": round(total.zeros / total.weights, 4),
+            "zero fraction": round(total.zeros / total.codes, 4),
             "scales": [float(f"{value:.4g}") for value in total.scales],
             "bits per weight": round(8 * total.bytes / total.weights, 4),
             "quantized bytes": total.bytes,
@@ -60,7 +62,8 @@ def _summary(found: Contents) -> Summary:
     for name, layer in found.layers.items():
         codes = _checked(name, layer())
         total.layers += 1
-        total.weights += codes.codes.numel()
+        total.weights += codes.codes.numel() // codes.components
+        total.codes += codes.codes.numel()
         total.zeros += int((codes.codes == 0).sum())
         total.bytes += codes.bytes
         scales.append(codes.scale.flatten())

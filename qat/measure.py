@@ -47,13 +47,23 @@ class Measure:
 
     def __call__(self, stage: str, model: nn.Module) -> None:
         """Measure `model` on every text; it is left in eval mode on the CPU."""
-        model.eval().to(self.device)
+        self.place(model)
         for name, tokens in self.texts.items():
             value = perplexity(model, tokens, context=self.context, stride=self.stride, batch_size=self.batch_size)
             (self.result.further[name] if name else self.result.perplexity)[stage] = value
         model.cpu()
         self.result.save(Path(self.result.folder))
         print(f"perplexity {stage.replace('_', ' ')}: {self.result.perplexity[stage]:.3f}", flush=True)
+
+    def place(self, model: Any) -> Any:
+        """The model, in eval mode, on the device that measures."""
+        return model.eval().to(self.device)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Of the probe, computed where perplexity is; the model is left in eval mode on the CPU."""
+        found: Tensor = self.place(model)(input_ids=self.probe().to(self.device)).logits
+        model.cpu()
+        return found
 
     def probe(self) -> Tensor:
         """The first window of the evaluation text, int64 [1, context]."""
@@ -67,7 +77,7 @@ def same_outputs(trained: nn.Module, packed: nn.Module, measure: Measure) -> dic
         ValueError: logits of the probe window or perplexities differ.
     """
     with torch.inference_mode():
-        a, b = (model.eval()(input_ids=measure.probe()).logits for model in (trained, packed))
+        a, b = (measure.logits(model) for model in (trained, packed))
     difference = (a - b).abs().max().item()
     values = measure.result.perplexity
     if difference != 0 or values["trained"] != values["packed"]:

@@ -70,7 +70,7 @@ def run(config: TrainConfig) -> RunResult:
             return result
         measure("trained", student)
 
-        packed = copy.deepcopy(student)
+        packed = measure.place(copy.deepcopy(student))  # packed where it was trained, which decides the last bit of a scale
         packing = conversion.pack(packed, layout=config.export.layout)
         packing.skipped = record.skipped
         measure("packed", packed)

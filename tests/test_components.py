@@ -136,7 +136,8 @@ def test_opcheck_and_compile() -> None:
     ("options", "message"),
     [
         ({"components": 5}, r"quant.components=5 is not allowed; choose one of 1, 2, 3, 4"),
-        ({"weight": "binary"}, "quant.components=2 does not fit quant.weight=binary"),
+        ({"components": 2.0}, r"quant.components=2.0 is not allowed"),
+        ({"weight": "binary"}, "quant.weight=binary does not fit quant.components=2: components are ternary"),
         ({"scale": "absmax"}, "quant.scale=absmax does not fit quant.components=2"),
         ({"backward": "int8"}, "quant.backward=int8 does not fit quant.components=2"),
     ],
@@ -207,3 +208,40 @@ def test_tiles_for_generation() -> None:
     expected = model(input_ids=IDS).logits
     assert inference.tile(model) == 14
     assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_autocast_changes_no_code(config: QuantConfig) -> None:
+    w = normal(9, 64)
+    expected = ops.quantize_weight(w, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.quantize_weight(w, config)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_state_of_other_components_is_refused() -> None:
+    one, two = (qat.PackedBitLinear.from_bitlinear(qat.BitLinear(20, 6, config=QuantConfig(components=k))) for k in (1, 2))
+    with pytest.raises(ValueError, match="was saved with layout 2bit, in_features=20, but this layer has .*, components=2"):
+        two.load_state_dict(one.state_dict())
+
+
+def test_what_is_said_of_it(tmp_path: Path) -> None:
+    from qat.estimate import linear_bytes
+    from qat.inspect import inspect
+
+    model = small_model(QuantConfig(components=2, granularity="channel"))
+    assert "2 ternary components, least squares per channel" in repr(model)
+    assert "is a sum of 2 ternary matrices" in str(gguf.unsupported(model))
+    full, codes = linear_bytes(model, "2bit")
+    qat.pack(model)
+    packed.save(model, tmp_path / "packed")
+    found = inspect(tmp_path / "packed")
+    assert found["weights"] == full // 2 and codes == full // 4
+    assert 4 < found["bits per weight"] < 6 and "2 ternary components, least squares" in found["convention"]
+
+
+def test_a_norm_does_not_widen_an_input_by_broadcasting() -> None:
+    layer = qat.BitLinear(20, 6, config=QuantConfig(rms_norm_eps=1e-6))
+    for module in (layer, qat.PackedBitLinear.from_bitlinear(layer)):
+        with pytest.raises(ValueError, match="x has 1 features in its last dimension, but the layer has in_features=20"):
+            module(normal(3, 1))

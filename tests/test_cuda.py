@@ -28,7 +28,7 @@ from kernel_checks import (
 )
 from torch import Tensor
 
-from qat import packing, quantizers
+from qat import components, packing, quantizers
 from qat.config import QuantConfig
 from qat.ops import cuda, reference
 from qat.ops.options import PackedOptions, training_options, weight_options
@@ -163,8 +163,12 @@ def test_bitlinear_of_components(place, granularity):
     options = training_options(QuantConfig(components=2, granularity=granularity))
     x, w, bias = tokens(22, 72), torch.randn(40, 72), torch.randn(40)
     found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), *options)
-    for a, b in zip(found, reference.bitlinear(x, w, bias, *options), strict=True):
-        same(a, b)
+    y, x_q, x_scale, t, scale = (value.cpu() for value in found)
+    codes, divisor = quantizers.activation_codes(x, "token", EPS)
+    same(x_q, codes)
+    same(x_scale, 1 / divisor)
+    torch.testing.assert_close(scale, reference.quantize_weight(w, *options.weight)[1], rtol=1e-5, atol=0)  # sums of a device
+    same(y, reference.integer_linear(components.repeat(x_q, 2), divisor, t, scale, bias, x.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

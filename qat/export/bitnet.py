@@ -63,7 +63,8 @@ def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
     model = _build(type(skeleton), config, tensors, folder)
     if online or latent:
         convert(model, quant, include=list(layers))
-        assert not model.load_state_dict(norms, strict=False).unexpected_keys
+        report = model.load_state_dict(norms, strict=False)
+        assert not report.unexpected_keys, report
     if online and not latent:
         pack(model)
     return model.eval()

@@ -27,12 +27,13 @@ from qat.quantizers import scale_shape
 @dataclass(frozen=True)
 class Codes:
     """A quantized layer: int8 `codes` [N, K], float32 `scale` [1 | N, 1 | G], which multiplies, its stored bytes, and in which
-    dtype the file has the scale."""
+    dtype the file has the scale. `components` matrices lie side by side in `codes`."""
 
     codes: Tensor
     scale: Tensor
     bytes: int
     stored: torch.dtype = torch.float32
+    components: int = 1
 
 
 @dataclass
@@ -154,16 +155,13 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
     quant, layout = record.config, str(record.layout)
     for file in files:
         check_checksums(file, own_tensors(widths))
-    group = f" of {quant.group_size}" if quant.group_size else ""
-    count = f"{quant.components} components, " if quant.components > 1 else ""
-    codes = f"{count}{quant.weight} {quant.scale} per {quant.granularity}{group}"
-    convention = f"{codes}, {layout}; weight_scale (float32) multiplies"
+    convention = f"{quant.words}, {layout}; weight_scale (float32) multiplies"
     stored = Stored(files)
     for name, k in widths.items():
         shape = scale_shape(stored.shape(f"{name}.weight")[0], k, quant.granularity, quant.group_size, quant.components)
         if stored.shape(f"{name}.weight_scale") != list(shape):
             raise ValueError(f"{name}.weight_scale is {stored.shape(f'{name}.weight_scale')}, not {list(shape)}")
-    layers = {name: partial(_packed_layer, stored, name, k * quant.components, layout) for name, k in widths.items()}
+    layers = {name: partial(_packed_layer, stored, name, k, layout, quant.components) for name, k in widths.items()}
     activations = f"int{quant.act_bits} per {quant.act_granularity}" if quant.act_bits else "floating point"
     if quant.rms_norm_eps is not None:
         activations = f"RMSNorm (eps {quant.rms_norm_eps:g}) in every layer, then {activations}"
@@ -171,10 +169,11 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
     return Contents(kind, convention, readers, stored.bytes, layers, stored.others(layers), facts)
 
 
-def _packed_layer(stored: Stored, name: str, k: int, layout: str) -> Codes:
+def _packed_layer(stored: Stored, name: str, k: int, layout: str, components: int) -> Codes:
     packed, scale = stored.tensor(f"{name}.weight"), stored.tensor(f"{name}.weight_scale")
     try:
-        return Codes(unpack_ternary(packed, k, layout), scale.float(), packed.nbytes + scale.nbytes)
+        codes = unpack_ternary(packed, k * components, layout)
+        return Codes(codes, scale.float(), packed.nbytes + scale.nbytes, components=components)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

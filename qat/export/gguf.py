@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from qat.export.gguf_tensors import Source
 from qat.export.gguf_tokenizer import vocabulary
 from qat.export.gguf_verify import check_tensors, check_tokenizer
 from qat.export.gguf_verify import verify as verify
+from qat.export.manifest import quant_entry
 from qat.export.packed import transformers_config
 from qat.export.padding import Padding, plan
 from qat.export.tensors import packed_layers, quantized_layers
@@ -46,7 +46,8 @@ def unsupported(model: nn.Module, tokenizer: Any = None, *, type: str = "auto", 
         for source in gguf_tensors.sources(model, config, found, padding):
             if source.codes is not None:
                 gguf_tensors.choose(source, type)
-                source.half_scale()
+                if type not in gguf_tensors.I2S:
+                    source.half_scale()
     except ValueError as error:
         return str(error)
     return None
@@ -155,9 +156,13 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
     """The architecture, the config as it is written, and how the MLPs are widened."""
     config = transformers_config(model)
     found = architecture(config)
-    normed = [name for name, layer in quantized_layers(model).items() if layer.rms_norm is not None]
-    if normed:
-        raise ValueError(f"{found.name} in llama.cpp has no place for {normed[0]}.rms_norm, the norm of this layer's own input")
+    for name, layer in quantized_layers(model).items():
+        if layer.rms_norm is not None:
+            raise ValueError(f"{found.name} in llama.cpp has no place for {name}.rms_norm, the norm of this layer's own input")
+        if layer.config.components > 1:
+            raise ValueError(
+                f"{name} is a sum of {layer.config.components} ternary matrices (quant.components); a block holds one"
+            )
     padding = plan(model, config, gguf_tensors.width_multiple(type))
     return found, padding.raise_config(config), padding
 
@@ -172,7 +177,7 @@ def _general(
         rows, width = tensors[name].shape
         weights[kind] = weights.get(kind, 0) + rows * width
     most = max(weights, key=lambda kind: weights[kind])
-    quant = asdict(next(iter(packed_layers(model).values())).config)
+    quant = quant_entry(next(iter(packed_layers(model).values())).config)
     facts = {
         "general.type": "model",
         "general.name": card.get("name"),
@@ -183,6 +188,6 @@ def _general(
         "general.quantization_version": 2,
         gguf_i2s.ORDER_KEY: gguf_tensors.I2S.get(most),
         gguf_file.WRITER_KEY: __version__,
-        "qat.quant": json.dumps({key: value for key, value in quant.items() if key not in ("kernels", "backward")}),
+        "qat.quant": json.dumps({key: value for key, value in quant.items() if key != "backward"}),
     }
     return {key: value for key, value in facts.items() if value}

@@ -46,7 +46,8 @@ _KIND = {block.number: name for name, block in BLOCKS.items()}
 
 
 def as_llama_cpp(model: nn.Module, file: GGUFFile, noise: float = 0.0) -> nn.Module:
-    """A float32 copy of a packed model that computes as llama.cpp does from the `file` that it was written to.
+    """A float32 copy of a packed model that computes as llama.cpp does from the `file` that it was written to: scales in float16,
+    and all float weights of embeddings and head, are the file's.
 
     Args:
         noise: every quantized layer's input is multiplied by 1 + noise * N(0, 1), with a fixed seed: how far that moves the
@@ -59,6 +60,7 @@ def as_llama_cpp(model: nn.Module, file: GGUFFile, noise: float = 0.0) -> nn.Mod
     generator = torch.Generator().manual_seed(_SEED)
     for name, layer in packed_layers(model).items():
         quantize, block = _Q8[_KIND[file.tensors[names[f"{name}.weight"]].kind]]
+        layer.weight_scale = layer.weight_scale.half().float()
         layer.config = replace(layer.config, act_bits=None, backward="input", kernels="auto")
         layer.register_forward_pre_hook(_activations(quantize, block, noise, generator))
     return model

@@ -112,8 +112,6 @@ def _ordered(value: torch.Tensor, order: torch.Tensor | None) -> NDArray[np.floa
 
 
 def _quantized(name: str, layer: PackedBitLinear, config: Any, found: Architecture, padding: Padding, names: Names) -> Source:
-    if layer.config.components > 1:
-        raise ValueError(f"{name} is a sum of {layer.config.components} ternary matrices (quant.components); a block holds one")
     codes = padding.grow(name, layer.codes().cpu())
     scale = layer.weight_scale.detach().cpu().float()
     if len(scale) > 1:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.compare import beyond, relative_error
 from qat.export import aoti
 from qat.export.tensors import quantized_layers
 from qat.export.verify import TOLERANCE as STOCK
+from qat.export.verify import window_request
 from qat.perplexity import Window, exp_mean, log_likelihood, logits_of
 
 OPTIONS = ("kind",)
@@ -82,31 +83,15 @@ def verify(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Seque
         ValueError: the reader fails, or a difference is above TOLERANCE; the numbers are named.
     """
     windows = list(windows)
-    answer = _ask(Path(file), _request(probe_ids, windows))
-    ours = logits_of(model, probe_ids).double()
+    answer = _ask(Path(file), {"probe_ids": probe_ids.cpu().clone().contiguous(), **window_request(windows)})
     total, count = answer["nll"].tolist()
     found = {"perplexity": exp_mean(total, int(count)), "perplexity_packed": exp_mean(*log_likelihood(model, windows))}
     found["perplexity_difference"] = abs(found["perplexity"] / found["perplexity_packed"] - 1)
-    found["logits_difference"] = float((answer["logits"].double() - ours).norm() / ours.norm().clamp_min(1e-30))
-    _assert_equal(found, TOLERANCE[aoti.kind_of(Path(file))])
-    return found
-
-
-def _assert_equal(found: Mapping[str, float], limits: Mapping[str, float]) -> None:
-    wrong = [
-        f"{what} differ by {found[f'{what}_difference']:.2e} (allowed {limit:g})"
-        for what, limit in limits.items()
-        if not found[f"{what}_difference"] <= limit  # also NaN
-    ]
+    found["logits_difference"] = relative_error(answer["logits"], logits_of(model, probe_ids).cpu())
+    wrong = [f"{what} differ {how}" for what, how in beyond(found, TOLERANCE[aoti.kind_of(Path(file))]).items()]
     if wrong:
         raise ValueError(f"the .pt2 file is not the model that was packed: {', '.join(wrong)}")
-
-
-def _request(probe_ids: Tensor, windows: Sequence[Window]) -> dict[str, Tensor]:
-    request = {"probe_ids": probe_ids.clone().contiguous()}
-    for i, (ids, start) in enumerate(windows):
-        request |= {f"window.{i:06d}": ids.clone().contiguous(), f"start.{i:06d}": torch.tensor(start)}
-    return request
+    return found
 
 
 def _ask(file: Path, request: Mapping[str, Tensor]) -> dict[str, Tensor]:

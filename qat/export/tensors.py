@@ -58,7 +58,9 @@ def byte_count(tensors: Mapping[str, Tensor]) -> int:
 def parameter_count(model: nn.Module) -> int:
     """Parameters of the full-precision model, tied ones once."""
     packed = sum(
-        layer.in_features * layer.out_features + (0 if layer.bias is None else layer.out_features)
+        layer.in_features * layer.out_features
+        + (0 if layer.bias is None else layer.out_features)
+        - (0 if layer.rms_norm is None else layer.in_features)  # which the full-precision model has not
         for layer in packed_layers(model).values()
     )
     return packed + sum(parameter.numel() for parameter in model.parameters())

@@ -75,7 +75,7 @@ def verify(
     inputs = _layer_inputs(model)
     request = _request(probe_ids, windows, inputs, _widths(folder, inputs))
     for i, others in enumerate((further or {}).values()):
-        request |= _window_request(others, f"text.{i}.")
+        request |= window_request(others, f"text.{i}.")
     answer = _ask(Path(folder), request, _device(model), bfloat16)
     found: dict[str, Any] = {
         **_compare_perplexity(answer, model, windows),
@@ -123,10 +123,11 @@ def _request(
     request = {"probe_ids": probe_ids.cpu().clone().contiguous()}
     for name, x in inputs.items():
         request[f"layer.{name}"] = nn.functional.pad(x, (0, widths[name] - x.shape[1]))
-    return request | _window_request(windows)
+    return request | window_request(windows)
 
 
-def _window_request(windows: Sequence[Window], text: str = "") -> dict[str, Tensor]:
+def window_request(windows: Sequence[Window], text: str = "") -> dict[str, Tensor]:
+    """Windows as a reader in another process takes them."""
     request = {}
     for i, (ids, start) in enumerate(windows):
         request[f"{text}window.{i:06d}"] = ids.cpu().clone().contiguous()  # windows are views of one text
