@@ -33,8 +33,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise ValueError(f"--temperature {self.temperature} is not allowed; it must be 0 (the likeliest token) or above")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"--temperature {self.temperature} is not allowed; it must be 0 (the likeliest token) or from 1e-6 on"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} is not allowed; it must be from 0 to {2**63 - 1}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} is not allowed; it must be above 0 and at most 1")
 
@@ -130,6 +134,13 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {i for i in ids if i is not None}
 
 
+def _check_request(prompt: str, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed; it must be at least 1")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
+        raise ValueError("--prompt is not UTF-8")
+
+
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool, system: str | None) -> Tensor:
     """Token ids int64 [T] of a plain prompt, or of one user message in the tokenizer's chat template.
 
@@ -157,10 +168,8 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
     """How many new tokens fit into the model's context; says so on stderr where that is less than was asked for.
 
     Raises:
-        ValueError: the prompt alone fills the context, or max_new_tokens is below 1.
+        ValueError: the prompt alone fills the context.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} is not allowed; it must be at least 1")
     from qat.models import context_length
 
     most = context_length(model)
@@ -211,11 +220,13 @@ def generate(
         ValueError: the model cannot be loaded, or an argument is out of range.
     """
     sampling = Sampling(temperature, top_p, seed)
+    _check_request(prompt, max_new_tokens)
     import torch
 
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads {threads} is not allowed; it must be at least 1")
+        most = os.cpu_count() or 1
+        if not 1 <= threads <= most:
+            raise ValueError(f"--threads {threads} is not allowed; it must be from 1 to {most}, this machine's cores")
         torch.set_num_threads(threads)
     found, about = ready(path, head)
     from transformers import TextStreamer

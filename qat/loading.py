@@ -34,6 +34,8 @@ def load(path: str) -> Loaded:
     _refuse_missing(path, folder)
     if (folder / "packed").is_dir():  # where it is damaged, loading names the file
         return _load_packed(folder / "packed", f"packed model of the run {folder}")
+    if (folder / "result.json").is_file():
+        raise ValueError(f"{path} has no packed model: {_status(folder)}")
     if _quant_method(folder) == "qat":
         return _load_packed(folder, "packed model of qat")
     if _quant_method(folder) == "bitnet":
@@ -50,6 +52,13 @@ def _refuse_missing(path: str, folder: Path) -> None:
         raise ValueError(f"{path} was not written: {_why_skipped(run)}; give the run itself, {run}")
     if path.startswith((".", "/", "~")) or folder.suffix in (".gguf", ".npz"):
         raise ValueError(f"{path}: there is no such file or folder")
+
+
+def _status(run: Path) -> str:
+    try:
+        return f"the run is {json.loads((run / 'result.json').read_text(encoding='utf-8'))['status']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its result.json cannot be read ({error})"
 
 
 def _why_skipped(run: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
@@ -183,6 +184,9 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
     _silence()
     from transformers import AutoTokenizer
 
+    whole = gguf_file.read(source).metadata.get(gguf_tokenizer.WHOLE) if source.endswith(".gguf") else None
+    if whole is not None:
+        return _whole_tokenizer(str(whole), source)
     with _stock_readable(source, weights=False) as readable:
         arguments = _arguments(config, path, readable)
         folder = str(Path(readable).parent) if "gguf_file" in arguments else readable
@@ -193,6 +197,18 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"the tokenizer of {source} is {type(tokenizer).__name__}, a slow one; a tokenizer.json is needed")
     return _split_as_named(tokenizer, source) if source.endswith(".gguf") else tokenizer
+
+
+def _whole_tokenizer(text: str, source: str) -> PreTrainedTokenizerFast:
+    """A tokenizer.json that a .gguf file holds."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        unknown = json.loads(text)["model"].get("unk_token")
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), unk_token=unknown)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(_explain("tokenizer", source, error)) from error
 
 
 def _split_as_named(tokenizer: Any, source: str) -> PreTrainedTokenizerFast:

@@ -54,7 +54,9 @@ class LlamaCppModel(nn.Module):
     def __init__(self, file: str) -> None:
         super().__init__()
         self.file = file
-        metadata = gguf_file.read(file).metadata
+        whole = gguf_file.read(file)
+        whole.check_codes()  # llama.cpp would compute with whatever it finds
+        metadata = whole.metadata
         positions = metadata.get(f"{metadata.get('general.architecture')}.context_length")
         self.config: Any = SimpleNamespace(max_position_embeddings=positions, get_text_config=lambda: self.config)
 

@@ -40,6 +40,8 @@ def run_tasks(
     if unknown:
         shown = ", ".join(sorted(known)) if include_path else "those that lm-eval brings along"
         raise ValueError(f"--tasks: {unknown[0]!r} is not known; choose from {shown}")
+    if found.tokenizer.bos_token_id is None and found.tokenizer.eos_token_id is None:
+        raise ValueError("--tasks: the tokenizer has neither BOS nor EOS, one of which lm-eval puts before texts without context")
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=found.model, tokenizer=found.tokenizer, batch_size=batch_size, device="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,3 +107,11 @@ def test_what_it_refuses(tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"PK\x03\x04 not a model")
     with pytest.raises(ValueError, match="no .pt2 file"):
         aoti.load(tmp_path / "bad.pt2")
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aoti.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    layer = qat.PackedBitLinear.from_bitlinear(qat.BitLinear(32, 16))
+    with pytest.raises(ValueError, match="cannot write x.pt2: it needs .* bytes, and the disk has 1,000"):
+        aoti.save(nn.Sequential(layer), tmp_path / "x.pt2", example=torch.zeros(2, 3, 32))
+    assert list(tmp_path.iterdir()) == []

@@ -118,7 +118,9 @@ def test_code_3_names_the_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "weight"), [("tq1_0", "ternary"), ("tq2_0", "ternary"), ("q2_0", "ternary"), ("q1_0", "binary")]
 )
-def test_stock_transformers_gets_the_weights_back(tmp_path: Path, kind: str, weight: str) -> None:
+def test_stock_transformers_gets_the_weights_back(
+    tmp_path: Path, kind: str, weight: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Heads in transformers' order again, tokenizer included; Q2_0 and Q1_0 by way of a plain copy."""
     from qat.config import ModelConfig
     from qat.models import describe_source, load_model, load_tokenizer
@@ -127,6 +129,7 @@ def test_stock_transformers_gets_the_weights_back(tmp_path: Path, kind: str, wei
     model = packed_model(changes={**wide, "vocab_size": 261, "eos_token_id": 260}, weight=weight, scale_dtype="float16")
     tokenizer, config = byte_level(), ModelConfig(path=str(tmp_path / "x.gguf"))
     save(model, tmp_path / "x.gguf", tokenizer=tokenizer, type=kind, card={"license": "mit"})
+    monkeypatch.chdir(tmp_path)  # where a file of the same name lies, which transformers would prefer to the copy
     again = load_model(config)
     for name, layer in packed_layers(model).items():
         assert torch.equal(again.get_submodule(name).weight, layer.dequantize()), name
@@ -140,13 +143,20 @@ def test_stock_transformers_gets_the_weights_back(tmp_path: Path, kind: str, wei
     }
 
 
+def test_codes_are_checked_without_a_model(tmp_path: Path) -> None:
+    data = np.concatenate([np.array([1.0], np.float16).view(np.uint8), np.full(16, 0b11, np.uint8)])
+    gguf_file.write(tmp_path / "x.gguf", "llama", {}, {"w": gguf_file.Tensor((1, 64), 42, data)})
+    with pytest.raises(ValueError, match="tensor 'w' holds code 3"):
+        gguf_file.read(tmp_path / "x.gguf").check_codes()
+
+
 def test_i2_s_is_not_loaded(tmp_path: Path) -> None:
     from qat.config import ModelConfig
     from qat.models import describe_source, load_model
 
     config = ModelConfig(path=str(tmp_path / "x.gguf"))
     save(packed_model("qwen2", {"hidden_size": 128}), tmp_path / "x.gguf", type="i2_s")
-    with pytest.raises(ValueError, match="is I2_S of bitnet.cpp, which does not say for which machine"):
+    with pytest.raises(ValueError, match="is I2_S of bitnet.cpp, which neither transformers nor llama.cpp reads"):
         load_model(config)
     assert gguf_file.kind_name(36) == "I2_S" and describe_source(config)["note"] == "I2_S GGUF"
 

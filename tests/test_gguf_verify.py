@@ -84,6 +84,9 @@ def test_stories260k(tmp_path: Path, shared: Path, weight: str, scale: str) -> N
     assert re.search("from 172 to 192", info["padding"])
 
 
+TEXT = "Alice was beginning to get very tired of sitting by her sister on the bank. "
+
+
 @needs_llama_cpp
 def test_glassllm_with_its_own_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("glassllm")
@@ -94,7 +97,9 @@ def test_glassllm_with_its_own_tokenizer(tmp_path: Path) -> None:
     model, tokenizer = load_model(config), load_tokenizer(config)
     qat.convert(model)
     qat.pack(model)
-    ids = torch.tensor(tokenizer("Alice was beginning to get very tired of sitting by her sister on the bank. " * 12).input_ids)
+    ids = torch.tensor(tokenizer(TEXT * 12).input_ids)
     batches = list(windows(ids, 128))
     info = gguf.save(model, tmp_path / "x.gguf", tokenizer, check=lambda file: gguf.verify(file, model, batches[0][0], batches))
     assert info["verification"]["texts"] >= 1 and info["verification"]["perplexity_difference"] < 0.02
+    again = load_tokenizer(ModelConfig(path=str(tmp_path / "x.gguf")))
+    assert again(TEXT).input_ids == tokenizer(TEXT).input_ids and again.decode(ids) == tokenizer.decode(ids)

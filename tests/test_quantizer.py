@@ -159,6 +159,7 @@ def test_unpack_and_dequantize_leave_an_ordinary_model(tmp_path: Path) -> None:
     model = packed_model()
     packed.save(model, tmp_path / "x")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    loaded.save_pretrained(tmp_path / "saved")  # which makes a string of the dtype
     for plain in (loaded.dequantize(), model):
         if plain is model:
             qat.unpack(model)

@@ -15,6 +15,7 @@ A file may also be a stack of PackedBitLinear layers without ids: give `example`
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from qat.inference import TiledLinear  # and with it qat.ops, which the graphs n
 
 KINDS = ("exported", "compiled")
 Runner = Callable[[Tensor], Tensor]
+_MARGIN = 2**20  # the graph, and what compiling writes
 _MARK = "extra/writer"
 
 
@@ -100,6 +102,7 @@ def save(
         raise ValueError(f"{target} exists and was not written by an export of qat; choose another target or remove it")
     program = trace(model, example)
     with new_file(target) as partial:
+        _refuse_full_disk(program, partial)
         try:
             if kind == "exported":
                 torch.export.save(program, partial)
@@ -112,6 +115,13 @@ def save(
         if check is not None:
             check(partial)
     return target
+
+
+def _refuse_full_disk(program: torch.export.ExportedProgram, file: Path) -> None:
+    """torch's writer ends the process where a disk is full."""
+    needed, free = sum(tensor.nbytes for tensor in program.state_dict.values()), shutil.disk_usage(file.parent).free
+    if free < needed + _MARGIN:
+        raise ValueError(f"cannot write {file.name}: it needs {needed + _MARGIN:,} bytes, and the disk has {free:,}")
 
 
 def _is_ours(file: Path) -> bool:

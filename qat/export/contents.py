@@ -225,8 +225,10 @@ def _read_gguf(file: Path) -> Contents:
             for name, tensor in whole.tensors.items()
             if tensor.kind in blocks
         }
-        readers = "llama.cpp and what builds on it"
-        found = Contents("GGUF", "scales are in the blocks, float16", readers, file.stat().st_size, layers)
+        convention, readers = "scales are in the blocks, float16", "llama.cpp and what builds on it"
+        if order:
+            convention, readers = f"one float32 scale a tensor, behind its codes in the order of {order}", "bitnet.cpp"
+        found = Contents("GGUF", convention, readers, file.stat().st_size, layers)
         for tensor in whole.tensors.values():
             if tensor.kind not in blocks:
                 kind = gguf_file.kind_name(tensor.kind)

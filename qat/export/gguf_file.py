@@ -44,6 +44,12 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def check_codes(self) -> None:
+        """ValueError for a ternary or binary tensor with bytes that no writer produces, or a scale that is not finite."""
+        for name, tensor in self.tensors.items():
+            if tensor.kind in NAMES:
+                self.float32(name)
+
     def float32(self, name: str, order: str = "x86") -> NDArray[np.float32]:
         """A tensor dequantized; `order` is the machine that an I2_S file was written for.
 
@@ -117,12 +123,12 @@ def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
     enough for the tokenizer, and as quickly written for a model of any size.
 
     Raises:
-        ValueError: the file is damaged, or holds I2_S, whose order it does not tell.
+        ValueError: the file is damaged, or holds I2_S.
     """
     found = read(file)
     for name, tensor in found.tensors.items():
         if tensor.kind == gguf_i2s.NUMBER:
-            raise ValueError(f"{file}: {name!r} is I2_S of bitnet.cpp, which does not say for which machine it was written")
+            raise ValueError(f"{file}: {name!r} is I2_S of bitnet.cpp, which neither transformers nor llama.cpp reads")
     if not any(tensor.kind in _NEW for tensor in found.tensors.values()):
         yield str(file)
         return
@@ -132,7 +138,7 @@ def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
     }
     metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
     with tempfile.TemporaryDirectory(prefix="qat-gguf-") as folder:
-        copy = Path(folder, Path(file).name)
+        copy = Path(folder, f"{Path(folder).name}.gguf")  # transformers prefers a file of that name in the working directory
         write(copy, found.metadata["general.architecture"], metadata, plain)
         yield str(copy)
 

@@ -115,7 +115,7 @@ def _quantized(name: str, layer: PackedBitLinear, config: Any, found: Architectu
     codes = padding.grow(name, layer.codes().cpu())
     scale = layer.weight_scale.detach().cpu().float()
     if len(scale) > 1:
-        scale = F.pad(scale, (0, 0, 0, len(codes) - len(scale)), value=1.0)
+        scale = F.pad(scale, (0, 0, 0, len(codes) - len(scale)), value=float(scale.min()))
     order = found.row_order(name, len(codes), config)
     if order is not None:
         codes, scale = codes[order], scale[order] if len(scale) > 1 else scale
@@ -142,9 +142,17 @@ def choose(source: Source, requested: str) -> tuple[str, str]:
     why = {
         "q1_0": f"binary, and rows of {width} are whole blocks of 128",
         "tq2_0": f"rows of {width} are whole blocks of 256",
-        "q2_0": f"only blocks of 64 fit ({reasons['tq2_0']})",
+        "q2_0": f"only blocks of 64 fit ({_padded_binary(source) or reasons['tq2_0']})",
     }
     return chosen, why[chosen]
+
+
+def _padded_binary(source: Source) -> str | None:
+    """Binary weights of which whole rows or columns are zeros, as a padded MLP has them."""
+    assert source.codes is not None
+    rows, columns = source.codes.any(1), source.codes.any(0)
+    padded = not (rows.all() and columns.all())
+    return "binary, padded with zeros, which q1_0 has not" if padded and source.codes[rows][:, columns].all() else None
 
 
 def _misfit(source: Source, name: str) -> str | None:

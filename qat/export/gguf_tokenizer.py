@@ -34,6 +34,8 @@ _ALIASES = {  # our name -> what else llama.cpp calls the same split (tried with
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "qwen2": ("deepseek-r1-qwen", "kormo", "stablelm2", "hunyuan", "megrez"),
 }  # fmt: skip
+WHOLE = "tokenizer.huggingface.json"
+"""GGUF's key for a whole tokenizer.json."""
 _NAMED = {name: ours for ours, others in _ALIASES.items() for name in (ours, *others)}
 
 
@@ -71,6 +73,8 @@ def vocabulary(tokenizer: Any, rows: int, pre: str | None = None) -> dict[str, A
         values["pre"] = pre or (_split_name(state["pre_tokenizer"]) if level else _NO_BYTES)
     template = getattr(tokenizer, "chat_template", None)
     found = {_PREFIX + key: value for key, value in values.items()}
+    if kind == "gpt2" and not level:
+        found[WHOLE] = tokenizer.backend_tokenizer.to_str()  # transformers builds none from the rest
     return {**found, "tokenizer.chat_template": template} if isinstance(template, str) and template else found
 
 

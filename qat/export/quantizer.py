@@ -87,9 +87,9 @@ class QatQuantizer(HfQuantizer):
         """Always."""
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         unpack(model)
-        return model.to(dtype)
+        return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # saving makes a string of config.dtype
 
 
 def follow(model: Any, done: str) -> None:
