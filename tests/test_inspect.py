@@ -177,7 +177,9 @@ def test_verify_a_gguf_file_with_every_kind_of_folder(tmp_path: Path) -> None:
     for folder in ("run", "divides", "multiplies"):
         assert "14 layers have the same codes" in verb.verify(str(tmp_path / "q2_0.gguf"), str(tmp_path / folder))
     assert "at most 0.0e+00" in verb.verify(str(tmp_path / "i2_s_arm.gguf"), str(tmp_path / "run"))
-    assert verb.inspect(str(tmp_path / "i2_s_arm.gguf"))["types"] == "14 I2_S"
+    about = verb.inspect(str(tmp_path / "i2_s_arm.gguf"))
+    assert about["types"] == "14 I2_S" and about["readers"] == "bitnet.cpp"
+    assert about["convention"] == "one float32 scale a tensor, behind its codes in the order of arm"
 
 
 def test_verify_groups_of_other_widths(tmp_path: Path) -> None:
