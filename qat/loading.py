@@ -43,6 +43,21 @@ def load(path: str) -> Loaded:
     return _load_full(path)
 
 
+def packed_folder(run: str) -> Path:
+    """The packed folder of a run, or `run` itself where it is one; ValueError otherwise."""
+    from qat.export.packed import is_packed
+
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"RUN={run!r}: there is no such folder")
+    inner = folder / "packed"
+    if inner.is_dir():
+        return inner  # where it is damaged, loading names the file
+    if not is_packed(folder):
+        raise ValueError(f"RUN={run!r} is neither the folder of a finished run (it has no packed/) nor a packed folder of qat")
+    return folder
+
+
 def _refuse_missing(path: str, folder: Path) -> None:
     """A path that can only be a local one and is not there; a run's export that was not possible is told apart."""
     if folder.exists() or path.startswith("package://"):

@@ -13,6 +13,7 @@ import io
 import json
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,9 +185,9 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
     _silence()
     from transformers import AutoTokenizer
 
-    whole = gguf_file.read(source).metadata.get(gguf_tokenizer.WHOLE) if source.endswith(".gguf") else None
-    if whole is not None:
-        return _whole_tokenizer(str(whole), source)
+    metadata = gguf_file.read(source).metadata if source.endswith(".gguf") else {}
+    if gguf_tokenizer.WHOLE in metadata:
+        return _whole_tokenizer(str(metadata[gguf_tokenizer.WHOLE]), source)
     with _stock_readable(source, weights=False) as readable:
         arguments = _arguments(config, path, readable)
         folder = str(Path(readable).parent) if "gguf_file" in arguments else readable
@@ -196,7 +197,7 @@ def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTo
             raise ValueError(_explain("tokenizer", source, error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"the tokenizer of {source} is {type(tokenizer).__name__}, a slow one; a tokenizer.json is needed")
-    return _split_as_named(tokenizer, source) if source.endswith(".gguf") else tokenizer
+    return _split_as_named(tokenizer, metadata, source) if metadata else tokenizer
 
 
 def _whole_tokenizer(text: str, source: str) -> PreTrainedTokenizerFast:
@@ -211,11 +212,11 @@ def _whole_tokenizer(text: str, source: str) -> PreTrainedTokenizerFast:
         raise ValueError(_explain("tokenizer", source, error)) from error
 
 
-def _split_as_named(tokenizer: Any, source: str) -> PreTrainedTokenizerFast:
+def _split_as_named(tokenizer: Any, metadata: Mapping[str, Any], source: str) -> PreTrainedTokenizerFast:
     """transformers takes some split for all files of an architecture; digits would be other tokens than the model knows."""
     from transformers import PreTrainedTokenizerFast
 
-    metadata, backend = gguf_file.read(source).metadata, tokenizer.backend_tokenizer
+    backend = tokenizer.backend_tokenizer
     pre, level = metadata.get("tokenizer.ggml.pre"), "ByteLevel" in str(backend.pre_tokenizer)
     if pre is None or metadata.get("tokenizer.ggml.model") != "gpt2" or not level:
         return tokenizer

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from qat.export.__main__ import packed_folder
+from qat.loading import packed_folder
 from qat.verb import run_verb
 
 _NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")

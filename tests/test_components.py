@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from tiny import SIZES
 from torch import Tensor
 
 import qat
@@ -156,15 +157,7 @@ def test_a_wrong_width_is_named_as_the_user_gave_it() -> None:
 def small_model(config: QuantConfig) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
+        transformers.LlamaConfig(**{**SIZES, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96})
     ).eval()
     qat.convert(model, config)
     return model

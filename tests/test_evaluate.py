@@ -281,6 +281,15 @@ def test_tasks_that_cannot_run_are_one_line(packed_folder, tmp_path, capsys):
         assert error.startswith("qat.evaluate:") and message in error
 
 
+def test_tasks_need_a_token_to_begin_with(packed_folder, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    config = json.loads((packed_folder / "tokenizer_config.json").read_text())
+    config.update(eos_token=None, bos_token=None)
+    (packed_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert evaluate.main([str(packed_folder), "--tasks", "local_piqa", "--include-path", str(TASKS)]) == 2
+    assert "the tokenizer has neither BOS nor EOS" in capsys.readouterr().err
+
+
 def test_zero_shot_on_real_data(shared, capsys):
     """stories260k knows no science, but which of two sentences is grammatical; bounds are wide of what was measured."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_samples import needs_llama_cpp
+from gguf_samples import SMALL, needs_llama_cpp
 from torch import Tensor, nn
 
 import qat
@@ -30,18 +30,8 @@ def inputs(width: int = 512) -> Tensor:
 
 def model(**changes: object) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **{
-            "vocab_size": 320,
-            "hidden_size": 256,
-            "intermediate_size": 448,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            **changes,
-        }
-    )
+    wide = {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 448, "max_position_embeddings": 256}
+    config = transformers.LlamaConfig(**{**SMALL, **wide, **changes})
     made = transformers.AutoModelForCausalLM.from_config(config).eval()
     qat.convert(made, QuantConfig(scale_dtype="float16"))
     qat.pack(made)

@@ -29,6 +29,14 @@ def test_binary_takes_one_bit_where_rows_allow(tmp_path: Path) -> None:
     assert found["blk.0.ffn_down.weight"] == 41 and found["blk.0.ffn_up.weight"] == 42
 
 
+def test_padding_is_the_reason_where_a_binary_layer_takes_two_bits(tmp_path: Path) -> None:
+    """An MLP of 176 is widened to 192; q1_0 fits the rows of 128, and not the zeros."""
+    model = packed_model(changes={"hidden_size": 128, "intermediate_size": 176}, weight="binary")
+    types = save(model, tmp_path / "x.gguf")["types"]
+    assert "q1_0 for 8 tensors: binary, and rows of 128 are whole blocks of 128" in types  # type: ignore[operator]
+    assert "q2_0 for 6 tensors: only blocks of 64 fit (binary, padded with zeros, which q1_0 has not)" in types  # type: ignore[operator]
+
+
 def test_types_asked_for_by_name_that_do_not_fit(tmp_path: Path) -> None:
     for kind, message in (("tq1_0", "rows of 64 are no multiple of 256"), ("q1_0", "rows of 64 are no multiple of 128")):
         with pytest.raises(ValueError, match=f"does not fit {kind}: {message}"):

@@ -35,6 +35,15 @@ def test_a_run_a_packed_folder_and_full_precision(tmp_path: Path, tiny_model: Pa
     assert load(str(tiny_model)).kind == "full precision (float32)"
 
 
+def test_a_run_that_has_no_packed_model_says_how_it_ended(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"status": "interrupted at step 31; continue with resume=x"}')
+    with pytest.raises(ValueError, match="has no packed model: the run is interrupted at step 31; continue with resume=x"):
+        load(str(tmp_path))
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match="has no packed model: its result.json cannot be read"):
+        load(str(tmp_path))
+
+
 @pytest.mark.parametrize("linear_class", hf.LINEAR_CLASSES)
 def test_a_stock_folder_is_read_by_transformers(
     tmp_path: Path, tiny_model: Path, model: PreTrainedModel, linear_class: str

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qat.evaluate import window_context
 from qat.export import FORMATS, get_format
+from qat.loading import packed_folder
 from qat.verb import run_verb
 
 if TYPE_CHECKING:
@@ -67,21 +68,6 @@ def export(
 
 def _owner(option: str) -> str:
     return next((name for name in FORMATS if option in get_format(name).OPTIONS), "no format")
-
-
-def packed_folder(run: str) -> Path:
-    """The packed folder of a run, or `run` itself where it is one; ValueError otherwise."""
-    from qat.export.packed import is_packed
-
-    folder = Path(run).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"RUN={run!r}: there is no such folder")
-    inner = folder / "packed"
-    if inner.is_dir():
-        return inner  # where it is damaged, loading names the file
-    if not is_packed(folder):
-        raise ValueError(f"RUN={run!r} is neither the folder of a finished run (it has no packed/) nor a packed folder of qat")
-    return folder
 
 
 def _windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Window]:

@@ -139,11 +139,9 @@ def choose(source: Source, requested: str) -> tuple[str, str]:
     if requested != "auto":
         return requested, "asked for"
     chosen, width = fitting[0], source.codes.shape[1]
-    why = {
-        "q1_0": f"binary, and rows of {width} are whole blocks of 128",
-        "tq2_0": f"rows of {width} are whole blocks of 256",
-        "q2_0": f"only blocks of 64 fit ({_padded_binary(source) or reasons['tq2_0']})",
-    }
+    if chosen == "q2_0":
+        return chosen, f"only blocks of 64 fit ({_padded_binary(source) or reasons['tq2_0']})"
+    why = {"q1_0": f"binary, and rows of {width} are whole blocks of 128", "tq2_0": f"rows of {width} are whole blocks of 256"}
     return chosen, why[chosen]
 
 
