@@ -37,7 +37,7 @@ lint: $(READY)
 
 # A report ends the process: pytest may not keep what it writes to the terminal.
 sanitize: $(READY)
-	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/test_kernels.py tests/test_cpu_decode.py -k "not fullgraph" --capture=sys
+	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/ops/test_kernels.py tests/ops/test_cpu_decode.py -k "not fullgraph" --capture=sys
 
 cuda-check: $(READY)
 	$(BIN)/python -m qat.ops.build --check --cuda-arch $(CUDA_ARCHS)

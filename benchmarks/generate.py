@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qat.bench import cpu_name
+from qat.bench.__main__ import cpu_name
+from qat.config.flags import HEADS
 from qat.generate import peak_bytes
-from qat.verb import HEADS
 
 FILES = {"Q4_0": 2, "IQ4_NL": 25}  # llama.cpp's file types, 4.5 bits a weight each
 PROMPT, BLOCK = 64, 16
@@ -32,8 +32,8 @@ def worker_qat(folder: str, threads: int, head: str) -> Any:
     """(begin, step) of a packed folder."""
     import torch
 
-    from qat.decode import Decoder
     from qat.generate import ready
+    from qat.inference.decode import Decoder
 
     torch.set_num_threads(threads)
     model = ready(folder, head)[0].model
@@ -133,8 +133,8 @@ def prepare(model: str, folder: Path) -> tuple[Path, dict[str, Path]]:
 
     import qat
     from qat.config import ModelConfig, QuantConfig
-    from qat.export import packed
-    from qat.models import load_model, load_tokenizer, resolve
+    from qat.formats.packed import folder as packed
+    from qat.models.hub import load_model, load_tokenizer, resolve
 
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(quiet, None)
@@ -194,8 +194,8 @@ def profile(model: str, threads: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    from qat.decode import Decoder
     from qat.generate import ready
+    from qat.inference.decode import Decoder
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:

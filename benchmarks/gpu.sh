@@ -20,7 +20,7 @@ out=${OUT:-benchmarks/results}
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
 pytest=("$python" -m pytest -q -p no:cacheprovider)
-tests=("${pytest[@]}" tests/test_cuda.py tests/test_cuda_device.py)
+tests=("${pytest[@]}" tests/ops/test_cuda.py tests/ops/test_cuda_device.py)
 
 sanitize() { # TOOL: the small tests, without torch's caching allocator, which would hide accesses out of bounds
   local found
@@ -28,7 +28,7 @@ sanitize() { # TOOL: the small tests, without torch's caching allocator, which w
     echo "compute-sanitizer is not found: $1 was not run"
     return 0
   }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$1" --error-exitcode 9 --target-processes all "${pytest[@]}" tests/test_cuda.py
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$found" --tool "$1" --error-exitcode 9 --target-processes all "${pytest[@]}" tests/ops/test_cuda.py
 }
 
 run() { # PART

@@ -14,12 +14,12 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantConfig": "qat.config",
     "TrainConfig": "qat.config",
-    "BitLinear": "qat.bitlinear",
-    "PackedBitLinear": "qat.bitlinear",
-    "Conversion": "qat.conversion",
-    "convert": "qat.conversion",
-    "pack": "qat.conversion",
-    "unpack": "qat.conversion",
+    "BitLinear": "qat.nn.bitlinear",
+    "PackedBitLinear": "qat.nn.bitlinear",
+    "Conversion": "qat.conversion.walker",
+    "convert": "qat.conversion.walker",
+    "pack": "qat.conversion.walker",
+    "unpack": "qat.conversion.walker",
 }
 
 __all__ = ["__version__", "ops", *_HOME]

@@ -5,7 +5,7 @@
     --samples N        continuations of that text, side by side with the teacher's where one is given
     --tasks A,B        zero-shot tasks of lm-eval, on the very model that is loaded here
 
-Plain flags, no Hydra: paths are not Hydra grammar. The measures are in `qat.perplexity`, `qat.compare` and `qat.zeroshot`.
+Plain flags, no Hydra: paths are not Hydra grammar. The measures are in `qat.metrics` and `qat.evaluation`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.loading import Loaded, load
-from qat.verb import add_model, run_verb
+from qat.config.flags import add_model, run_verb
+from qat.models.any import Loaded, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qat.perplexity import Window
-    from qat.perplexity import log_likelihood as log_likelihood
-    from qat.perplexity import perplexity as perplexity
-    from qat.perplexity import windows as windows
+    from qat.metrics.perplexity import Window
+    from qat.metrics.perplexity import log_likelihood as log_likelihood
+    from qat.metrics.perplexity import perplexity as perplexity
+    from qat.metrics.perplexity import windows as windows
 
 DEFAULT_CONTEXT = 512
 READERS = ("auto", "llama.cpp", "transformers")
@@ -38,9 +38,9 @@ _WORST_LAYERS = 10
 
 
 def __getattr__(name: str) -> Any:
-    """`perplexity` and its parts live in qat.perplexity; torch is imported when one is asked for, not for --help."""
+    """`perplexity` and its parts live in qat.metrics.perplexity; torch is imported when one is asked for, not for --help."""
     if name in ("perplexity", "windows", "log_likelihood"):
-        from qat import perplexity as home
+        from qat.metrics import perplexity as home
 
         return getattr(home, name)
     raise AttributeError(f"module 'qat.evaluate' has no attribute {name!r}")
@@ -96,7 +96,7 @@ def evaluate(
         stride: default: the context, so that windows do not overlap.
         max_tokens: evaluate the first so many tokens of the text; default: all.
         head: `bf16`, `8bit` or `6bit`: with the output head in fewer bits, as `qat.generate` has it.
-        reader: of a .gguf file: `llama.cpp` or `transformers`, see `qat.runtime`.
+        reader: of a .gguf file: `llama.cpp` or `transformers`, see `qat.evaluation.llamacpp`.
         more: the fields of `Asked`.
 
     Returns:
@@ -109,19 +109,19 @@ def evaluate(
     asked = Asked(text, **more)
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
-    from qat import runtime
+    from qat.evaluation import llamacpp as runtime
 
     chosen = runtime.choose_reader(path, reader, asked.needs_pytorch(head))
     found = runtime.load(path) if chosen == "llama.cpp" else load(path)
     if head != "full":
-        from qat.inference import quantize_head
+        from qat.inference.tiles import quantize_head
 
         quantize_head(found.model, head)
     result: dict[str, Any] = {"reader": chosen} if chosen else {}
     if asked.text is not None:
         result |= _on_text(found, asked, context, stride, max_tokens, batch_size)
     if asked.tasks:
-        from qat.zeroshot import run_tasks
+        from qat.evaluation.zeroshot import run_tasks
 
         result["tasks"] = run_tasks(found, asked.tasks, asked.include_path, asked.task_data, asked.limit, batch_size)
     return {**result, "model": path, "kind": found.kind if head == "full" else f"{found.kind}, {head} head"}
@@ -132,7 +132,7 @@ def _on_text(
 ) -> dict[str, Any]:
     from qat.config import DataConfig
     from qat.data import text_tokens
-    from qat.perplexity import exp_mean, log_likelihood, windows
+    from qat.metrics.perplexity import exp_mean, log_likelihood, windows
 
     assert asked.text is not None
     context = window_context(found.model, context)
@@ -161,7 +161,7 @@ def window_context(model: Any, context: int | None = None) -> int:
     Raises:
         ValueError: more than the model's positions.
     """
-    from qat.models import context_length
+    from qat.models.hub import context_length
 
     most = context_length(model)
     if context is None:
@@ -177,8 +177,8 @@ def _same_tokens(found: Loaded, teacher: Loaded) -> None:
 
 
 def _compare(found: Loaded, teacher: Loaded, batches: Sequence[Window], layers: bool) -> dict[str, Any]:
-    from qat.compare import agreement, layer_errors
-    from qat.perplexity import exp_mean
+    from qat.metrics.agreement import agreement, layer_errors
+    from qat.metrics.perplexity import exp_mean
 
     close = agreement(found.model, teacher.model, batches)
     result: dict[str, Any] = {"perplexity": exp_mean(close.reference_nll, 1), "kl": close.kl, "top1": close.top1}
@@ -198,7 +198,7 @@ def _prompts(tokens: Tensor, count: int) -> list[Tensor]:
 
 def samples(found: Loaded, teacher: Loaded | None, prompts: Sequence[Tensor], new_tokens: int = 48) -> list[dict[str, str]]:
     """The likeliest continuation of each prompt int64 [T]: {"prompt", "continuation", "teacher"} as texts."""
-    from qat.decode import Decoder, greedy
+    from qat.inference.decode import Decoder, greedy
 
     texts = []
     for prompt in prompts:

@@ -1,7 +1,7 @@
 """The verb `python -m qat.generate MODEL --prompt TEXT`: a model's continuation, streamed, with its speed and memory.
 
 Plain flags, no Hydra: prompts are not Hydra grammar. The text goes to stdout, everything else to stderr. Packed models run
-as `qat.inference` makes them: fused, and with a head of 6 or 8 bits if asked for.
+as `qat.inference.tiles` makes them: fused, and with a head of 6 or 8 bits if asked for.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.loading import Loaded, load
-from qat.verb import add_model, run_verb
+from qat.config.flags import add_model, run_verb
+from qat.models.any import Loaded, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qat.decode import Decoder
+    from qat.inference.decode import Decoder
 
 
 @dataclass
@@ -170,7 +170,7 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
     Raises:
         ValueError: the prompt alone fills the context.
     """
-    from qat.models import context_length
+    from qat.models.hub import context_length
 
     most = context_length(model)
     if most is None or prompt + max_new_tokens <= most:
@@ -183,7 +183,8 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
 
 def ready(path: str, head: str = "full") -> tuple[Loaded, str]:
     """Load `path` and prepare it for generation; and what was done to it, in words."""
-    from qat import heads, inference
+    from qat.inference import heads
+    from qat.inference import tiles as inference
 
     found = load(path)
     found.model.requires_grad_(False)
@@ -231,7 +232,7 @@ def generate(
     found, about = ready(path, head)
     from transformers import TextStreamer
 
-    from qat.decode import Decoder
+    from qat.inference.decode import Decoder
 
     ids = prompt_ids(found.tokenizer, prompt, chat, system)
     count = room_for(found.model, len(ids), max_new_tokens)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from qat.verb import run_verb
+from qat.config.flags import run_verb
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qat.export.contents import Codes, Contents
+    from qat.formats.contents import Codes, Contents
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Summary:
 
 def inspect(path: str) -> dict[str, Any]:
     """What `path` is, as plain values; ValueError where it is damaged or of no known kind."""
-    from qat.export.contents import read
+    from qat.formats.contents import read
 
     found = read(path)
     about: dict[str, Any] = {"path": str(path), "kind": found.kind, "convention": found.convention, **found.facts}
@@ -89,8 +89,8 @@ def verify(path: str, other: str) -> str:
     Raises:
         ValueError: they differ; the first layer, row and column are named. Or they cannot be compared.
     """
-    from qat.export.contents import read
-    from qat.export.matching import matched
+    from qat.formats.contents import read
+    from qat.formats.matching import matched
 
     one, two = read(path), read(other)
     for name, found in ((path, one), (other, two)):

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 _TABLE = "transformers.quantizers.auto"
-_OURS = "qat.export.quantizer"
+_OURS = "qat.formats.packed.quantizer"
 
 
 def register() -> None:

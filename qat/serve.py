@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from qat.loading import packed_folder
-from qat.verb import run_verb
+from qat.config.flags import run_verb
+from qat.models.any import packed_folder
 
 _NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")
 

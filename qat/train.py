@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from qat.config import TrainConfig
 
 if TYPE_CHECKING:
-    from qat.report import RunResult
+    from qat.reporting.result import RunResult
 
 
 def run(config: TrainConfig) -> RunResult:
@@ -27,10 +27,13 @@ def run(config: TrainConfig) -> RunResult:
 
     from lightning.pytorch import seed_everything
 
-    from qat import conversion, fit, models, runs
+    from qat.conversion import walker as conversion
     from qat.data import build_datamodule
-    from qat.measure import Measure, same_outputs
-    from qat.outputs import export_all, save_packed
+    from qat.models import hub as models
+    from qat.training import fit
+    from qat.training import steps as runs
+    from qat.training.exports import export_all, save_packed
+    from qat.training.stages import Measure, same_outputs
 
     config = load_config(config.resume) if config.resume and not config.model.path else config
     config.check()
@@ -154,7 +157,7 @@ def _show(build: Any) -> None:
     """Run, print the table, and turn errors that are the user's into one line and an exit code."""
     from omegaconf.errors import OmegaConfBaseException
 
-    from qat.report import print_table
+    from qat.reporting.result import print_table
 
     try:
         result = run(build())
@@ -177,7 +180,7 @@ HELP = """Fine-tune a pretrained model as a ternary or binary BitLinear model.
   python -m qat.train recipe=NAME --dry-run          coverage, memory and tokens; no training
   python -m qat.train resume=runs/NAME/TIME          continue a run exactly
   python -m qat.train -m recipe=NAME key=a,b         one run for each value
-  python -m qat.train recipe=NAME --cfg job          all keys with their values (explained in qat/config.py)
+  python -m qat.train recipe=NAME --cfg job          all keys with their values (explained in qat/config/)
 
 recipes, and the groups that they and you choose from:
 """

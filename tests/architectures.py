@@ -1,7 +1,7 @@
 """Small random models of each architecture, what qat does with them, and the README's table of it.
 
-`python tests/architectures.py` writes the table; `tests/test_architectures.py` fails where it is not current. A cell says yes
-only after a round trip: the converted model trains every latent weight, the packed one gives the same logits to the bit, the
+`python tests/architectures.py` writes the table; `formats/test_architectures.py` fails where it is not current. A cell says
+yes only after a round trip: the converted model trains every latent weight, the packed one gives the same logits to the bit, the
 folder is written and read back. What is refused has its reason, in the words that a user reads.
 """
 
@@ -19,8 +19,10 @@ import torch._dynamo
 from torch import Tensor, nn
 
 import qat
-from qat.conversion import bitlinears, set_lambda
-from qat.export import FORMATS, get_format, hf, packed
+from qat.conversion.walker import bitlinears, set_lambda
+from qat.formats import FORMATS, get_format
+from qat.formats.bitnet import writing as hf
+from qat.formats.packed import folder as packed
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- architectures: python tests/architectures.py -->", "<!-- /architectures -->"

@@ -21,9 +21,10 @@ from kernel_checks import DTYPES, EPS, tokens
 from torch import Tensor
 
 import qat
-from qat import packing, quantizers
 from qat.ops import reference
-from qat.ops.cache import build_root, digest
+from qat.ops.build.store import build_root, digest
+from qat.quantizers import packing
+from qat.quantizers import weights as quantizers
 
 ROOT = Path(qat.__file__).resolve().parent.parent
 FLAGS = [

@@ -13,9 +13,11 @@ from torch import nn
 
 import qat
 from qat import QuantConfig
-from qat.export import gguf, gguf_file, llamacpp
-from qat.export.gguf_blocks import BLOCKS
-from qat.perplexity import windows
+from qat.formats.gguf import container as gguf_file
+from qat.formats.gguf import writing as gguf
+from qat.formats.gguf.blocks import BLOCKS
+from qat.formats.llamacpp import questions as llamacpp
+from qat.metrics.perplexity import windows
 
 needs_llama_cpp = pytest.mark.skipif(llamacpp.version() is None, reason="llama-cpp-python is not installed: make llama-cpp")
 SMALL = {

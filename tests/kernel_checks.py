@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat import quantizers
 from qat.config import QuantConfig
 from qat.ops import reference
 from qat.ops.options import PackedOptions, weight_options
+from qat.quantizers import weights as quantizers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["2bit", "base3"]

@@ -1,4 +1,4 @@
-// Runs under qemu-user (tests/test_neon.py): every entry of the NEON path against the portable one, on random problems.
+// Runs under qemu-user (tests/ops/test_neon.py): every entry of the NEON path against the portable one, on random problems.
 #include <cstdio>
 #include <cstring>
 #include <random>

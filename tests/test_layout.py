@@ -10,31 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = {
-    0: ["config", "registration", "verb"],
-    1: ["quantizers", "components", "packing", "norm", "ops"],
-    2: ["bitlinear", "selection", "conversion", "heads", "inference"],
-    3: ["distill", "schedule", "perplexity", "compare"],
-    4: ["export"],
-    5: [
-        "models",
-        "glass",
-        "provenance",
-        "data",
-        "module",
-        "callbacks",
-        "fit",
-        "kvcache",
-        "decode",
-        "loading",
-        "runtime",
-        "zeroshot",
-    ],
-    6: ["train", "runs", "measure", "outputs", "estimate", "report", "export.__main__"]
-    + ["evaluate", "generate", "bench", "bench_layers", "bench_ggml", "inspect", "serve"],
-}
+FOLDERS = """quantizers config ops nn conversion losses metrics formats models inference data evaluation reporting
+training bench""".split()
+"""The rooms of qat/, from the bottom up. What lies directly in qat/ are the verbs, above them all."""
 FILES = sorted((ROOT / "qat").rglob("*.py"))
-HOME = {name: layer for layer, names in LAYERS.items() for name in names}
+ONE_PER_VERB = ("train", "evaluate", "generate", "export", "inspect", "serve", "bench")
 ONLY_IN = {
     "hydra": ("config", "train"),
     "omegaconf": ("config", "train", "runs"),

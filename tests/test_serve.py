@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qat
 from qat import serve
-from qat.export import packed
+from qat.formats.packed import folder as packed
 
 MISSING = [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}. {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}ai. {% endif %}"

@@ -21,7 +21,7 @@ from benchmarks.gpu.llama import SIZES
 from benchmarks.gpu.rows import Bench, say
 from benchmarks.gpu.timing import Ceilings
 from qat import ops
-from qat.ops import build_cuda
+from qat.ops.build import cuda as build_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"SmolLM2-135M": (16, 512), "SmolLM2-360M": (16, 512), "Llama-3.2-1B": (8, 1024)}

@@ -22,7 +22,7 @@ typedef struct CUstream_st* cudaStream_t;  // as cuda_runtime_api.h has it
 namespace qat::cuda {
 
 enum class Dtype : int32_t { f32, bf16, f16 };
-enum class Layout : int32_t { bits, base3 };  // `2bit` and `base3` of qat/packing.py
+enum class Layout : int32_t { bits, base3 };  // `2bit` and `base3` of qat/quantizers/packing.py
 enum class Granularity : int32_t { tensor, channel, group };
 enum class Reduce : int32_t { absmean, absmax, given };  // given: `scale` is read, not written (absmedian comes from torch)
 

@@ -1,4 +1,4 @@
-// int8 codes to and from bytes of 2-bit or base-3 codes, and base-3 bytes to 2-bit ones (qat/packing.py has the layouts).
+// int8 codes to and from bytes of 2-bit or base-3 codes, and base-3 bytes to 2-bit ones (qat/quantizers/packing.py has the layouts).
 //
 // Floor: 1.25 K (2bit) or 1.2 K (base3) bytes a row; done once when a model is loaded or saved, so plain code: a thread a
 // byte, and four bytes from 16 codes at once where rows of 2bit allow it (16-byte loads, 4-byte stores a thread; the 256

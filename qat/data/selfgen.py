@@ -24,7 +24,7 @@ import torch
 from qat.config import SelfgenConfig
 from qat.data import tokens
 from qat.data.order import generator
-from qat.models import check_context, embedding_rows
+from qat.models.hub import check_context, embedding_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -105,7 +105,7 @@ def _grow(
     teacher: PreTrainedModel, first: torch.Tensor, length: int, config: SelfgenConfig, random: torch.Generator, bar: Any
 ) -> torch.Tensor:
     """Sequences [B, length] from their first tokens [B]."""
-    from qat.kvcache import buffered_cache
+    from qat.inference.kvcache import buffered_cache
 
     device = next(teacher.parameters()).device
     ids = torch.empty(len(first), length, dtype=torch.int64, device=device)

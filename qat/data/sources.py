@@ -161,7 +161,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 def _read_hub(source: Source) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    from qat.models import hub_found
+    from qat.models.hub import hub_found
 
     if not hub_found():  # datasets would retry for half a minute
         raise ValueError(

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qat.config.flags import run_verb
 from qat.evaluate import window_context
-from qat.export import FORMATS, get_format
-from qat.loading import packed_folder
-from qat.verb import run_verb
+from qat.formats import FORMATS, get_format
+from qat.models.any import packed_folder
 
 if TYPE_CHECKING:
-    from qat.perplexity import Window
+    from qat.metrics.perplexity import Window
 
 _PROBES = 4
 _PROBE_LENGTH = 64
@@ -53,8 +53,8 @@ def export(
     if unknown := sorted(set(given) - set(writer.OPTIONS)):
         raise ValueError(f"--{unknown[0].replace('_', '-')} does not fit --format {format}, only {_owner(unknown[0])}")
     from qat.config import ModelConfig
-    from qat.export import packed
-    from qat.models import load_tokenizer
+    from qat.formats.packed import folder as packed
+    from qat.models.hub import load_tokenizer
 
     model, tokenizer = packed.load(folder), load_tokenizer(ModelConfig(path=str(folder)))
     windows = _windows(model, tokenizer, text, max_tokens)
@@ -73,7 +73,7 @@ def _owner(option: str) -> str:
 def _windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Window]:
     from qat.config import DataConfig
     from qat.data import text_tokens
-    from qat.perplexity import windows
+    from qat.metrics.perplexity import windows
 
     return list(windows(text_tokens(text, tokenizer, DataConfig(), max_tokens), window_context(model)))
 
@@ -113,11 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(info: dict[str, Any]) -> None:
     sizes = info["sizes"]
     if info["format"] == "gguf":
-        from qat.export.gguf_verify import report
+        from qat.formats.gguf.verify import report
 
         print(*report(info), sep="\n")
     elif info["format"] == "pt2":
-        from qat.export.pt2 import report
+        from qat.formats.pt2.writing import report
 
         print(*report(info), sep="\n")
     else:

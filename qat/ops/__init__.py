@@ -16,7 +16,7 @@ from qat.config import QuantConfig
 from qat.ops import cpu, cuda
 from qat.ops import library as library
 from qat.ops.options import training_options, weight_options
-from qat.packing import get_layout
+from qat.quantizers.packing import get_layout
 
 _DEFAULT = QuantConfig()
 
@@ -125,7 +125,7 @@ def _check_weight(w: Tensor, config: QuantConfig) -> None:
 def quantize_weight(w: Tensor, config: QuantConfig = _DEFAULT) -> tuple[Tensor, Tensor]:
     """int8 codes t [N, K] in {-1, 0, 1} and float32 scale [1 | N, 1 | K / group_size] with w ~ t * scale.
 
-    With config.components > 1 both are wider by that factor, the components side by side (`qat.components`).
+    With config.components > 1 both are wider by that factor, the components side by side (`qat.quantizers.components`).
 
     Source: arXiv:2402.17764, eq. 1-3 (ternary); arXiv:2310.11453, eq. 1-3 (binary).
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qat.ops.cache import BuildError
+from qat.ops.build.store import BuildError
 
 
 @dataclass(frozen=True)

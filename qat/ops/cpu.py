@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import components, packing, quantizers
-from qat.ops import build_cpu, reference
+from qat.ops import reference
+from qat.ops.build import cpu as build_cpu
 from qat.ops.choice import Status, choose
 from qat.ops.derived import Derived
 from qat.ops.operands import DTYPES, ELSEWHERE, MAX_WIDTH, float_bias, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
+from qat.quantizers import components, packing
+from qat.quantizers import weights as quantizers
 
 _PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
@@ -64,7 +66,7 @@ def _fake_linear(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, n
 
 def _load() -> str:
     library, _ = build_cpu.load()
-    torch.library.register_fake("qat::cpu_linear", _fake_linear)  # so that torch.compile may hold it (qat.inference)
+    torch.library.register_fake("qat::cpu_linear", _fake_linear)  # so that torch.compile may hold it (qat.inference.tiles)
     return f"{start_isa()} kernels from {library}; {ELSEWHERE}"
 
 

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import components, packing, quantizers
-from qat.ops import build_cuda, reference
-from qat.ops.cache import BuildError
+from qat.ops import reference
+from qat.ops.build import cuda as build_cuda
+from qat.ops.build.store import BuildError
 from qat.ops.choice import Status, choose
 from qat.ops.derived import Derived
 from qat.ops.operands import ELSEWHERE, MAX_WIDTH, float_bias, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
+from qat.quantizers import components, packing
+from qat.quantizers import weights as quantizers
 
 MAX_INT8_WIDTH = 2**17  # sums of int8 times int8 stay in int32
 # The enums of csrc/cuda/kernels.h

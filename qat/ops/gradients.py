@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qat import packing
-from qat.components import sum_components
 from qat.ops.options import PackedOptions, TrainingOptions
+from qat.quantizers import packing
+from qat.quantizers.components import sum_components
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:

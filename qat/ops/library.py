@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import packing, quantizers
 from qat.ops import cpu, cuda, reference
 from qat.ops.gradients import GRADIENTS, with_gradient
 from qat.ops.options import ActivationOptions, PackedOptions, TrainingOptions, WeightOptions, schema
+from qat.quantizers import packing
+from qat.quantizers import weights as quantizers
 
 _LIBRARY = torch.library.Library("qat", "DEF")
 

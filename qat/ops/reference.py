@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat import components, packing, quantizers
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
+from qat.quantizers import components, packing
+from qat.quantizers import weights as quantizers
 
 EXACT_FLOAT32_WIDTH = 2**24 // 128
 

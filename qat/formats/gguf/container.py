@@ -1,0 +1,327 @@
+"""The GGUF container: a writer on the `gguf` package, and a strict reader that believes nothing a file says about itself.
+
+Why our own reader: gguf 0.19 knows no Q2_0, and it takes lengths and offsets as they come. Here every length is checked against
+the file, tensors must follow one another without gap or overlap (as llama.cpp demands), and a tensor's type must fit its size.
+"""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qat.formats.gguf import i2s as gguf_i2s
+from qat.formats.gguf.blocks import BLOCKS, NAMES, OLD_Q2_0, decode, dequantize
+
+MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
+WRITER_KEY = "qat.version"
+_NEW = (BLOCKS["q1_0"].number, BLOCKS["q2_0"].number)  # which the gguf package cannot dequantize
+_FLOAT16 = 1
+_MOST_DIMENSIONS = 4
+_SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of the value type
+_STRING, _ARRAY = 8, 9
+
+
+class Tensor(NamedTuple):
+    """One tensor as it lies in the file: shape with the row width last, type number and bytes."""
+
+    shape: tuple[int, ...]
+    kind: int
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """What a file holds."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def check_codes(self) -> None:
+        """ValueError for a ternary or binary tensor with bytes that no writer produces, or a scale that is not finite."""
+        for name, tensor in self.tensors.items():
+            if tensor.kind in NAMES:
+                self.float32(name)
+
+    def float32(self, name: str, order: str = "x86") -> NDArray[np.float32]:
+        """A tensor dequantized; `order` is the machine that an I2_S file was written for.
+
+        Raises:
+            ValueError: a type that cannot be dequantized, or bytes that no writer of its type produces.
+        """
+        tensor = self.tensors[name]
+        try:
+            return _dequantize(tensor, order)
+        except (ValueError, NotImplementedError) as error:  # the latter: gguf knows the type's size, but not its codec
+            raise ValueError(f"tensor {name!r} {error}") from error
+
+
+def _dequantize(tensor: Tensor, order: str) -> NDArray[np.float32]:
+    from gguf import GGMLQuantizationType, quants
+
+    if tensor.kind == gguf_i2s.NUMBER:
+        t, scale = gguf_i2s.decode(tensor.data, (tensor.shape[0], tensor.shape[1]), order)
+        return dequantize(t, np.full((1, 1), scale))
+    if tensor.kind in NAMES:
+        rows = tensor.data.reshape(int(np.prod(tensor.shape[:-1])), -1)
+        return dequantize(*decode(rows, NAMES[tensor.kind])).reshape(tensor.shape)
+    rows = tensor.data.reshape(*tensor.shape[:-1], -1)
+    values = quants.dequantize(rows, GGMLQuantizationType(tensor.kind)).reshape(tensor.shape)
+    if not np.isfinite(values).all():
+        raise ValueError("holds values that are not finite")
+    return values.astype(np.float32, copy=False)
+
+
+def block_size(kind: int) -> tuple[int, int] | None:
+    """(weights, bytes) of a block of type number `kind`; None for a type that is not known."""
+    from gguf import GGML_QUANT_SIZES
+
+    if kind in NAMES:
+        block = BLOCKS[NAMES[kind]]
+        return block.weights, block.bytes
+    sizes = {int(number): size for number, size in GGML_QUANT_SIZES.items()}
+    return sizes.get(kind)
+
+
+def write(file: Path, architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file. Metadata: bool, int (uint32), float (float32), str, and lists of one of these (ints as int32)."""
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
+    writer = GGUFWriter(None, architecture)
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            large = isinstance(value, int) and not 0 <= value < 2**32
+            writer.add_key_value(key, value, GGUFValueType.INT64 if large else kinds[type(value)])
+    known = {int(number) for number in GGMLQuantizationType}
+    for name, tensor in tensors.items():
+        number: Any = GGMLQuantizationType(tensor.kind) if tensor.kind in known else tensor.kind
+        # as int8, the writer does not look up the block sizes of types that it does not know
+        writer.add_tensor(name, tensor.data.reshape(-1).view(np.int8), tensor.shape, number)
+    try:
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+@contextmanager
+def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
+    """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float16.
+
+    float16 holds them exactly: they are 0 or plus and minus the block's float16 scale. Without `weights` the copy has no tensors:
+    enough for the tokenizer, and as quickly written for a model of any size.
+
+    Raises:
+        ValueError: the file is damaged, or holds I2_S.
+    """
+    found = read(file)
+    for name, tensor in found.tensors.items():
+        if tensor.kind == gguf_i2s.NUMBER:
+            raise ValueError(f"{file}: {name!r} is I2_S of bitnet.cpp, which neither transformers nor llama.cpp reads")
+    if not any(tensor.kind in _NEW for tensor in found.tensors.values()):
+        yield str(file)
+        return
+    plain = {
+        name: _half(tensor.shape, found.float32(name)) if tensor.kind in _NEW else tensor
+        for name, tensor in (found.tensors.items() if weights else ())
+    }
+    metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
+    with tempfile.TemporaryDirectory(prefix="qat-gguf-") as folder:
+        copy = Path(folder, f"{Path(folder).name}.gguf")  # transformers prefers a file of that name in the working directory
+        write(copy, found.metadata["general.architecture"], metadata, plain)
+        yield str(copy)
+
+
+def _half(shape: tuple[int, ...], values: NDArray[np.float32]) -> Tensor:
+    return Tensor(shape, _FLOAT16, values.astype(np.float16).reshape(-1).view(np.uint8))
+
+
+def kind_name(kind: int) -> str:
+    """What llama.cpp, or bitnet.cpp, calls the type of that number."""
+    from gguf import GGMLQuantizationType
+
+    if kind == gguf_i2s.NUMBER:
+        return "I2_S"
+    return NAMES[kind].upper() if kind in NAMES else GGMLQuantizationType(kind).name
+
+
+def read(file: str | Path) -> GGUFFile:
+    """Everything in a file; tensors are views of the mapped file.
+
+    Raises:
+        ValueError: naming the file: missing, no GGUF file, truncated, contradicting itself, or with Q2_0 blocks of 128.
+    """
+    try:
+        data = np.memmap(file, np.uint8, "r")
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise ValueError(f"cannot read {file}: {error}") from error
+    try:
+        return parse(data)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a whole GGUF file: {error}") from error
+
+
+def parse(data: NDArray[np.uint8]) -> GGUFFile:
+    """`read` for bytes in memory."""
+    cursor = _Cursor(data.data, 0)
+    if cursor.take(4, "magic") != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    version = cursor.scalar("I", "version")
+    if version not in VERSIONS:
+        raise ValueError(f"version {version} is not supported, only {VERSIONS}")
+    tensor_count, pair_count = cursor.scalar("Q", "tensor count"), cursor.scalar("Q", "metadata count")
+    cursor.expect(tensor_count * 24 + pair_count * 12, "tensors and metadata")
+    metadata = _read_metadata(cursor, pair_count)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > len(data):
+        raise ValueError(f"general.alignment is {alignment!r}, not a power of two within the file")
+    infos = _read_infos(cursor, tensor_count)
+    start = _padded(cursor.at, alignment)
+    return GGUFFile(metadata, _locate(data, infos, start, alignment))
+
+
+class _Info(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.string("a key")
+        if key in metadata:
+            raise ValueError(f"the key {key!r} appears twice")
+        metadata[key] = cursor.value(cursor.scalar("I", key), key)
+    return metadata
+
+
+def _read_infos(cursor: _Cursor, count: int) -> list[_Info]:
+    infos: dict[str, _Info] = {}
+    for _ in range(count):
+        name = cursor.string("a tensor's name")
+        if name in infos:
+            raise ValueError(f"the tensor {name!r} appears twice")
+        dimensions = cursor.scalar("I", name)
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {dimensions} dimensions; allowed are 1 to {_MOST_DIMENSIONS}")
+        shape = tuple(cursor.scalar("Q", name) for _ in range(dimensions))[::-1]
+        infos[name] = _Info(name, shape, cursor.scalar("I", name), cursor.scalar("Q", name))
+    return list(infos.values())
+
+
+def _locate(data: NDArray[np.uint8], infos: list[_Info], start: int, alignment: int) -> dict[str, Tensor]:
+    tensors, offset = {}, 0
+    for i, info in enumerate(infos):
+        following = infos[i + 1].offset if i + 1 < len(infos) else len(data) - start
+        size = _byte_count(info)
+        if info.kind == BLOCKS["q2_0"].number:
+            _refuse_old_q2_0(info, following - info.offset, size, alignment)
+        if info.offset != offset:
+            raise ValueError(f"tensor {info.name!r} lies at {info.offset}, but the tensors before it end at {offset}")
+        if start + offset + size > len(data):
+            raise ValueError(f"tensor {info.name!r} ends {start + offset + size - len(data)} bytes behind the end of the file")
+        tensors[info.name] = Tensor(info.shape, info.kind, data[start + offset : start + offset + size])
+        if data[start + offset + size : start + offset + _padded(size, alignment)].any():
+            raise ValueError(
+                f"the padding behind tensor {info.name!r} is not zero, so the tensor is larger than its type {info.kind}"
+            )
+        offset += _padded(size, alignment)
+    if len(data) > start + offset:
+        raise ValueError(f"{len(data) - start - offset} bytes follow the last tensor")
+    return tensors
+
+
+def _byte_count(info: _Info) -> int:
+    weights = 1
+    for width in info.shape:
+        weights *= width
+    if weights == 0:
+        raise ValueError(f"tensor {info.name!r} of shape {list(info.shape)} is empty")
+    if info.kind == gguf_i2s.NUMBER:
+        if weights % 4 or len(info.shape) != 2:
+            raise ValueError(f"tensor {info.name!r} of shape {list(info.shape)} cannot be I2_S")
+        return weights // 4 + gguf_i2s.TRAILER
+    size = block_size(info.kind)
+    if size is None:
+        raise ValueError(f"tensor {info.name!r} has the unknown type {info.kind}")
+    if info.shape[-1] % size[0]:
+        raise ValueError(f"tensor {info.name!r}: rows of {info.shape[-1]} are no multiple of type {info.kind}'s {size[0]}")
+    return weights // size[0] * size[1]
+
+
+def _refuse_old_q2_0(info: _Info, room: int, size: int, alignment: int) -> None:
+    """Old files carry the same number for blocks of 128: they leave less room than blocks of 64 need, and just enough."""
+    weights, per_block = OLD_Q2_0
+    old = size // BLOCKS["q2_0"].bytes * BLOCKS["q2_0"].weights // weights * per_block
+    if old <= room < min(size, old + alignment):
+        raise ValueError(
+            f"tensor {info.name!r} is Q2_0 with 128 weights a block, an old fork's type under the number of today's (64 a block);"
+            " readers of today take it for garbage; convert it with the fork that wrote it"
+        )
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+@dataclass
+class _Cursor:
+    """Reads on from `at`; each step is checked against the end."""
+
+    data: memoryview
+    at: int
+
+    def expect(self, size: int, what: str) -> None:
+        left = len(self.data) - self.at
+        if size > left:
+            raise ValueError(f"{what} needs {size} bytes, but {left} are left")
+
+    def take(self, size: int, what: str) -> bytes:
+        self.expect(size, what)
+        self.at += size
+        return bytes(self.data[self.at - size : self.at])
+
+    def scalar(self, code: str, what: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
+
+    def string(self, what: str) -> str:
+        text = self.take(self.scalar("Q", what), what)
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{what} is not UTF-8") from error
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind == _STRING:
+            return self.string(key)
+        if kind == _ARRAY:
+            return self.array(key)
+        return self.scalar(_code(kind, key), key)
+
+    def array(self, key: str) -> list[Any]:
+        kind, count = self.scalar("I", key), self.scalar("Q", key)
+        if kind == _STRING:
+            self.expect(count * 8, key)
+            return [self.string(key) for _ in range(count)]
+        code = _code(kind, key)
+        return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code), key)))
+
+
+def _code(kind: int, key: str) -> str:
+    code = _SCALARS[kind] if 0 <= kind < len(_SCALARS) else None
+    if code is None:
+        raise ValueError(f"{key} has the unknown value type {kind}")
+    return code

@@ -1,0 +1,136 @@
+"""Whatever form a model is in, loaded ready to run: for the verbs that take any of them.
+
+A further kind gets its own branch in `load`, and says in `Loaded.kind` what it was found to be.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Loaded(NamedTuple):
+    """A model ready to evaluate, its tokenizer, and what it was found to be."""
+
+    model: nn.Module
+    tokenizer: Any
+    kind: str
+
+
+def load(path: str) -> Loaded:
+    """Find out what `path` is and load it.
+
+    A run folder (its `packed/` is used), a packed folder, a stock bitnet folder, or anything that `qat.models.hub.load_model`
+    takes: a folder in full precision, a .gguf file, `package://NAME/FILE`, a hub id.
+
+    Raises:
+        ValueError: it cannot be loaded, or a stock folder's keys do not fit its model.
+    """
+    folder = Path(path).expanduser()
+    _refuse_missing(path, folder)
+    if (folder / "packed").is_dir():  # where it is damaged, loading names the file
+        return _load_packed(folder / "packed", f"packed model of the run {folder}")
+    if (folder / "result.json").is_file():
+        raise ValueError(f"{path} has no packed model: {_status(folder)}")
+    if _quant_method(folder) == "qat":
+        return _load_packed(folder, "packed model of qat")
+    if _quant_method(folder) == "bitnet":
+        return _load_stock(folder)
+    return _load_full(path)
+
+
+def packed_folder(run: str) -> Path:
+    """The packed folder of a run, or `run` itself where it is one; ValueError otherwise."""
+    from qat.formats.packed.folder import is_packed
+
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"RUN={run!r}: there is no such folder")
+    inner = folder / "packed"
+    if inner.is_dir():
+        return inner  # where it is damaged, loading names the file
+    if not is_packed(folder):
+        raise ValueError(f"RUN={run!r} is neither the folder of a finished run (it has no packed/) nor a packed folder of qat")
+    return folder
+
+
+def _refuse_missing(path: str, folder: Path) -> None:
+    """A path that can only be a local one and is not there; a run's export that was not possible is told apart."""
+    if folder.exists() or path.startswith("package://"):
+        return
+    run = folder.parent
+    if folder.name == "model" and (run / "result.json").is_file():
+        raise ValueError(f"{path} was not written: {_why_skipped(run)}; give the run itself, {run}")
+    if path.startswith((".", "/", "~")) or folder.suffix in (".gguf", ".npz"):
+        raise ValueError(f"{path}: there is no such file or folder")
+
+
+def _status(run: Path) -> str:
+    try:
+        return f"the run is {json.loads((run / 'result.json').read_text(encoding='utf-8'))['status']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its result.json cannot be read ({error})"
+
+
+def _why_skipped(run: Path) -> str:
+    try:
+        skipped = json.loads((run / "result.json").read_text(encoding="utf-8"))["export"]["skipped"]
+        return (
+            "; ".join(f"{name} cannot hold this model ({why})" for name, why in skipped.items()) or "the run has no such export"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "the run did not get so far"
+
+
+def _load_packed(folder: Path, kind: str) -> Loaded:
+    from qat.formats.packed.folder import load as load_packed
+
+    return Loaded(load_packed(folder), _tokenizer(str(folder)), kind)
+
+
+def _load_full(path: str) -> Loaded:
+    from qat.config import ModelConfig
+    from qat.models.hub import load_model
+
+    kind = "GGUF, weights dequantized to float32 by transformers" if path.endswith(".gguf") else "full precision (float32)"
+    return Loaded(load_model(ModelConfig(path=path)), _tokenizer(path), kind)
+
+
+def _load_stock(folder: Path) -> Loaded:
+    """With stock transformers, as a user would, but its warnings about keys are errors."""
+    from transformers import AutoModelForCausalLM
+
+    from qat.formats.folder import one_line, refuse_report
+    from qat.formats.packed.folder import quiet
+
+    reader: Any = AutoModelForCausalLM
+    try:
+        with quiet():
+            model, report = reader.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # transformers raises nearly any class here
+        raise ValueError(f"cannot load the model {folder}: {one_line(error)}") from error
+    refuse_report(report, folder)
+    linear_class = model.config.quantization_config.linear_class
+    return Loaded(
+        model.eval(), _tokenizer(str(folder)), f"stock bitnet folder (linear_class {linear_class}), read by transformers"
+    )
+
+
+def _tokenizer(path: str) -> Any:
+    from qat.config import ModelConfig
+    from qat.models.hub import load_tokenizer
+
+    return load_tokenizer(ModelConfig(path=path))
+
+
+def _quant_method(folder: Path) -> str | None:
+    """What a local folder's config.json says about quantization; None where it says nothing or is not there."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

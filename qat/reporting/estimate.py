@@ -1,0 +1,66 @@
+"""What a run would take: memory of weights, optimizer and activations, tokens; for `--dry-run`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat.config import TrainConfig
+from qat.conversion.walker import bitlinears
+from qat.formats.tensors import full_precision_bf16
+from qat.quantizers.packing import get_layout
+
+MIB = 2**20
+
+
+def lines(config: TrainConfig, base: nn.Module, student: nn.Module) -> list[str]:
+    """What a person wants to know before starting."""
+    parameters = sum(p.numel() for p in student.parameters())
+    teacher = 4 * parameters if config.distill.kl else 0
+    state, activations = 16 * parameters, activation_bytes(student, config.data.sequence_length) * config.data.batch_size
+    linears, packed = linear_bytes(student, config.export.layout)
+    tokens = token_count(config)
+    total = (state + teacher + activations) / MIB
+    codes, whole = sum(layer.weight.numel() for _, layer in bitlinears(student)), full_precision_bf16(base)
+    return [
+        f"parameters      {parameters:,}, of which {codes:,} become codes",
+        f"size            {whole / MIB:.1f} MiB in bf16; linear layers {linears / MIB:.2f} -> {packed / MIB:.2f} MiB",
+        f"memory          about {total:,.0f} MiB a device: weights, gradients and Adam {state / MIB:,.0f},"
+        f" teacher {teacher / MIB:,.0f}, activations {activations / MIB:,.0f}",
+        f"tokens          {tokens:,} in {config.trainer.max_steps:,} steps of {tokens // config.trainer.max_steps:,}",
+    ]
+
+
+def token_count(config: TrainConfig) -> int:
+    """Tokens that a run trains on, on all devices."""
+    trainer = config.trainer
+    sequences = trainer.max_steps * trainer.accumulate_grad_batches * config.data.batch_size * trainer.devices * trainer.num_nodes
+    return sequences * config.data.sequence_length
+
+
+def linear_bytes(student: nn.Module, layout: str) -> tuple[int, int]:
+    """Bytes of the converted layers' weights in bf16, and of their packed codes."""
+    form = get_layout(layout)
+    layers = [layer for _, layer in bitlinears(student)]
+    packed = sum(layer.out_features * form.row_bytes(layer.in_features * layer.config.components) for layer in layers)
+    return sum(2 * layer.weight.numel() for layer in layers), packed
+
+
+def activation_bytes(student: nn.Module, length: int) -> int:
+    """Bytes that autograd saves for one sequence of `length` tokens, parameters left out; each storage once."""
+    seen = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    total = 0
+
+    def save(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = student(input_ids=tokens, labels=tokens, use_cache=False).loss
+    del loss
+    return total
