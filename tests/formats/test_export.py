@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 import qat
+from qat.export import __main__ as verb
 from qat.formats import FORMATS, get_format
-from qat.formats import __main__ as verb
 from qat.formats.bitnet import verify as verification
 from qat.formats.bitnet import writing as hf
 from qat.formats.bitnet.tensors import pack_rows

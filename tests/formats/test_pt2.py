@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 import qat
-from qat.formats import __main__ as verb
+from qat.export import __main__ as verb
 from qat.formats.packed import folder as packed
 from qat.formats.pt2 import program as aoti
 from qat.formats.pt2 import writing as pt2
