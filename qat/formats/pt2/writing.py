@@ -96,7 +96,7 @@ def verify(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Seque
 
 def _ask(file: Path, request: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run the reader; ValueError with its last line if it fails."""
-    path = os.pathsep.join(filter(None, [str(READER.parents[2]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(READER.parents[3]), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory(prefix="qat-verify-") as scratch:
         asked, answered = Path(scratch, "request"), Path(scratch, "result")
         save_file(dict(request), asked)
