@@ -150,7 +150,7 @@ def _ask(folder: Path, request: Mapping[str, Tensor], device: torch.device, bflo
 
 def _environment() -> dict[str, str]:
     """Ours, without the way to qat."""
-    here = READER.parents[2]
+    here = READER.parents[3]
     path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != here]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **_READER_ENVIRONMENT}
 
