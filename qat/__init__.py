@@ -15,7 +15,7 @@ _HOME = {
     "QuantConfig": "qat.config",
     "TrainConfig": "qat.config",
     "BitLinear": "qat.nn.bitlinear",
-    "PackedBitLinear": "qat.nn.bitlinear",
+    "PackedBitLinear": "qat.nn.packed",
     "Conversion": "qat.conversion.walker",
     "convert": "qat.conversion.walker",
     "pack": "qat.conversion.walker",

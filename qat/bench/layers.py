@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from qat import ops
 from qat.bench.ggml import GgmlLinear
 from qat.config import QuantConfig
-from qat.nn.bitlinear import BitLinear, PackedBitLinear
+from qat.nn.bitlinear import BitLinear
+from qat.nn.packed import PackedBitLinear
 
 COLD_BYTES = 192 << 20
 COLD_TOKENS = 32

@@ -15,7 +15,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from qat.nn.bitlinear import BitLinear, PackedBitLinear
+from qat.nn.bitlinear import BitLinear
+from qat.nn.packed import PackedBitLinear
 
 HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
 ROUTERS = ("gate", "router", "shared_expert_gate")

@@ -25,7 +25,8 @@ from qat.conversion.selection import (
     refuse_experts,
     refuse_quantized,
 )
-from qat.nn.bitlinear import BitLinear, PackedBitLinear
+from qat.nn.bitlinear import BitLinear
+from qat.nn.packed import PackedBitLinear
 from qat.quantizers.packing import get_layout
 
 VERSION = 1

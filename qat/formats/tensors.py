@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.nn.bitlinear import BitLinear, PackedBitLinear
+from qat.nn.bitlinear import BitLinear
+from qat.nn.packed import PackedBitLinear
 
 
 def full_precision_bf16(model: nn.Module) -> int:

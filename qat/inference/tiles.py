@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qat.config import QuantConfig
 from qat.inference.heads import stream_head
-from qat.nn.bitlinear import PackedBitLinear
+from qat.nn.packed import PackedBitLinear
 from qat.ops import cpu, pack_ternary
 from qat.quantizers.components import repeat
 

@@ -25,7 +25,7 @@ from qat.formats.gguf.container import Tensor, block_size
 from qat.formats.llamacpp import ggml
 from qat.formats.padding import Padding
 from qat.formats.tensors import packed_layers
-from qat.nn.bitlinear import PackedBitLinear
+from qat.nn.packed import PackedBitLinear
 
 I2S = {"i2_s": "x86", "i2_s_arm": "arm"}
 TYPES = ("auto", *BLOCKS, *I2S)

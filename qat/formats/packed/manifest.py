@@ -21,7 +21,8 @@ from torch import nn
 from qat.config import QuantConfig
 from qat.conversion.walker import Conversion
 from qat.formats.tensors import packed_layers
-from qat.nn.bitlinear import BitLinear, PackedBitLinear
+from qat.nn.bitlinear import BitLinear
+from qat.nn.packed import PackedBitLinear
 from qat.quantizers.packing import get_layout
 
 METHOD, VERSION = "qat", 2
