@@ -28,7 +28,7 @@ ROOMS = [
     "bench",
     "export",
 ]
-"""The folders of qat/ from the bottom up. What lies directly in qat/ are verbs, above them all; `export/` is one with its old names."""
+"""The folders of qat/ from the bottom up. What lies directly in qat/ are verbs, above them all; `export/` holds old names."""
 VERBS = ("train", "evaluate", "generate", "inspect", "serve", "export", "bench.__main__")
 BELOW_ALL = ("", "registration")
 FILES = sorted((ROOT / "qat").rglob("*.py"))
