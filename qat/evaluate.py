@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.config.flags import add_model, run_verb
+from qat.evaluation.context import window_context
 from qat.models.any import Loaded, load
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from qat.metrics.perplexity import perplexity as perplexity
     from qat.metrics.perplexity import windows as windows
 
-DEFAULT_CONTEXT = 512
 READERS = ("auto", "llama.cpp", "transformers")
 _PROMPT_TOKENS = 32
 _WORST_LAYERS = 10
@@ -153,22 +153,6 @@ def _on_text(
     if asked.samples:
         result["samples"] = samples(found, teacher, _prompts(tokens, asked.samples))
     return result
-
-
-def window_context(model: Any, context: int | None = None) -> int:
-    """Tokens a window: what was asked for, by default 512 or the model's largest position where that is less.
-
-    Raises:
-        ValueError: more than the model's positions.
-    """
-    from qat.models.hub import context_length
-
-    most = context_length(model)
-    if context is None:
-        return min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if most is not None and context > most:
-        raise ValueError(f"--context {context} is above the model's {most} positions")
-    return context
 
 
 def _same_tokens(found: Loaded, teacher: Loaded) -> None:

@@ -29,7 +29,7 @@ ROOMS = [
     "export",
 ]
 """The folders of qat/ from the bottom up. What lies directly in qat/ are verbs, above them all; `export/` holds old names."""
-VERBS = ("train", "evaluate", "generate", "inspect", "serve", "export", "bench.__main__")
+VERBS = ("train", "evaluate", "generate", "inspect", "serve", "export.__main__", "bench.__main__")
 BELOW_ALL = ("", "registration")
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 MOST_LINES = 300

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.config.flags import run_verb
-from qat.evaluate import window_context
+from qat.evaluation.context import window_context
 from qat.formats import FORMATS, get_format
 from qat.models.any import packed_folder
 
