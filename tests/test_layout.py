@@ -36,6 +36,7 @@ MOST_LINES = 300
 MOST_FILES = 12
 LONG = {
     "config": 478,
+    "conversion.walker": 309,
     "formats.gguf.container": 327,
 }
 """Files that hold two concerns for now, with the lines that they may not exceed."""
