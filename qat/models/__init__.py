@@ -1,0 +1,1 @@
+"""Pretrained models and tokenizers from wherever the user has them, and where they come from."""

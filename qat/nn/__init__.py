@@ -1,0 +1,1 @@
+"""Modules and nothing else: BitLinear, PackedBitLinear, the norm that they may have."""

@@ -1,0 +1,1 @@
+"""The main job: stages of a run, lightning's module and callbacks, schedules."""

@@ -1,0 +1,1 @@
+"""A real llama.cpp, asked in a process of its own."""

@@ -1,0 +1,1 @@
+"""Our own folder, written for every run: it holds what no stock format can; transformers loads it after `import qat`."""

@@ -1,0 +1,1 @@
+"""The kernels' libraries: compiled once, kept, found again."""
