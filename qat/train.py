@@ -188,7 +188,7 @@ recipes, and the groups that they and you choose from:
 
 def _help() -> str:
     """Hydra's own help composes everything first, which takes more than a second."""
-    from qat.config import options
+    from qat.config.compose.keys import options
 
     return HELP + "\n".join(f"  {group + '=':<11}{', '.join(names)}" for group, names in options().items())
 
@@ -239,7 +239,7 @@ def _exit(error: object) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line. `--dry-run` is short for dry_run=true; resume=DIR takes the configuration of that run."""
-    from qat.config import check_keys, config_folder, register
+    from qat.config.compose.keys import check_keys, config_folder
 
     # libgomp's threads spin while they wait: beside any other work on the machine that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -259,6 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
         return _show(lambda: load_config(resume[-1], overrides))
 
     import hydra
+
+    from qat.config.compose.register import register
 
     register()
     folder = str(config_folder("conf"))

@@ -35,14 +35,13 @@ FILES = sorted((ROOT / "qat").rglob("*.py"))
 MOST_LINES = 300
 MOST_FILES = 12
 LONG = {
-    "config": 478,
     "conversion.walker": 309,
     "formats.gguf.container": 327,
 }
 """Files that hold two concerns for now, with the lines that they may not exceed."""
 ONLY_IN = {
-    "hydra": ("config", "train"),
-    "omegaconf": ("config", "train", "training.steps"),
+    "hydra": ("config.compose", "train"),
+    "omegaconf": ("config.compose", "train", "training.steps"),
     "lightning": ("training", "data", "train"),
     "transformers": ("models", "formats", "data", "inference", "evaluation", "registration", "training", "bench", *VERBS),
     "gguf": ("models", "formats", "evaluation"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.config import check_keys, options
+from qat.config.compose.keys import check_keys, options
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

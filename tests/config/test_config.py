@@ -17,11 +17,9 @@ from qat.config import (
     QuantConfig,
     TrainConfig,
     TrainerConfig,
-    check_keys,
-    config_folder,
-    options,
-    register,
 )
+from qat.config.compose.keys import check_keys, config_folder, options
+from qat.config.compose.register import register
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,44 @@
+"""The sections `eval` and `control`: how perplexity is measured, and the run that it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qat.config.checks import at_least
+
+
+@dataclass
+class EvalConfig:
+    """How perplexity is measured."""
+
+    context: int | None = None
+    """Tokens a window; null: data.sequence_length."""
+    stride: int | None = None
+    """Tokens by which the window moves; null: the context, so that windows do not overlap."""
+    batch_size: int = 8
+    """Windows at once."""
+    max_tokens: int | None = 65_536
+    """Evaluate the first so many tokens; null: all."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Further texts, name -> file or `pydoc_data.topics` (English text that ships with Python)."""
+
+    def __post_init__(self) -> None:
+        at_least("eval.context", self.context, 2)
+        at_least("eval.stride", self.stride, 1)
+        at_least("eval.batch_size", self.batch_size, 1)
+        at_least("eval.max_tokens", self.max_tokens, 2)
+        if self.context and self.stride and self.stride > self.context:
+            raise ValueError(f"eval.stride={self.stride} is above eval.context={self.context}, so tokens would be left out")
+
+
+@dataclass
+class ControlConfig:
+    """The honest comparison: the full-precision model fine-tuned by cross-entropy on the same tokens."""
+
+    enabled: bool = False
+    """Train it after the quantized model."""
+    lr: float = 1e-4
+    """Its own peak learning rate."""
+
+    def __post_init__(self) -> None:
+        at_least("control.lr", self.lr, 0, open_end=True)

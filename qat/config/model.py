@@ -1,0 +1,23 @@
+"""The section `model`: which pretrained model is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    """Which pretrained model is quantized."""
+
+    path: str = ""
+    """Hub id, local folder, .gguf or glassllm .npz file, or `package://NAME/FILE` for a file inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    teacher: str = "shared"
+    """`shared`: the same weights in full precision; `off`; or another model's path."""
+    include: list[str] = field(default_factory=list)
+    """Shell patterns of the linear layers to convert; empty: all but the output head and the routers."""
+    exclude: list[str] = field(default_factory=list)
+    """Shell patterns of layers to leave in full precision."""
+    trust_remote_code: bool = False
+    """Passed to transformers."""

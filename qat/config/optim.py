@@ -1,0 +1,42 @@
+"""The section `optim`: optimizer, learning rates and schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qat.config.checks import at_least, choose
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer, learning rates and schedules."""
+
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.95]})
+    """A `_target_` and its arguments; parameters, lr and weight_decay are passed to it."""
+    lr: float = 1e-3
+    """Peak learning rate of everything but the latent weights."""
+    latent_lr_multiplier: float = 1.0
+    """Times lr: the peak learning rate of the latent weights of BitLinear layers."""
+    weight_decay: float = 0.0
+    """On latent weights and other matrices, never on norms, biases and scales."""
+    schedule: str = "cosine"
+    """`cosine`, `linear`, `constant`, or `two_stage` (linear; half way the rate drops by a third, weight decay to 0)."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0."""
+    final_lr_fraction: float = 0.0
+    """The rate at the last step as a share of the peak (cosine and linear)."""
+    lambda_steps: int = 0
+    """Steps over which quantization is blended in, W + lambda (Q(W) - W) with lambda 0 -> 1; 0: at once."""
+
+    def __post_init__(self) -> None:
+        if "_target_" not in self.optimizer:
+            raise ValueError("optim.optimizer needs a _target_, for example torch.optim.AdamW")
+        choose("optim.schedule", self.schedule, ("cosine", "linear", "constant", "two_stage"))
+        at_least("optim.lr", self.lr, 0, open_end=True)
+        at_least("optim.latent_lr_multiplier", self.latent_lr_multiplier, 0)
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.warmup_steps", self.warmup_steps, 0)
+        at_least("optim.lambda_steps", self.lambda_steps, 0)
+        if not 0 <= self.final_lr_fraction <= 1:
+            raise ValueError(f"optim.final_lr_fraction={self.final_lr_fraction!r} is not allowed; it must be in 0 to 1")

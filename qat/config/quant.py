@@ -1,0 +1,79 @@
+"""The section `quant`: how a linear layer is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qat.config.checks import at_least, choose
+
+
+@dataclass
+class QuantConfig:
+    """How a linear layer is quantized. The default is BitNet b1.58 (arXiv:2402.17764)."""
+
+    weight: str = "ternary"
+    """`ternary` {-1, 0, 1} or `binary` {-1, 1}."""
+    scale: str = "absmean"
+    """What the weight scale is: `absmean`, `absmax` (codes change at half of it), `absmedian`. Binary: `absmean` only."""
+    granularity: str = "tensor"
+    """One scale a `tensor`, an output `channel`, or a `group` of `group_size` weights along the input."""
+    group_size: int | None = None
+    """Weights a group; must divide the layer's `in_features`. Only with `granularity=group`."""
+    components: int = 1
+    """Ternary matrices a weight is the sum of, up to 4: 2 have 9 levels in twice the bits. Their fit slows training steps."""
+    act_bits: int | None = 8
+    """8: activations are quantized to int8. null: they stay in floating point."""
+    act_granularity: str = "token"
+    """One activation scale a `token` (last dimension) or one for the whole `tensor`."""
+    scale_dtype: str = "float32"
+    """The weight scale is rounded to this dtype, so that training uses the value as it will be stored."""
+    eps: float = 1e-5
+    """Lower bound of every scale."""
+    rms_norm_eps: float | None = None
+    """An RMSNorm with this epsilon for each layer's own input (SubLN). null: none. New ones make a pretrained model relearn."""
+    kernels: str = "auto"
+    """`auto` takes compiled kernels where they exist, `compiled` insists on them, `reference` is pure torch."""
+    backward: str = "input"
+    """The backward matmuls' precision: `input` is the gradient's own; `bf16` and `int8` are faster and less exact."""
+
+    def __post_init__(self) -> None:
+        choose("quant.weight", self.weight, ("ternary", "binary"))
+        choose("quant.scale", self.scale, ("absmean", "absmax", "absmedian"))
+        choose("quant.granularity", self.granularity, ("tensor", "channel", "group"))
+        choose("quant.act_bits", self.act_bits, (8, None))
+        choose("quant.act_granularity", self.act_granularity, ("token", "tensor"))
+        choose("quant.scale_dtype", self.scale_dtype, ("float32", "bfloat16", "float16"))
+        choose("quant.kernels", self.kernels, ("auto", "compiled", "reference"))
+        choose("quant.backward", self.backward, ("input", "bf16", "int8"))
+        at_least("quant.eps", self.eps, 0, open_end=True)
+        choose("quant.components", self.components, (1, 2, 3, 4))
+        at_least("quant.rms_norm_eps", self.rms_norm_eps, 0, open_end=True)
+        if self.act_bits is None and self.backward != "input":
+            raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
+        if self.act_bits is None and self.kernels == "compiled":
+            raise ValueError("quant.kernels=compiled needs quant.act_bits=8; float activations have no compiled kernels")
+        if self.backward == "int8" and self.granularity == "group":
+            raise ValueError("quant.backward=int8 does not fit quant.granularity=group; choose another granularity, or bf16")
+        if self.components > 1:
+            self._check_components()
+        if self.weight == "binary" and self.scale != "absmean":
+            raise ValueError(f"quant.scale={self.scale!r} does not fit quant.weight=binary; only absmean does")
+        if self.granularity == "group":
+            if self.group_size is None:
+                raise ValueError("quant.group_size is missing; quant.granularity=group needs it, for example 64")
+            at_least("quant.group_size", self.group_size, 1)
+        elif self.group_size is not None:
+            raise ValueError(f"quant.group_size={self.group_size} needs quant.granularity=group, not {self.granularity}")
+
+    @property
+    def words(self) -> str:
+        """How weights are quantized, for people."""
+        group = f" of {self.group_size}" if self.group_size else ""
+        what = f"{self.weight} {self.scale}" if self.components == 1 else f"{self.components} ternary components, least squares"
+        return f"{what} per {self.granularity}{group}"
+
+    def _check_components(self) -> None:
+        wrong = {"weight": self.weight != "ternary", "scale": self.scale != "absmean", "backward": self.backward == "int8"}
+        for key in (key for key, found in wrong.items() if found):
+            why = "components are ternary, their scales are fitted, and their gradients input or bf16"
+            raise ValueError(f"quant.{key}={getattr(self, key)} does not fit quant.components={self.components}: {why}")

@@ -1,0 +1,57 @@
+"""The section `trainer`: steps, devices, precision and what is logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qat.config.checks import at_least, choose
+
+
+@dataclass
+class TrainerConfig:
+    """The keys of lightning's Trainer that a user may set, typed, and a few of ours."""
+
+    max_steps: int = 1000
+    """Optimizer steps."""
+    accelerator: str = "auto"
+    """`cpu`, `gpu` or `auto`."""
+    devices: int = 1
+    """Devices on each node."""
+    num_nodes: int = 1
+    """Nodes."""
+    strategy: str = "auto"
+    """lightning's strategy: `auto`, `ddp`, `fsdp`, ..."""
+    precision: str = "32-true"
+    """`32-true`, `bf16-mixed` or `16-mixed` (CUDA only). Latent weights and optimizer state are float32 in each."""
+    accumulate_grad_batches: int = 1
+    """Batches an optimizer step."""
+    gradient_clip_val: float | None = 1.0
+    """Largest gradient norm; null: no clipping."""
+    val_every: int | None = None
+    """Optimizer steps between validations; null: none while training."""
+    val_batches: int = 16
+    """Batches of a validation while training."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; null: only at the end, and when interrupted."""
+    log_every_n_steps: int = 10
+    """Steps between rows of metrics.csv."""
+    samples: int = 2
+    """Texts generated at each validation; 0: none."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the student."""
+    threads: int | None = None
+    """torch's CPU threads; null: torch decides."""
+    progress: bool = True
+    """Show the progress: a bar in a terminal, some lines elsewhere."""
+
+    def __post_init__(self) -> None:
+        choose("trainer.accelerator", self.accelerator, ("cpu", "gpu", "auto"))
+        choose("trainer.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
+        for key in ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps", "val_batches"):
+            at_least(f"trainer.{key}", getattr(self, key), 1)
+        for key in ("val_every", "checkpoint_every", "threads"):
+            at_least(f"trainer.{key}", getattr(self, key), 1)
+        at_least("trainer.samples", self.samples, 0)
+        at_least("trainer.gradient_clip_val", self.gradient_clip_val, 0, open_end=True)
