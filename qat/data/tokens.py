@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qat.data.sources import Source, read_documents
+from qat.storage import new_file, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -129,18 +130,12 @@ def _checksum(path: Path) -> int:
 def write(folder: Path, name: str, blocks: Iterable[Any], vocabulary: int) -> np.ndarray:
     """Store blocks of token ids as one file and return it [T]. Raises ValueError where the disk refuses (full, read-only)."""
     dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        crc, count = _fill(temporary, blocks, dtype)
-        facts = {"tokens": count, "dtype": dtype.str, "crc32": crc}
-        temporary.replace(folder / f"{name}.bin")
-        temporary.write_text(json.dumps(facts))
-        temporary.replace(folder / f"{name}.json")
+        with new_file(folder / f"{name}.bin") as partial:
+            crc, count = _fill(partial, blocks, dtype)
+        write_text(folder / f"{name}.json", json.dumps({"tokens": count, "dtype": dtype.str, "crc32": crc}))
     except OSError as error:
         raise ValueError(f"cannot write the token cache in {folder}: {error}; free space there or set data.cache_dir") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=(count,))
 
 

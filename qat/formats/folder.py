@@ -1,4 +1,4 @@
-"""Write a folder or a file so that partial work never looks whole: fill a temporary sibling, then rename it.
+"""What the folders and files of all formats share: written whole or not at all (`qat.storage`), replaced only if they are ours.
 
 A folder that an earlier export wrote is replaced; anything else in the way is refused, because it is not ours to delete.
 """
@@ -6,13 +6,14 @@ A folder that an earlier export wrote is replaced; anything else in the way is r
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from qat import storage
 
 WEIGHTS = "model.safetensors"
 WRITER = {"writer": "qat"}
@@ -47,35 +48,33 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder).expanduser().absolute()
     _refuse_foreign(target)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
+
+    def check(partial: Path) -> None:
         _readable(partial)
-        _replace(target, partial)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _refuse_strangers(target, partial)
+
+    with _refusals(target), storage.new_folder(target, check) as partial:
+        yield partial
 
 
 @contextmanager
 def new_file(file: str | Path) -> Iterator[Path]:
-    """Yield the path of a file to write, of the same name elsewhere, which becomes `file` on success and vanishes on any error.
+    """Yield the path of a file to write, of the same name elsewhere; it becomes `file` on success and vanishes on any error.
 
     Raises:
         ValueError: the disk refuses a write.
     """
     target = Path(file).expanduser().absolute()
-    folder = target.with_name(f".{target.stem}.partial-{os.getpid()}")
+    with _refusals(target), storage.new_file(target) as partial:
+        yield partial
+
+
+@contextmanager
+def _refusals(target: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True)
-        yield folder / target.name
-        os.replace(folder / target.name, target)
-    except OSError as error:
+        yield
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -85,22 +84,11 @@ def _refuse_foreign(target: Path) -> None:
         raise ValueError(f"{target} is not empty and was not written by an export of qat; choose another target or empty it")
 
 
-def _replace(target: Path, partial: Path) -> None:
-    """Rename `partial` to `target`. An old export is moved aside first, and back if that fails."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    foreign = sorted({p.name for p in target.iterdir()} - {p.name for p in partial.iterdir()} - _KNOWN)
-    if foreign:
+def _refuse_strangers(target: Path, partial: Path) -> None:
+    """What an export's folder holds beside the export is not ours to delete."""
+    here = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if foreign := sorted(here - {path.name for path in partial.iterdir()} - _KNOWN):
         raise ValueError(f"{target} also holds {foreign[0]!r}, which no export writes; move it away or choose another target")
-    old = partial.with_name(partial.name + "-old")
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _readable(folder: Path) -> None:

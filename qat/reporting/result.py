@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qat.storage import write_text as write_text
 
 STAGES = {
     "full_precision": "full precision",
@@ -66,16 +67,6 @@ class RunResult:
     def save(self, folder: Path) -> None:
         """Write result.json whole or not at all."""
         write_text(folder / "result.json", self.to_json() + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write to a temporary name, then rename: a full disk leaves no half file."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def recovered(perplexity: dict[str, Any]) -> dict[str, float]:
