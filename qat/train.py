@@ -1,7 +1,7 @@
 """python -m qat.train recipe=NAME key=value: the main job, from a pretrained model to verified, packed, exported weights.
 
-`run(TrainConfig) -> RunResult` is a plain function, readable top to bottom; `main` is Hydra only. Heavy imports are inside
-functions, so that `--help` answers at once.
+`run(TrainConfig) -> RunResult` is a plain function (`qat.training.run`, readable top to bottom); `main` is Hydra only. Heavy
+imports are inside functions, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -17,79 +17,14 @@ if TYPE_CHECKING:
 
 
 def run(config: TrainConfig) -> RunResult:
-    """Load, convert, train, verify, pack and export; everything measured is in the result and in the run's folder.
+    """Load, convert, train, verify, pack and export (`qat.training.run`); everything measured is in the result and the folder.
 
     Raises:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
-    import copy
-    from functools import partial
+    from qat.training.run import run as main_job
 
-    from lightning.pytorch import seed_everything
-
-    from qat.conversion import walker as conversion
-    from qat.data import build_datamodule
-    from qat.models import hub as models
-    from qat.training import fit
-    from qat.training import steps as runs
-    from qat.training.exports import export_all, save_packed
-    from qat.training.stages import Measure, same_outputs
-
-    config = load_config(config.resume) if config.resume and not config.model.path else config
-    config.check()
-    fit.check_hardware(config.trainer)
-    optimizer = _optimizer(config)
-    if config.resume:
-        runs.check_resume(config.resume)
-    runs.set_threads(config.trainer.threads)
-    seed_everything(config.seed, verbose=False)
-
-    base, tokenizer = models.load_model(config.model), models.load_tokenizer(config.model)
-    models.check_vocabulary(base, tokenizer)
-    models.check_context(base, config.data.sequence_length)
-    student = copy.deepcopy(base)
-    record = conversion.convert(student, config.quant, include=config.model.include or None, exclude=config.model.exclude or None)
-    print(f"{config.model.path}: {record.summary()}")
-    if config.dry_run:
-        return runs.dry_run(config, base, student, record)
-
-    folder = runs.open_folder(config)
-    result = runs.new_result(config, folder, base, record)
-    with runs.recording(result, folder):
-        teacher = runs.load_teacher(config, base)
-        batches = runs.total_batches(config.trainer)
-        build_data = partial(build_datamodule, config.data, tokenizer, teacher=base, seed=config.seed, total_batches=batches)
-        data = build_data()
-        print(*data.notes, sep="\n", end="\n" if data.notes else "")
-        measure = Measure.of(config, data, tokenizer, result)
-        measure("full_precision", base)
-        measure("converted", student)
-
-        plugins = _plugins(config, folder)
-        outcome = runs.train_student(config, student, teacher, data, tokenizer, folder, optimizer, plugins)
-        result.count(outcome)
-        if outcome.interrupted:
-            result.status = f"interrupted at step {outcome.step}; continue with resume={folder}"
-            return result
-        measure("trained", student)
-
-        packed = measure.place(copy.deepcopy(student))  # packed where it was trained, which decides the last bit of a scale
-        packing = conversion.pack(packed, layout=config.export.layout)
-        packing.skipped = record.skipped
-        measure("packed", packed)
-        result.verify(same_outputs(student, packed, measure))
-        save_packed(config, packed, packing, folder, tokenizer, result)
-        export_all(config, packed, folder, tokenizer, result, measure)
-
-        if config.control.enabled:
-            outcome = runs.train_control(config, base, build_data(), folder, optimizer)
-            if outcome.interrupted:
-                result.status = f"interrupted in the control run; continue with resume={folder}"
-                return result
-            result.control = {"tokens": outcome.tokens, "seconds": outcome.seconds, "lr": config.control.lr}
-            measure("control", base)
-        result.status = "done"
-    return result
+    return main_job(load_config(config.resume) if config.resume and not config.model.path else config)
 
 
 def load_config(folder: str, overrides: list[str] | None = None) -> TrainConfig:
@@ -113,26 +48,6 @@ def load_config(folder: str, overrides: list[str] | None = None) -> TrainConfig:
         return OmegaConf.to_object(saved)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"resume={folder}: {file.name} or an override is damaged: {_first_lines(error)}") from error
-
-
-def _instantiate(node: dict[str, Any], **more: Any) -> Any:
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        return instantiate(node, _convert_="all", **more)
-    except InstantiationException as error:
-        raise ValueError(f"{node.get('_target_')}: {error.__cause__ or str(error).partition(', set env')[0]}") from error
-
-
-def _optimizer(config: TrainConfig) -> Any:
-    return _instantiate({**config.optim.optimizer, "_partial_": True})
-
-
-def _plugins(config: TrainConfig, folder: Any) -> tuple[list[Any], list[Any]]:
-    """The user's loggers and callbacks."""
-    loggers = [_instantiate(node, save_dir=str(folder)) for node in config.logger.values()]
-    return loggers, [_instantiate(node) for node in config.callbacks.values()]
 
 
 def _task(composed: Any) -> None:

@@ -41,7 +41,7 @@ LONG = {
 }
 """Files that hold two concerns for now, with the lines that they may not exceed."""
 ONLY_IN = {
-    "hydra": ("config.compose", "train"),
+    "hydra": ("config.compose", "train", "training.plugins"),
     "omegaconf": ("config.compose", "train", "training.steps"),
     "lightning": ("training", "data", "train"),
     "transformers": ("models", "formats", "data", "inference", "evaluation", "registration", "training", "bench", *VERBS),
