@@ -8,11 +8,11 @@ file is one document, cut at line ends about every million characters.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from qat.data.records import checked_text, read_records
 
 PIECE = 1 << 20  # characters
 BUILTIN = "pydoc_data.topics"
@@ -85,10 +85,8 @@ def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
     elif source.is_file and source.file().suffix.lower() == ".txt":
         yield from _read_txt(source.file())
     else:
-        for where, value in read_records(source):
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: the field {source.field!r} holds {type(value).__name__}, not text")
-            yield value, True
+        for where, record in read_records(source, [source.field]):
+            yield checked_text(record[source.field], f"{where}: the field {source.field!r}"), True
 
 
 def _builtin() -> str:
@@ -107,73 +105,21 @@ def _read_txt(path: Path) -> Iterator[tuple[str, bool]]:
                 yield text[:cut], False
                 text = text[cut:] + following
             yield text, True
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: cannot read {path} as UTF-8 text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{_first_bad_line(path)}: cannot be read as UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise ValueError(f"data: cannot read {path}: {error}") from error
 
 
-def read_records(source: Source) -> Iterator[tuple[str, Any]]:
-    """Yield `(where, value)`: the wanted field of every record, and a name of its place for messages."""
-    if not source.is_file:
-        return _read_hub(source)
-    path = source.file()
-    if path.suffix.lower() == ".txt":
-        raise ValueError(f"data: {path} is plain text, which has no records; give a .jsonl or .parquet file or a hub data set")
-    return _read_jsonl(path, source.field) if path.suffix.lower() == ".jsonl" else _read_parquet(path, source.field)
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _first_bad_line(path: Path) -> int:
+    """The number of the first line that is not UTF-8; the decoder counts bytes within its own block."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-                raise ValueError(f"{where}: not a line of JSON: {error}") from error
-            yield where, _pick(record, field, where)
+        return next((number for number, line in enumerate(file, 1) if not _is_utf8(line)), 1)
 
 
-def _pick(record: Any, field: str, where: str) -> Any:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a record must be an object with the field {field!r}, not {type(record).__name__}")
-    if field not in record:
-        raise ValueError(f"{where}: there is no field {field!r}; its fields are {', '.join(map(repr, record)) or 'none'}")
-    return record[field]
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
+def _is_utf8(line: bytes) -> bool:
     try:
-        file = parquet.ParquetFile(path)
-        _pick(dict.fromkeys(file.schema_arrow.names), field, str(path))
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield f"{path}:row {row}", value
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"data: cannot read {path} as parquet: {error}") from error
-
-
-def _read_hub(source: Source) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    from qat.models.hub import hub_found
-
-    if not hub_found():  # datasets would retry for half a minute
-        raise ValueError(
-            f"data: there is no file {source.name!r}, and the Hugging Face hub cannot be reached for a data set of that name"
-        )
-    datasets.utils.logging.set_verbosity_error()
-    try:
-        stream = datasets.load_dataset(source.name, source.subset, split=source.split, streaming=True)
-        for number, record in enumerate(stream, 1):
-            where = f"{source.name} ({source.split}) record {number}"
-            yield where, _pick(record, source.field, where)
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = " ".join(str(error).split())[:300]
-        message = f"data: cannot read {source.name!r}; there is no such file, and as a hub data set it fails: {cause}"
-        raise ValueError(message) from error
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

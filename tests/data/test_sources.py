@@ -44,13 +44,26 @@ def test_the_text_that_ships_with_python() -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b" \n \n", "has no text"),
-        ("a.txt", b"caf\xe9", "as UTF-8 text"),
+        ("a.txt", b"x\r\ncaf\xe9", "a.txt:2: cannot be read as UTF-8 text"),
         ("a.csv", b"x", "allowed are .txt, .jsonl, .parquet"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": oops}\n', r"a.jsonl:2: not a line of JSON"),
         ("a.jsonl", b'{"body": "x", "id": 3}\n', r"a.jsonl:1: there is no field 'text'; its fields are 'body', 'id'"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: the field 'text' holds int"),
         ("a.jsonl", b"[1]\n", "must be an object"),
         ("a.jsonl", b"", "has no text"),
+        (
+            "a.jsonl",
+            b'{"text": "ok"}\n{"text": "half \\ud83d"}\n',
+            r"a.jsonl:2: the field 'text' holds half of .*d83d at character 6",
+        ),
+        ("a.jsonl", b'{"text": "ok"}\r\n\xff\n', "a.jsonl:2: not a line of JSON: .*utf-8"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:1: .*nested too deeply"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"7" * 5000 + b"}\n", "a.jsonl:1: not a line of JSON"),
+        ("a.jsonl", b'{"text": NaN}\n', "a.jsonl:1: the field 'text' holds float, not text"),
+        ("a.jsonl", b'{"text": null}\n', "a.jsonl:1: the field 'text' holds NoneType, not text"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "a.jsonl:1: not a line of JSON"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00", "allowed are .txt, .jsonl, .parquet"),
+        ("a.parquet", b"", "as parquet"),
         ("a.parquet", b"PAR1 not really", "as parquet"),
     ],
 )
@@ -58,6 +71,30 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: bytes, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         texts(tmp_path / name)
+
+
+def test_damaged_parquet_is_one_line_with_its_file(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file, broken = tmp_path / "a.parquet", 0
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"document {i}" for i in range(50)]}), file)
+    raw = file.read_bytes()
+    for place in range(0, len(raw), 7):
+        file.write_bytes(raw[:place] + bytes([raw[place] ^ 0xFF]) + raw[place + 1 :])
+        try:
+            texts(file)
+        except ValueError as error:
+            broken += 1
+            assert "a.parquet" in str(error) and "\n" not in str(error)
+    assert broken > 20
+
+
+def test_marks_of_byte_order_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two", "n": NaN}\r\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert texts(tmp_path / "a.jsonl") == [("one", True), ("two", True)]
+    assert texts(tmp_path / "a.txt") == [("one\r\ntwo", True)]
 
 
 def test_an_unreachable_hub_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
