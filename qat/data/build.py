@@ -43,7 +43,16 @@ def build_datamodule(
     else:
         arrays, names = _text_parts(data, tokenizer)
     windows = _windows(arrays[0], data, names[0]), _windows(arrays[1], data, names[1])
-    return QATData(data, windows, names, seed=seed, total_batches=total_batches)
+    notes = _text_notes(data, tokenizer) if data.kind == "text" else []
+    return QATData(data, windows, names, seed=seed, total_batches=total_batches, notes=notes)
+
+
+def _text_notes(data: DataConfig, tokenizer: Any) -> list[str]:
+    """What is said of documents that a model cannot tell apart."""
+    source = _source(data)
+    if not tokens.glued(source, tokenizer):
+        return []
+    return [f"the tokenizer has no end-of-sequence token, so nothing stands between the documents of {source.title}"]
 
 
 def _sampled_parts(

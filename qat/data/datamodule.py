@@ -10,6 +10,7 @@ run would go on with other random numbers than the uninterrupted one.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -46,17 +47,24 @@ class QATData(lightning.LightningDataModule):
 
     Batches are dicts of int64 [B, L]: input_ids, labels (equal to them, -100: ignored), for chats attention_mask too.
     `parts` and `names` are training's and validation's. Build it with `build_datamodule`; it is ready at once, without `setup`.
-    `notes` are lines for the user: chats that were cut or dropped.
+    `notes` are lines for the user: what was cut, dropped or not used, each said once.
     """
 
     def __init__(
-        self, data: DataConfig, parts: tuple[Part, Part], names: tuple[str, str], *, seed: int, total_batches: int
+        self,
+        data: DataConfig,
+        parts: tuple[Part, Part],
+        names: tuple[str, str],
+        *,
+        seed: int,
+        total_batches: int,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.data_config, self.seed, self.total_batches = data, seed, total_batches
         self.train, self.valid = parts
         self.name, self.eval_name = names
-        self.notes = [*_notes(self.train, "training"), *_notes(self.valid, "validation")]
+        self.notes = [*notes, *_notes(self.train, "training"), *_notes(self.valid, "validation")]
         self._restored = {"sequences": 0, "step": 0}
 
     @property

@@ -14,18 +14,21 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qat.data.sources import Source, read_documents
+from qat.data.seams import encode_pieces
+from qat.data.sources import BUILTIN, Source, read_documents
 from qat.storage import new_file, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _VERSION = 1
+_TYPES = {name: np.dtype(name) for name in ("<u2", "<u4")}
 _BLOCK = 1 << 24  # bytes read at once for the checksum
 
 
@@ -51,11 +54,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def tokenize(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path, max_tokens: int | None = None) -> np.ndarray:
     """All tokens of a source (the first `max_tokens`) as a read-only array [T], uint16 or uint32, cached."""
-    name = key("text 2", source.fingerprint(), tokenizer_hash(tokenizer), max_tokens)
+    name = key("text 3", source.fingerprint(), tokenizer_hash(tokenizer), max_tokens)
     found = read(folder, name)
     if found is not None:
         return found
-    return write(folder, name, _limited(_encode(source, tokenizer), max_tokens), vocabulary=len(tokenizer))
+    return write(
+        folder, name, _limited(_encode(source, tokenizer), max_tokens), vocabulary=max(tokenizer.get_vocab().values()) + 1
+    )
 
 
 def _limited(blocks: Iterable[list[int]], most: int | None) -> Iterator[list[int]]:
@@ -69,22 +74,31 @@ def _limited(blocks: Iterable[list[int]], most: int | None) -> Iterator[list[int
 
 
 def _encode(source: Source, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    """Token ids, document after document, encoded in batches because the tokenizer uses all cores for a batch.
+    """Token ids, document after document.
 
     A document begins as the tokenizer itself begins a text (with BOS, or with nothing), and EOS stands between documents,
     so that a text of one document has exactly the ids of `tokenizer(text)`: anyone can measure the same perplexity.
     """
-    prefix = _prefix(tokenizer)
+    opening = prefix = _prefix(tokenizer)
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    opening = prefix
-    for batch in _batches(read_documents(source)):
-        encoded = tokenizer(
-            [text for text, _ in batch], add_special_tokens=False, padding=False, truncation=False, verbose=False
-        )["input_ids"]
-        for ids, (_, ends) in zip(encoded, batch, strict=True):
-            if ids:
-                yield [*opening, *ids]
-                opening = [*between, *prefix] if ends else []
+    begun = False
+    for ids, ends in encode_pieces(read_documents(source), partial(_encodings, tokenizer)):
+        if ids:
+            yield ids if begun else [*opening, *ids]
+        begun = begun or bool(ids)
+        if ends and begun:
+            opening, begun = [*between, *prefix], False
+
+
+def _encodings(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Any]:
+    out: Any = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    return out.encodings
+
+
+def glued(source: Source, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether nothing stands between the source's documents: neither EOS nor BOS."""
+    has_documents = source.name != BUILTIN and not (source.is_file and source.file().suffix.lower() == ".txt")
+    return has_documents and tokenizer.eos_token_id is None and not _prefix(tokenizer)
 
 
 def _prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -93,30 +107,22 @@ def _prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
-def _batches(pieces: Iterable[tuple[str, bool]], characters: int = 1 << 22) -> Iterator[list[tuple[str, bool]]]:
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for text, ends in pieces:
-        batch.append((text, ends))
-        size += len(text)
-        if size >= characters or len(batch) >= 4096:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def read(folder: Path, name: str) -> np.ndarray | None:
     """The cached tokens [T], or None where they are absent or damaged."""
     data = folder / f"{name}.bin"
     try:
         facts = json.loads((folder / f"{name}.json").read_text())
-        dtype = np.dtype(facts["dtype"])
-        if data.stat().st_size != facts["tokens"] * dtype.itemsize or _checksum(data) != facts["crc32"]:
+        count, dtype = facts["tokens"], _TYPES[facts["dtype"]]
+        if type(count) is not int or data.stat().st_size != count * dtype.itemsize or _checksum(data) != facts["crc32"]:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+        return _mapped(data, dtype, count)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return np.memmap(data, dtype=dtype, mode="r", shape=(facts["tokens"],))
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """An empty file cannot be mapped."""
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
 
 
 def _checksum(path: Path) -> int:
@@ -129,14 +135,14 @@ def _checksum(path: Path) -> int:
 
 def write(folder: Path, name: str, blocks: Iterable[Any], vocabulary: int) -> np.ndarray:
     """Store blocks of token ids as one file and return it [T]. Raises ValueError where the disk refuses (full, read-only)."""
-    dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+    dtype = _TYPES["<u2" if vocabulary <= 1 << 16 else "<u4"]
     try:
         with new_file(folder / f"{name}.bin") as partial:
             crc, count = _fill(partial, blocks, dtype)
         write_text(folder / f"{name}.json", json.dumps({"tokens": count, "dtype": dtype.str, "crc32": crc}))
     except OSError as error:
         raise ValueError(f"cannot write the token cache in {folder}: {error}; free space there or set data.cache_dir") from error
-    return np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=(count,))
+    return _mapped(folder / f"{name}.bin", dtype, count)
 
 
 def _fill(path: Path, blocks: Iterable[Any], dtype: np.dtype) -> tuple[int, int]:

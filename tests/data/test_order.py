@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -44,3 +48,14 @@ def test_devices_share_a_batch_and_positions_continue() -> None:
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
     rest = StreamBatches(10, 4, seed=3, total_batches=5, start=12)
     assert list(rest) == whole[3:] and len(rest) == 5
+
+
+def test_documents_with_nothing_between_them_are_said(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = Path(str(data.train))
+    file = text.with_suffix(".jsonl")
+    file.write_text("\n".join(json.dumps({"text": line}) for line in text.read_text().splitlines()))
+    assert build_datamodule(replace(data, train=str(file)), tokenizer, total_batches=1).notes == []
+    tokenizer.eos_token = None
+    [note] = build_datamodule(replace(data, train=str(file)), tokenizer, total_batches=1).notes
+    assert note == "the tokenizer has no end-of-sequence token, so nothing stands between the documents of train.jsonl"
+    assert build_datamodule(data, tokenizer, total_batches=1).notes == []  # one document

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,13 +36,19 @@ def test_a_cached_text_is_not_tokenized_again(data: DataConfig, tokenizer: PreTr
         text_tokens(str(data.train), tokenizer, data, None)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "sidecar"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "sidecar", "nested", "kind", "negative"])
 def test_a_damaged_cache_is_made_anew(data: DataConfig, tokenizer: PreTrainedTokenizerFast, damage: str) -> None:
     first = text_tokens(str(data.train), tokenizer, data, None)
     [file] = Path(str(data.cache_dir)).glob("*.bin")
     raw = file.read_bytes()
-    if damage == "sidecar":
-        file.with_suffix(".json").write_text("{")
+    wrong = {
+        "sidecar": "{",
+        "nested": "[" * 100_000,
+        "kind": json.dumps({"tokens": len(raw), "dtype": "|S1", "crc32": zlib.crc32(raw)}),
+        "negative": json.dumps({"tokens": -1, "dtype": "<u2", "crc32": zlib.crc32(raw)}),
+    }
+    if damage in wrong:
+        file.with_suffix(".json").write_text(wrong[damage])
     else:
         file.write_bytes(raw[:-2] if damage == "truncate" else bytes([raw[0] ^ 1]) + raw[1:])
     assert torch.equal(text_tokens(str(data.train), tokenizer, data, None), first)
@@ -58,3 +67,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     assert tokens.write(tmp_path, "name", [[65_536, 7]], vocabulary=65_537).tolist() == [65_536, 7]
+
+
+def test_a_document_that_ends_with_an_empty_piece_ends() -> None:
+    pieces = iter([([1, 2], False), ([], True), ([], True), ([3], True)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "encode_pieces", lambda *_: pieces)
+        patch.setattr(tokens, "_prefix", lambda _: [])
+        found = list(tokens._encode(Source("pydoc_data.topics"), SimpleNamespace(eos_token_id=9)))  # type: ignore[arg-type]
+    assert found == [[1, 2], [9, 3]]
