@@ -43,7 +43,7 @@ LONG = {
 ONLY_IN = {
     "hydra": ("config.compose", "train", "training.plugins"),
     "omegaconf": ("config.compose", "train", "training.steps"),
-    "lightning": ("training", "data", "train"),
+    "lightning": ("training", "data"),
     "transformers": ("models", "formats", "data", "inference", "evaluation", "registration", "training", "bench", *VERBS),
     "gguf": ("models", "formats", "evaluation"),
     "safetensors": ("models", "formats"),

@@ -29,8 +29,9 @@ from qat.config import (
     TrainConfig,
     TrainerConfig,
 )
+from qat.config.compose.saved import load_config
 from qat.reporting.result import print_table, recovered
-from qat.train import load_config, main, run
+from qat.train import main, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = TrainerConfig(max_steps=12, accelerator="cpu", progress=False, log_every_n_steps=1, threads=1)
