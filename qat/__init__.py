@@ -16,7 +16,7 @@ _HOME = {
     "TrainConfig": "qat.config",
     "BitLinear": "qat.nn.bitlinear",
     "PackedBitLinear": "qat.nn.packed",
-    "Conversion": "qat.conversion.walker",
+    "Conversion": "qat.conversion.record",
     "convert": "qat.conversion.walker",
     "pack": "qat.conversion.walker",
     "unpack": "qat.conversion.walker",

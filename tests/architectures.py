@@ -19,7 +19,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 import qat
-from qat.conversion.walker import bitlinears, set_lambda
+from qat.conversion.layers import bitlinears, set_lambda
 from qat.formats import FORMATS, get_format
 from qat.formats.bitnet import writing as hf
 from qat.formats.packed import folder as packed

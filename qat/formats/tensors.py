@@ -8,23 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.nn.bitlinear import BitLinear
-from qat.nn.packed import PackedBitLinear
-
-
-def full_precision_bf16(model: nn.Module) -> int:
-    """Bytes of the model in bfloat16, tied parameters once; packed layers count as the linear layers they were."""
-    return 2 * parameter_count(model)
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedBitLinear]:
-    """name -> layer of every PackedBitLinear, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedBitLinear)}
-
-
-def quantized_layers(model: nn.Module) -> dict[str, BitLinear | PackedBitLinear]:
-    """name -> layer of every quantized layer, packed or not, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BitLinear | PackedBitLinear)}
+from qat.conversion.layers import full_precision_bf16 as full_precision_bf16
+from qat.conversion.layers import packed_layers as packed_layers
+from qat.conversion.layers import parameter_count as parameter_count
+from qat.conversion.layers import quantized_layers as quantized_layers
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -54,17 +41,6 @@ def _own(tensor: Tensor) -> Tensor:
 def byte_count(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of all tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters of the full-precision model, tied ones once."""
-    packed = sum(
-        layer.in_features * layer.out_features
-        + (0 if layer.bias is None else layer.out_features)
-        - (0 if layer.rms_norm is None else layer.in_features)  # which the full-precision model has not
-        for layer in packed_layers(model).values()
-    )
-    return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

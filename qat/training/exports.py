@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.config import TrainConfig
-from qat.conversion.walker import Conversion
+from qat.conversion.record import Conversion
 from qat.formats.bitnet import writing as hf
 from qat.formats.packed import folder as packed
 from qat.formats.tensors import packed_layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.config import DistillConfig, OptimConfig
-from qat.conversion.walker import bitlinears
+from qat.conversion.layers import bitlinears
 from qat.losses import logits as distill
 from qat.training import schedule
 

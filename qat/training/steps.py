@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
-from qat.conversion.walker import Conversion
+from qat.conversion.record import Conversion
 from qat.data import QATData
 from qat.models import hub as models
 from qat.reporting import estimate

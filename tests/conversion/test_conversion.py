@@ -15,7 +15,7 @@ from torch import nn
 
 import qat
 from qat import BitLinear, Conversion, PackedBitLinear, QuantConfig
-from qat.conversion.walker import bitlinears, set_lambda
+from qat.conversion.layers import bitlinears, set_lambda
 
 transformers_conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
 TOKENS = torch.arange(6).reshape(2, 3)

@@ -10,7 +10,7 @@ from tiny import Block, Model, assert_untouched
 from torch import nn
 
 import qat
-from qat.conversion.walker import bitlinears
+from qat.conversion.layers import bitlinears
 
 BLOCKS = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("up", "down")]
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen2C
 from transformers.integrations.bitnet import pack_weights
 
 import qat
-from qat.conversion.walker import bitlinears
+from qat.conversion.layers import bitlinears
 from qat.formats.bitnet import reading as bitnet
 from qat.formats.bitnet import writing as hf
 from qat.formats.tensors import packed_layers

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
 from qat.config import ModelConfig
-from qat.conversion.walker import Conversion
+from qat.conversion.record import Conversion
 from qat.formats.bitnet import reading as bitnet
 from qat.formats.bitnet import writing as hf
 from qat.formats.contents import read

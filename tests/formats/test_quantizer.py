@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import qat
-from qat.conversion.walker import bitlinears
+from qat.conversion.layers import bitlinears
 from qat.formats.packed import folder as packed
 from qat.formats.packed.manifest import parse
 from qat.formats.tensors import packed_layers

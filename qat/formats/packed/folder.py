@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as serialize
 from torch import nn
 
-from qat.conversion.walker import Conversion
+from qat.conversion.record import Conversion
 from qat.formats.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_depth, refuse_report
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.stored import (

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from qat.config import QuantConfig
-from qat.conversion.walker import Conversion
+from qat.conversion.record import Conversion
 from qat.formats.tensors import packed_layers
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear

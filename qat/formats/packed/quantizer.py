@@ -20,7 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qat.conversion.walker import LISTENERS, unpack
+from qat.conversion.walker import listen, unpack
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.stored import check_checksums, file_metadata, file_names, read_shapes
 from qat.formats.tensors import packed_layers
@@ -92,6 +92,7 @@ class QatQuantizer(HfQuantizer):
         return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # saving makes a string of config.dtype
 
 
+@listen
 def follow(model: Any, done: str) -> None:
     """Make transformers see a model that was packed in memory as one that it loaded, so that `save_pretrained` is right."""
     from transformers import modeling_utils  # it imports the quantizers, which import us
@@ -108,9 +109,6 @@ def follow(model: Any, done: str) -> None:
             model.config.__dict__.pop("quantization_config", None)
     elif isinstance(getattr(model, "hf_quantizer", None), QatQuantizer):
         model.hf_quantizer.remove_quantization_config(model)
-
-
-LISTENERS.append(follow)
 
 
 def _was_loaded(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from qat.conversion.walker import set_lambda
+from qat.conversion.layers import set_lambda
 from qat.training.schedule import lambda_at
 
 

@@ -1,0 +1,47 @@
+"""Which modules of a model are what: its quantized layers, each once, and counts over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from qat.nn.bitlinear import BitLinear
+from qat.nn.packed import PackedBitLinear
+
+
+def bitlinears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """(name, layer) of every BitLinear, each once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BitLinear))
+
+
+def set_lambda(model: nn.Module, value: float) -> None:
+    """Blend quantization in everywhere: 0 is full precision, 1 is fully quantized."""
+    for _, layer in bitlinears(model):
+        layer.set_lambda(value)
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedBitLinear]:
+    """name -> layer of every PackedBitLinear, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedBitLinear)}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, BitLinear | PackedBitLinear]:
+    """name -> layer of every quantized layer, packed or not, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BitLinear | PackedBitLinear)}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of the full-precision model, tied ones once."""
+    packed = sum(
+        layer.in_features * layer.out_features
+        + (0 if layer.bias is None else layer.out_features)
+        - (0 if layer.rms_norm is None else layer.in_features)  # which the full-precision model has not
+        for layer in packed_layers(model).values()
+    )
+    return packed + sum(parameter.numel() for parameter in model.parameters())
+
+
+def full_precision_bf16(model: nn.Module) -> int:
+    """Bytes of the model in bfloat16, tied parameters once; packed layers count as the linear layers they were."""
+    return 2 * parameter_count(model)
