@@ -1,4 +1,4 @@
-// Which paths this machine has.
+// Which paths this machine has, and which one is in use.
 #include "kernels.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -16,6 +16,8 @@ const Isa* const kPaths[] = {&portable, &neon};
 #else
 const Isa* const kPaths[] = {&portable};
 #endif
+
+const Isa* taken = nullptr;
 
 }  // namespace
 
@@ -36,5 +38,12 @@ int best_isa() {
 #endif
   return 0;
 }
+
+const Isa& isa() {
+  if (!taken) taken = &isa_at(best_isa());
+  return *taken;
+}
+
+void take_isa(int index) { taken = &isa_at(index); }
 
 }  // namespace qat

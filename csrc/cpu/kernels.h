@@ -61,7 +61,7 @@ struct Isa {
   void (*ternary)(const float* w, int64_t n, float scale, int8_t* t);
   void (*binary)(const float* w, int64_t n, float threshold, int8_t* t);
   void (*dequantize)(const int8_t* codes, int64_t n, float scale, float* out);
-  // What lies between the linears of a decoder, for one token (cpu_decode in ops.cpp): y = x / rms(x) * weight;
+  // What lies between the linears of a decoder, for one token (decode.h): y = x / rms(x) * weight;
   // y = silu(y) * up; rotary embedding in halves over a head's first n elements, x cos + (-x2, x1) sin; and one head's
   // softmax(q K^T * scale) V over `length` positions, with `weights` [length] as scratch.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
@@ -95,6 +95,9 @@ extern const Isa neon;
 // The paths, slowest first, and the index of the last one that this machine has.
 const Isa& isa_at(int index);
 int best_isa();
+// The path in use: the best one, until another is taken.
+const Isa& isa();
+void take_isa(int index);
 
 // A fused linear. The caller runs quantize_tokens over all tokens, then multiply over all items.
 struct Linear {
@@ -125,6 +128,8 @@ struct Linear {
 void measure_tokens(const Linear& p, int64_t begin, int64_t end);  // max|x| of each token into divisor
 void quantize_tokens(const Linear& p, int64_t begin, int64_t end);
 void multiply(const Linear& p, int64_t begin, int64_t end);
+struct Threads;  // threads.h
+void multiply(const Linear& p, const Threads& threads);  // all items, shared among them
 
 // Tiles of the panels [begin, end) from rows of codes: `2bit` or `base3` bytes, or int8 t.
 enum class Source { bits, base3, codes };

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace qat {
 namespace {
@@ -141,6 +142,11 @@ void multiply(const Linear& p, int64_t begin, int64_t end) {
     }
     multiply_panel(p, panel, tiles, p.base3 && direct, first, last);
   }
+}
+
+void multiply(const Linear& p, const Threads& threads) {
+  const int64_t tokens = p.m < p.chunk_tokens() ? p.m : p.chunk_tokens();
+  share(threads, p.items(), grain(tokens * p.k * kPanel / 16), [&](int64_t begin, int64_t end) { multiply(p, begin, end); });
 }
 
 }  // namespace qat

@@ -1,4 +1,4 @@
-"""The CPU kernels' library: csrc/cpu and csrc/ops.cpp, compiled by g++ and ninja at the first use.
+"""The CPU kernels' library: csrc/cpu and csrc/ops_cpu*, compiled by g++ and ninja at the first use.
 
 One library holds all instruction sets; qat/ops/cpu.py picks at run time.
 """
@@ -15,7 +15,18 @@ from pathlib import Path
 
 import torch
 
-from qat.ops.build.store import BuildError, build_root, content_key, digest, failure, is_done, locked, source_folder, version_line
+from qat.ops.build.store import (
+    BuildError,
+    build_root,
+    content_key,
+    digest,
+    failure,
+    is_done,
+    locked,
+    matching,
+    source_folder,
+    version_line,
+)
 
 _NAME = "qat_kernels"
 _FLAGS = ["-O3", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -33,8 +44,7 @@ def _flags() -> list[str]:
 
 def sources() -> list[Path]:
     """What is compiled, headers included."""
-    folder = source_folder()
-    return [folder / "ops.cpp", *sorted(folder.glob("cpu/*.cpp")), *sorted(folder.glob("cpu/*.h"))]
+    return matching(source_folder(), "ops_cpu*.cpp", "ops_cpu*.h", "cpu/*.cpp", "cpu/*.h")
 
 
 def compiler() -> tuple[str, str] | None:
@@ -117,7 +127,7 @@ def build_sanitized() -> dict[str, str]:
     names = [[found[0], f"-print-file-name=lib{name}.so"] for name in ("asan", "ubsan")]
     runtime = [subprocess.run(name, capture_output=True, text=True, check=True).stdout.strip() for name in names]
     environment = {"LD_PRELOAD": ":".join(runtime), "ASAN_OPTIONS": "detect_leaks=0", "QAT_SANITIZE": "1"}
-    code = "from qat.ops import build_cpu; build_cpu.load()"
+    code = f"from {__name__} import load; load()"
     if subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=False).returncode:
         raise BuildError("the sanitized build failed")
     return environment

@@ -1,4 +1,4 @@
-"""The CUDA kernels' library: csrc/cuda and csrc/ops_cuda.cpp, compiled by nvcc alone.
+"""The CUDA kernels' library: csrc/cuda and csrc/ops_cuda*, compiled by nvcc alone.
 
 It is a library of its own, so that who has no GPU never waits for nvcc. Nothing asks for a GPU or for a torch with CUDA:
 cudart is linked statically, and torch's current stream, the one symbol that only such a torch has, is a weak one. So the
@@ -21,7 +21,18 @@ from pathlib import Path
 
 import torch
 
-from qat.ops.build.store import BuildError, build_root, content_key, digest, failure, is_done, locked, source_folder, version_line
+from qat.ops.build.store import (
+    BuildError,
+    build_root,
+    content_key,
+    digest,
+    failure,
+    is_done,
+    locked,
+    matching,
+    source_folder,
+    version_line,
+)
 
 ARCHS = ["80", "90a"]
 """What is built where no GPU is visible: Ampere (it serves all of 8.x) and Hopper with its own matrix instructions."""
@@ -83,9 +94,7 @@ def archs_of(library: Path) -> list[str]:
 
 def sources() -> list[Path]:
     """What is compiled, headers included."""
-    folder = source_folder()
-    files = [*sorted(folder.glob("cuda/*.cu")), *sorted(folder.glob("cuda/*.h"))]
-    return [folder / "ops_cuda.cpp", *(file for file in files if file.name != "emulation.h")]  # which only tests include
+    return matching(source_folder(), "ops_cuda*.cpp", "ops_cuda*.h", "cuda/*.cu", "cuda/*.h")
 
 
 def _torch_folder() -> Path:

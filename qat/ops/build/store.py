@@ -33,6 +33,11 @@ def source_folder() -> Path:
     raise BuildError(f"the folder csrc is missing beside {package}; the installation is incomplete")
 
 
+def matching(folder: Path, *patterns: str) -> list[Path]:
+    """The files of csrc that patterns name, in a fixed order. csrc/emulation is for tests: no build names it."""
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+
+
 def build_root() -> Path:
     """Where built libraries are kept."""
     return Path(os.environ.get("QAT_BUILD_DIR") or Path.home() / ".cache" / "qat" / "build")

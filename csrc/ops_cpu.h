@@ -1,0 +1,91 @@
+// What the CPU ops share: torch's tensors and threads, through its stable ABI (torch 2.11 and later), for kernels that know
+// neither. Only the files ops_*.{cpp,h} know torch.
+//
+// Legend: M tokens, N out_features, K in_features, G groups along K (see cpu/kernels.h for tiles and words).
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+
+namespace qat::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxWidth = 1 << 18;  // sums stay far from the ends of int32
+
+inline Threads torch_threads() {
+  return {torch::stable::get_num_threads(), [](int64_t parts, void (*work)(const void*, int64_t), const void* self) {
+            torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) work(self, i);
+            });
+          }};
+}
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
+  }
+}
+
+// The C function, because torch::stable::empty goes through the dispatcher, which one token's arithmetic would notice.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = step;
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline const float* floats(const Tensor& x, int64_t n, const char* what) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == n,
+                  what, " must be contiguous float32 of ", n, " elements");
+  return static_cast<const float*>(x.const_data_ptr());
+}
+
+inline void check_width(int64_t k, int64_t groups) {
+  STD_TORCH_CHECK(k >= 0 && k <= kMaxWidth && groups >= 1 && k % groups == 0, "unsupported K = ", k, " in ", groups, " groups");
+}
+
+inline int64_t tile_words(int64_t n, const Segments& s, bool base3) {
+  return (n + kPanel - 1) / kPanel * s.count * s.words(base3);
+}
+
+// A linear's weights, checked; tokens, output and scratch are not set yet. `bias` may be null.
+inline Linear with_weights(const Tensor& tiles, const Tensor& scale, const Tensor* bias, int64_t n, int64_t k, int64_t groups,
+                           bool base3, double eps) {
+  check_width(k, groups);
+  STD_TORCH_CHECK(!base3 || isa().dot_base3, "tiles in base3 need another path than ", isa().name);
+  Linear p = {};
+  p.isa = &isa();
+  p.n = n;
+  p.k = k;
+  p.segments = Segments::of(k, groups, base3);
+  p.base3 = base3;
+  STD_TORCH_CHECK(
+      tiles.scalar_type() == ScalarType::Int && tiles.is_contiguous() && tiles.numel() == tile_words(n, p.segments, base3),
+      "tiles do not fit [", n, ", ", k, "]");
+  p.tiles = static_cast<const uint32_t*>(tiles.const_data_ptr());
+  const int64_t scales = groups > 1 ? p.panels() * groups * kPanel : scale.numel() == 1 ? 1 : n;
+  p.scale = floats(scale, scales, "scale");
+  p.scale_per_row = scales != 1;
+  p.bias = bias ? floats(*bias, n, "bias") : nullptr;
+  p.eps = static_cast<float>(eps);
+  p.absmax = -1.0f;
+  return p;
+}
+
+}  // namespace qat::binding
