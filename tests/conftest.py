@@ -36,11 +36,11 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def emulated_kernels() -> ctypes.CDLL:
     """The CUDA kernels, compiled for the CPU."""
-    from emulator import COMPILER, compiled_kernels
+    from emulator import COMPILER, load_kernels
 
     if COMPILER is None:
         pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-    return ctypes.CDLL(str(compiled_kernels()))
+    return load_kernels()
 
 
 @pytest.fixture

@@ -26,9 +26,43 @@ void broken(const Broken p) {
   if (p.kind == 3) copy_async(shared_memory(), shared_memory() + 8, true);
 }
 
+// A struct's line for tests/mirrors.py: its name and size, then each field's name, offset and size. Structured bindings do not
+// compile unless they name every field.
+std::string line(const std::string& name, std::size_t size, std::string names, const void* start,
+                 std::initializer_list<std::pair<const void*, std::size_t>> fields) {
+  std::string text = name + " " + std::to_string(size);
+  std::erase(names, ' ');
+  for (const auto& [address, bytes] : fields) {
+    const auto offset = static_cast<const char*>(address) - static_cast<const char*>(start);
+    text += " " + names.substr(0, names.find(',')) + ":" + std::to_string(offset) + ":" + std::to_string(bytes);
+    names.erase(0, names.find(',') + 1);
+  }
+  return text + "\n";
+}
+template <class S, class... Fields>
+std::string line_of(const char* name, const char* names, const S& whole, const Fields&... fields) {
+  return line(name, sizeof(S), names, &whole, {{&fields, sizeof(fields)}...});
+}
+#define LAYOUT(STRUCT, ...)                                       \
+  [] {                                                            \
+    const STRUCT whole = {};                                      \
+    const auto& [__VA_ARGS__] = whole;                            \
+    return line_of(#STRUCT, #__VA_ARGS__, whole, __VA_ARGS__);    \
+  }()
+
 }  // namespace
 
 extern "C" {
+
+const char* emulation_layouts() {
+  static const std::string text =
+      LAYOUT(QuantizeActivation, x, dtype, m, k, per_tensor, eps, norm_weight, norm_eps, codes, divisor, scale, workspace) +
+      LAYOUT(QuantizeWeight, w, dtype, n, k, groups, granularity, reduce, binary, scale_dtype, eps, t, packed, scale, workspace) +
+      LAYOUT(Output, y, dtype, scale, scale_stride, bias) +
+      LAYOUT(Linear, codes, divisor, t, m, n, k, groups, out, raw) +
+      LAYOUT(PackedLinear, x, per_tensor, eps, packed, m, n, k, groups, out, codes, divisor, workspace, overlap);
+  return text.c_str();
+}
 
 int run_broken(int64_t kind) { return launch(broken, {2}, 64, 16, nullptr, Broken{static_cast<int>(kind)}); }
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/cuda compiled for csrc/cuda/emulation.h, and its launchers as functions of tensors.
+"""The CUDA kernels on the CPU: csrc/cuda compiled for csrc/emulation, and its launchers as functions of tensors.
 
 Nothing here needs a GPU or nvcc. `Emulator` holds guarded memory and the switches: the order of threads, and a barrier to skip.
 """
@@ -11,18 +11,19 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import Structure, c_bool, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from kernel_checks import DTYPES, EPS, tokens
+from mirrors import MIRRORS, Linear, Output, PackedLinear, QuantizeActivation, QuantizeWeight, check
 from torch import Tensor
 
 import qat
 from qat.ops import reference
-from qat.ops.build.store import build_root, digest
+from qat.ops.build.store import build_root, digest, matching
 from qat.quantizers import packing
 from qat.quantizers import weights as quantizers
 
@@ -44,83 +45,14 @@ REDUCES = ["absmean", "absmax"]
 TILES = ["small", "medium", "large", "hopper"]
 
 
-class QuantizeActivation(Structure):
-    _fields_ = [
-        ("x", c_void_p),
-        ("dtype", c_int),
-        ("m", c_int64),
-        ("k", c_int64),
-        ("per_tensor", c_bool),
-        ("eps", c_float),
-        ("norm_weight", c_void_p),
-        ("norm_eps", c_float),
-        ("codes", c_void_p),
-        ("divisor", c_void_p),
-        ("scale", c_void_p),
-        ("workspace", c_void_p),
-    ]
-
-
-class QuantizeWeight(Structure):
-    _fields_ = [
-        ("w", c_void_p),
-        ("dtype", c_int),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("groups", c_int64),
-        ("granularity", c_int),
-        ("reduce", c_int),
-        ("binary", c_bool),
-        ("scale_dtype", c_int),
-        ("eps", c_float),
-        ("t", c_void_p),
-        ("packed", c_void_p),
-        ("scale", c_void_p),
-        ("workspace", c_void_p),
-    ]
-
-
-class Output(Structure):
-    _fields_ = [("y", c_void_p), ("dtype", c_int), ("scale", c_void_p), ("scale_stride", c_int64), ("bias", c_void_p)]
-
-
-class Linear(Structure):
-    _fields_ = [
-        ("codes", c_void_p),
-        ("divisor", c_void_p),
-        ("t", c_void_p),
-        ("m", c_int64),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("groups", c_int64),
-        ("out", Output),
-        ("raw", c_bool),
-    ]
-
-
-class PackedLinear(Structure):
-    _fields_ = [
-        ("x", c_void_p),
-        ("per_tensor", c_bool),
-        ("eps", c_float),
-        ("packed", c_void_p),
-        ("m", c_int64),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("groups", c_int64),
-        ("out", Output),
-        ("codes", c_void_p),
-        ("divisor", c_void_p),
-        ("workspace", c_void_p),
-        ("overlap", c_bool),
-    ]
+def csrc(*patterns: str) -> list[Path]:
+    return matching(ROOT / "csrc", *patterns)
 
 
 def compiled_kernels() -> Path:
     """The emulated kernels as a shared library, built once for this content."""
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "tests" / "emulation.cpp"]
-    headers = sorted((ROOT / "csrc" / "cuda").glob("*.h"))
-    key = digest(" ".join(FLAGS), *(file.read_bytes() for file in [*sources, *headers]))
+    sources = [*csrc("cuda/*.cu"), ROOT / "tests" / "emulation.cpp"]
+    key = digest(" ".join(FLAGS), *(file.read_bytes() for file in [*sources, *csrc("cuda/*.h", "emulation/*.h")]))
     folder = build_root() / f"emulation-{key}"
     library = folder / "emulation.so"
     if library.exists():
@@ -142,18 +74,26 @@ def compiled_kernels() -> Path:
     return library
 
 
+def load_kernels() -> ctypes.CDLL:
+    """The emulated kernels, loaded; their structs are the mirrors'."""
+    library = ctypes.CDLL(str(compiled_kernels()))
+    check(library, MIRRORS)
+    return library
+
+
 def compiled_ops() -> Path:
-    """csrc/ops_cuda.cpp for the emulation, linked with the emulated kernels; kept beside them."""
-    kernels, source, torch_folder = compiled_kernels(), ROOT / "csrc" / "ops_cuda.cpp", Path(torch.__file__).parent
-    key = digest(source.read_bytes(), (ROOT / "csrc" / "cuda" / "kernels.h").read_bytes(), torch.__version__)
+    """csrc/ops_cuda* for the emulation, linked with the emulated kernels; kept beside them."""
+    kernels, sources, torch_folder = compiled_kernels(), csrc("ops_cuda*.cpp"), Path(torch.__file__).parent
+    headers = csrc("ops_cuda*.h", "cuda/kernels.h", "emulation/stream.h")
+    key = digest(torch.__version__, *(file.read_bytes() for file in [*sources, *headers]))
     library = kernels.parent / f"ops-{key}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
-        command = [str(COMPILER), *FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000", "-shared", "-o", str(made), str(source)]
-        command += ["-isystem", str(torch_folder / "include"), "-x", "none", str(kernels)]
+        command = [str(COMPILER), *FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000", "-shared", "-o", str(made)]
+        command += [*map(str, sources), "-isystem", str(torch_folder / "include"), "-x", "none", str(kernels)]
         command += [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu", "-Wl,-z,defs"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"ops_cuda.cpp does not compile for the emulation:\n{done.stderr[:3000]}"
+        assert done.returncode == 0, f"ops_cuda* do not compile for the emulation:\n{done.stderr[:3000]}"
         made.rename(library)
     return library
 

@@ -8,7 +8,7 @@
 #include "kernels.h"
 
 #if defined(QAT_EMULATE)
-#include "emulation.h"
+#include "../emulation/machine.h"
 #else
 #include <cuda_runtime.h>
 #endif
@@ -25,19 +25,13 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
+}  // namespace qat::cuda
+
 #if defined(QAT_EMULATE)
-
-inline int compute_capability() { return 90; }
-
-inline unsigned char* shared_memory() { return static_cast<unsigned char*>(emulation::machine.shared->get()); }
-
-template <class P>
-int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t, const P& parameters,
-           bool = false) {
-  return emulation::launch(kernel, grid, threads, shared_bytes, parameters);
-}
-
+#include "../emulation/platform.h"
 #else
+
+namespace qat::cuda {
 
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char qat_shared[];
@@ -75,6 +69,6 @@ int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_by
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
-#endif
-
 }  // namespace qat::cuda
+
+#endif

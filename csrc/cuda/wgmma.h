@@ -1,11 +1,8 @@
-// The Hopper tensor cores' asynchronous products (sm_90a), by a warpgroup of 128 threads; plain C++ in the emulation.
+// The Hopper tensor cores' asynchronous products (sm_90a), by a warpgroup of 128 threads.
 //
 // product_s8: acc [64, 128] += a [64, 32] . b [128, 32]^T. `a` is in registers, each warp's 16 rows as in mma_s8. `b` is in
 // shared memory, rows of 128 bytes whose 16-byte chunk c lies at c ^ (row % 8) (the 128-byte swizzle), in blocks of 8 rows
 // that are 1024-byte aligned; `b` points at the 32 bytes of row 0 that count. acc[j][0..3] are as in mma_s8, for columns 8 j.
-//
-// In the emulation a product takes place at the wait for its group, with what shared memory holds then, and its results are
-// not there before. The order of the two memory proxies (fence_copies) is not emulated.
 #pragma once
 #include "ptx.h"
 
@@ -18,59 +15,13 @@ namespace qat::cuda {
 constexpr int kWarpgroup = 128;
 constexpr int kSwizzleRow = 128;
 
+}  // namespace qat::cuda
+
 #if defined(QAT_EMULATE)
-
-inline void fence_copies() {}
-inline void fence_products() {}
-
-inline void product_s8(int32_t (&acc)[16][4], const uint32_t (&a)[4], const unsigned char* b QAT_AT) {
-  using namespace emulation;
-  const auto offset = static_cast<std::size_t>(b - shared_memory());
-  if (offset % 1024 >= kSwizzleRow || offset % 32) fail("a misplaced operand of a product", at);
-  machine.fibers[machine.current].products.push_back({acc, {a[0], a[1], a[2], a[3]}, offset});
-}
-
-inline void commit_products() {
-  auto& fiber = emulation::machine.fibers[emulation::machine.current];
-  fiber.product_groups.push_back(std::move(fiber.products));
-  fiber.products.clear();
-}
-
-// All of a warpgroup's threads at one product.
-inline void multiply_now(emulation::Product** parts) {
-  int8_t a_64x32[64][32], b_128x32[128][32];
-  for (int thread = 0; thread < kWarpgroup; ++thread) {
-    const int row = thread / kWarp * 16 + thread % kWarp / 4, q = thread % 4;
-    for (int i = 0; i < 4; ++i) std::memcpy(&a_64x32[row + i % 2 * 8][i / 2 * 16 + q * 4], &parts[thread]->a[i], 4);
-  }
-  for (std::size_t row = 0; row < 128; ++row)
-    for (std::size_t i = 0; i < 32; ++i) {
-      std::size_t at = parts[0]->b + row * kSwizzleRow + i;
-      at ^= (at >> 7 & 7) << 4;
-      b_128x32[row][i] = static_cast<int8_t>(shared_memory()[at]);
-    }
-  for (int thread = 0; thread < kWarpgroup; ++thread)
-    for (int j = 0; j < 16; ++j)
-      for (int e = 0; e < 4; ++e) {
-        const int row = thread / kWarp * 16 + thread % kWarp / 4 + e / 2 * 8, column = j * 8 + thread % 4 * 2 + e % 2;
-        int32_t sum = 0;
-        for (int k = 0; k < 32; ++k) sum += a_64x32[row][k] * b_128x32[column][k];
-        parts[thread]->acc[j][e] += sum;
-      }
-}
-
-template <int PENDING>
-void wait_products(QAT_AT_ONLY) {
-  using namespace emulation;
-  if (!in_force(at)) return;
-  auto& groups = machine.fibers[machine.current].product_groups;
-  while (groups.size() > PENDING) {
-    for (Product& product : groups.front()) meet<kWarpgroup>(product, multiply_now, at);
-    groups.erase(groups.begin());
-  }
-}
-
+#include "../emulation/wgmma.h"
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+namespace qat::cuda {
 
 // What copy_async wrote, and was waited for, becomes visible to the products; call it before the barrier.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -109,6 +60,6 @@ __device__ __forceinline__ void product_s8(int32_t (&acc)[16][4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(describe(b)));
 }
 
-#endif
-
 }  // namespace qat::cuda
+
+#endif

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,10 @@ import torch
 import qat
 from qat import ops
 from qat.ops import cuda
+from qat.ops.build import cpu as build_cpu
 from qat.ops.build import cuda as build_cuda
 from qat.ops.build import ptxas as resources
-from qat.ops.build.store import BuildError, is_done
+from qat.ops.build.store import BuildError, content_key, is_done
 from qat.ops.choice import choose
 
 ROOT = Path(qat.__file__).resolve().parent.parent
@@ -108,6 +111,52 @@ def test_a_build_is_found_again_and_made_anew_when_anything_changes(nvcc):
     nvcc.tool.unlink()
     if build_cuda.compiler() is None:  # without nvcc, whatever was built from these sources serves
         assert build_cuda.build(["80"]) in others
+
+
+@pytest.fixture
+def csrc(tmp_path, monkeypatch):
+    """A copy of the sources that a test may change."""
+    folder = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for module in (build_cpu, build_cuda):
+        monkeypatch.setattr(module, "source_folder", lambda: folder)
+    return folder
+
+
+def keys() -> tuple[str, str]:
+    return content_key(build_cpu.sources(), []), content_key(build_cuda.sources(), [])
+
+
+def test_what_exists_for_tests_alone_makes_nobody_recompile(csrc):
+    before, emulation = keys(), sorted((csrc / "emulation").iterdir())
+    assert len(emulation) >= 5
+    for file in emulation:
+        file.write_text(file.read_text() + "// a comment\n")
+    assert keys() == before
+
+
+def test_each_source_is_in_the_key_of_its_library(csrc):
+    files = {file for file in csrc.rglob("*") if file.is_file() and file.parent.name != "emulation"}
+    cpu_files, cuda_files = set(build_cpu.sources()), set(build_cuda.sources())
+    assert cpu_files | cuda_files == files and not cpu_files & cuda_files
+    for file in files:
+        before = keys()
+        file.write_text(file.read_text() + "// a comment\n")
+        changed = [new != old for new, old in zip(keys(), before, strict=True)]
+        assert changed == [file in cpu_files, file in cuda_files], file
+
+
+def test_only_the_bindings_know_torch(csrc):
+    knowing = {file.name for file in csrc.rglob("*") if file.is_file() and "torch/" in file.read_text()}
+    assert knowing == {"ops_cpu.h", "ops_cuda.h"}
+
+
+def test_enumerators_are_those_of_the_kernels():
+    header = (ROOT / "csrc" / "cuda" / "kernels.h").read_text()
+    enums = {name: names.split(", ") for name, names in re.findall(r"enum class (\w+) : int32_t \{ (.*?) \}", header)}
+    assert list(cuda._GRANULARITIES) == enums["Granularity"] and [*cuda._REDUCTIONS, "given"] == enums["Reduce"]
+    assert list(cuda._GRANULARITIES.values()) == [0, 1, 2] and [*cuda._REDUCTIONS.values(), cuda._GIVEN] == [0, 1, 2]
+    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+    assert [short[name] for name in cuda._SCALE_DTYPES] == enums["Dtype"] and list(cuda._SCALE_DTYPES.values()) == [0, 1, 2]
 
 
 def test_a_build_that_was_killed_is_made_again(nvcc):

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU by csrc/cuda/emulation.h, give the reference's integers, and its floats to the bit.
+"""The CUDA kernels, run on the CPU by csrc/emulation, give the reference's integers, and its floats to the bit.
 
 Nothing here needs a GPU or nvcc. Threads run in three extreme orders, and memory is guarded; test_cuda_barriers.py shows that
 the emulation would notice a missing barrier.

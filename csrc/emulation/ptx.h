@@ -1,0 +1,153 @@
+// cuda/ptx.h in plain C++: what each instruction does, told to the machine where threads must meet or wait.
+#pragma once
+#include <cmath>
+
+#include "machine.h"
+
+#define QAT_AT , const std::source_location at = std::source_location::current()
+#define QAT_AT_ONLY const std::source_location at = std::source_location::current()
+
+namespace qat::cuda {
+
+// ---- arithmetic: one rounding each, never contracted to a fused multiply-add
+
+inline float mul(float a, float b) { return a * b; }
+inline float add(float a, float b) { return a + b; }
+inline float divide(float a, float b) { return a / b; }
+inline float reciprocal(float a) { return 1.0f / a; }
+inline float square_root(float a) { return std::sqrt(a); }
+inline float max_nan(float a, float b) { return a != a || b != b ? std::bit_cast<float>(0x7fffffffu) : a > b ? a : b; }
+inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> 4 * i & 15;
+    uint32_t byte = bytes >> 8 * (nibble & 7) & 255;
+    if (nibble & 8) byte = byte & 128 ? 255 : 0;  // the sign, replicated
+    out |= byte << 8 * i;
+  }
+  return out;
+}
+
+// ---- memory
+
+inline uint4 load_streaming(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("a misaligned load", std::source_location::current());
+  uint4 out;
+  std::memcpy(&out, from, 16);
+  return out;
+}
+inline uint4 load_fresh(const void* from) { return load_streaming(from); }
+inline float load_fresh_float(const float* from) { return *from; }
+// The bytes come at wait_copies; until then they are poison, for those who still read what was there before, too.
+inline void copy_async(void* shared, const void* global, bool valid QAT_AT) {
+  using namespace emulation;
+  if ((reinterpret_cast<uintptr_t>(shared) | (valid ? reinterpret_cast<uintptr_t>(global) : 0)) % 16)
+    fail("a misaligned copy", at);
+  std::memset(shared, kPoison, 16);
+  machine.fibers[machine.current].issued.push_back({shared, global, 16, valid ? 16u : 0u});
+}
+inline void commit_copies() {
+  auto& fiber = emulation::machine.fibers[emulation::machine.current];
+  fiber.groups.push_back(std::move(fiber.issued));
+  fiber.issued.clear();
+}
+template <int PENDING>
+void wait_copies(QAT_AT_ONLY) {
+  using namespace emulation;
+  if (!in_force(at)) return;
+  auto& groups = machine.fibers[machine.current].groups;
+  while (groups.size() > PENDING) {
+    for (const Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.valid);
+      std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+    }
+    groups.erase(groups.begin());
+  }
+}
+inline void wait_for_previous() {}
+inline void let_next_start() {}
+inline void atomic_max(uint32_t* to, uint32_t value) { *to = std::max(*to, value); }
+inline void atomic_add(int32_t* to, int32_t value) { *to += value; }
+inline void atomic_min(uint64_t* to, uint64_t value) { *to = std::min(*to, value); }
+
+// ---- what the lanes of a warp do together
+
+template <class V>
+V shuffle_xor(V value, unsigned mask QAT_AT) {
+  struct Slot {
+    V value;
+    unsigned mask;
+  } slot = {value, mask};
+  const auto act = [](Slot** slots) {
+    V values[emulation::kWarp];
+    for (unsigned i = 0; i < emulation::kWarp; ++i) values[i] = slots[i]->value;
+    for (unsigned i = 0; i < emulation::kWarp; ++i) slots[i]->value = values[i ^ slots[i]->mask];
+  };
+  emulation::meet(slot, act, at);
+  return slot.value;
+}
+inline void load_matrices(uint32_t (&out)[4], const void* row QAT_AT) {
+  struct Slot {
+    const unsigned char* row;
+    uint32_t out[4];
+  } slot = {static_cast<const unsigned char*>(row), {}};
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("a misaligned matrix row", at);
+  const auto act = [](Slot** slots) {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int lane = 0; lane < kWarp; ++lane)
+        std::memcpy(&slots[lane]->out[matrix], slots[matrix * 8 + lane / 4]->row + lane % 4 * 4, 4);
+  };
+  emulation::meet(slot, act, at);
+  std::memcpy(out, slot.out, 16);
+}
+inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QAT_AT) {
+  struct Slot {
+    uint32_t a[4], b[2];
+    int32_t c[4];
+  } slot = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
+  const auto act = [](Slot** slots) {
+    int8_t a_16x32[16][32], b_8x32[8][32];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int g = lane / 4, q = lane % 4;
+      for (int half = 0; half < 2; ++half) {
+        std::memcpy(&a_16x32[g][16 * half + 4 * q], &slots[lane]->a[2 * half], 4);
+        std::memcpy(&a_16x32[g + 8][16 * half + 4 * q], &slots[lane]->a[2 * half + 1], 4);
+        std::memcpy(&b_8x32[g][16 * half + 4 * q], &slots[lane]->b[half], 4);
+      }
+    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        int32_t sum = 0;
+        for (int k = 0; k < 32; ++k) sum += a_16x32[row][k] * b_8x32[column][k];
+        slots[lane]->c[i] += sum;
+      }
+  };
+  emulation::meet(slot, act, at);
+  std::memcpy(c, slot.c, 16);
+}
+
+// ---- conversions
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  const float magnitude = rest >= 0x400u ? bits_to_float((rest << 13) + 0x38000000u) : static_cast<float>(rest) * 0x1p-24f;
+  return bits_to_float(sign | float_to_bits(magnitude));
+}
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return 0x7fff;
+  if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (rest < 0x38800000u) return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u));
+  return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1)) >> 13));
+}
+inline uint16_t float_to_bfloat(float value) {
+  const uint32_t bits = float_to_bits(value);
+  return static_cast<uint16_t>(value != value ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace qat::cuda

@@ -1,0 +1,58 @@
+// cuda/wgmma.h in plain C++. A product takes place at the wait for its group, with what shared memory holds then, and its
+// results are not there before. The order of the two memory proxies (fence_copies) is not emulated.
+#pragma once
+#include "ptx.h"
+
+namespace qat::cuda {
+
+inline void fence_copies() {}
+inline void fence_products() {}
+
+inline void product_s8(int32_t (&acc)[16][4], const uint32_t (&a)[4], const unsigned char* b QAT_AT) {
+  using namespace emulation;
+  const auto offset = static_cast<std::size_t>(b - shared_memory());
+  if (offset % 1024 >= kSwizzleRow || offset % 32) fail("a misplaced operand of a product", at);
+  machine.fibers[machine.current].products.push_back({acc, {a[0], a[1], a[2], a[3]}, offset});
+}
+
+inline void commit_products() {
+  auto& fiber = emulation::machine.fibers[emulation::machine.current];
+  fiber.product_groups.push_back(std::move(fiber.products));
+  fiber.products.clear();
+}
+
+// All of a warpgroup's threads at one product.
+inline void multiply_now(emulation::Product** parts) {
+  int8_t a_64x32[64][32], b_128x32[128][32];
+  for (int thread = 0; thread < kWarpgroup; ++thread) {
+    const int row = thread / kWarp * 16 + thread % kWarp / 4, q = thread % 4;
+    for (int i = 0; i < 4; ++i) std::memcpy(&a_64x32[row + i % 2 * 8][i / 2 * 16 + q * 4], &parts[thread]->a[i], 4);
+  }
+  for (std::size_t row = 0; row < 128; ++row)
+    for (std::size_t i = 0; i < 32; ++i) {
+      std::size_t at = parts[0]->b + row * kSwizzleRow + i;
+      at ^= (at >> 7 & 7) << 4;
+      b_128x32[row][i] = static_cast<int8_t>(shared_memory()[at]);
+    }
+  for (int thread = 0; thread < kWarpgroup; ++thread)
+    for (int j = 0; j < 16; ++j)
+      for (int e = 0; e < 4; ++e) {
+        const int row = thread / kWarp * 16 + thread % kWarp / 4 + e / 2 * 8, column = j * 8 + thread % 4 * 2 + e % 2;
+        int32_t sum = 0;
+        for (int k = 0; k < 32; ++k) sum += a_64x32[row][k] * b_128x32[column][k];
+        parts[thread]->acc[j][e] += sum;
+      }
+}
+
+template <int PENDING>
+void wait_products(QAT_AT_ONLY) {
+  using namespace emulation;
+  if (!in_force(at)) return;
+  auto& groups = machine.fibers[machine.current].product_groups;
+  while (groups.size() > PENDING) {
+    for (Product& product : groups.front()) meet<kWarpgroup>(product, multiply_now, at);
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace qat::cuda
