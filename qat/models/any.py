@@ -104,13 +104,13 @@ def _load_stock(folder: Path) -> Loaded:
     """With stock transformers, as a user would, but its warnings about keys are errors."""
     from transformers import AutoModelForCausalLM
 
+    from qat.formats import upstream
     from qat.formats.folder import one_line, refuse_report
-    from qat.formats.packed.folder import quiet
 
     reader: Any = AutoModelForCausalLM
     try:
-        with quiet():
-            model, report = reader.from_pretrained(folder, output_loading_info=True)
+        upstream.listen()
+        model, report = reader.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # transformers raises nearly any class here
         raise ValueError(f"cannot load the model {folder}: {one_line(error)}") from error
     refuse_report(report, folder)

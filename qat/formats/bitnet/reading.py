@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from qat.config import QuantConfig
 from qat.conversion.walker import convert, pack
+from qat.formats import upstream
+from qat.formats.dtypes import remember
 from qat.formats.folder import one_line, refuse_depth, refuse_report
-from qat.formats.packed.folder import empty_model, quiet
+from qat.formats.packed.folder import empty_model
 from qat.formats.packed.manifest import METHOD, VERSION, quant_entry, sealed
 from qat.formats.stored import opened, weight_files
 from qat.quantizers.packing import pack_ternary
@@ -53,7 +55,7 @@ def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
     _refuse_shapes(skeleton, tensors, layers)
     quant = QuantConfig(rms_norm_eps=_norm_eps(folder, said))
     norms = _norms(tensors, layers) if quant.rms_norm_eps is not None else {}
-    online = said.get("linear_class") == "autobitlinear" and said.get("quantization_mode") == "online"
+    online = _online(said)
     if not online:
         _decode(tensors, layers, multiplies=said.get("linear_class") == "autobitlinear", latent=latent)
     config.__dict__.pop("quantization_config", None)
@@ -70,6 +72,38 @@ def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
     return model.eval()
 
 
+def load_master(folder: str | Path) -> nn.Module:
+    """The model of a bitnet folder as if it had never been quantized: float32 linear layers with master weights, eval mode, CPU.
+
+    They are the folder's own where it has them (`quantization_mode: online`), otherwise of `latent_weight`: converted, both are
+    the checkpoint's model.
+
+    Raises:
+        ValueError: as `load`; or the layers have norms of their own, for which a linear layer has no place.
+    """
+    folder = Path(folder)
+    config, said = _config(folder)
+    if _norm_eps(folder, said) is not None:
+        raise ValueError(f"{folder}: its layers have norms of their own (use_rms_norm), which full precision cannot have")
+    tensors = _read(folder)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+    refuse_depth(config.to_dict(), len(tensors))
+    skeleton = empty_model(config, "meta")
+    layers = _layers(skeleton, said)
+    _refuse_shapes(skeleton, tensors, layers)
+    if not _online(said):
+        _decode(tensors, layers, multiplies=said.get("linear_class") == "autobitlinear", latent=True)
+    config.__dict__.pop("quantization_config", None)
+    model = _build(type(skeleton), config, tensors, folder)
+    remember(model, dtypes)
+    return model.eval()
+
+
+def _online(said: Mapping[str, Any]) -> bool:
+    """Whether the folder holds float master weights, quantized at every forward."""
+    return said.get("linear_class") == "autobitlinear" and said.get("quantization_mode") == "online"
+
+
 def latent_weight(codes: Tensor, scale: Tensor) -> Tensor:
     """float32 [N, K] that `absmean` quantizes to these codes, int8 [N, K], and this scale, one element."""
     nonzero = codes.count_nonzero().clamp_min(1) / codes.numel()
@@ -80,7 +114,7 @@ def _config(folder: Path) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly any class here
         raise ValueError(f"{folder / 'config.json'} is not a transformers config: {one_line(error)}") from error
     said = getattr(config, "quantization_config", None)
@@ -196,10 +230,10 @@ def _build(kind: Any, config: Any, tensors: dict[str, Tensor], folder: Path) -> 
     config = copy.deepcopy(config)
     config.dtype = torch.float32
     try:
-        with quiet():
-            model, report = kind.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-            )
+        upstream.listen()
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
     except Exception as error:
         raise ValueError(f"cannot load {folder}: {one_line(error)}") from error
     refuse_report(report, folder)

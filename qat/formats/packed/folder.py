@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from qat.conversion.record import Conversion
+from qat.formats import upstream
 from qat.formats.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_depth, refuse_report
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.stored import (
@@ -85,28 +85,13 @@ def load(folder: str | Path) -> nn.Module:
     try:
         named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
         reader: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
-        with quiet():
-            model, report = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+        upstream.listen()
+        model, report = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     except Exception as error:  # transformers raises nearly any class here
         raise ValueError(f"cannot load {folder}: {one_line(error)}") from error
     refuse_report(report, folder)
     check_finite(model, str(folder))
     return model.eval()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without its bars and warnings: what matters of them is raised as an error of ours."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
 def is_packed(folder: str | Path) -> bool:
