@@ -1,4 +1,4 @@
-"""Small random models of each architecture, what qat does with them, and the README's table of it.
+"""Small random models of each architecture, what qat does with them, and the table of it in docs/.
 
 `python tests/architectures.py` writes the table; `formats/test_architectures.py` fails where it is not current. A cell says
 yes only after a round trip: the converted model trains every latent weight, the packed one gives the same logits to the bit, the
@@ -24,7 +24,7 @@ from qat.formats import FORMATS, get_format
 from qat.formats.bitnet import writing as hf
 from qat.formats.packed import folder as packed
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "architectures.md"
 BEGIN, END = "<!-- architectures: python tests/architectures.py -->", "<!-- /architectures -->"
 
 DECODER = {
@@ -231,24 +231,24 @@ def measure() -> dict[str, list[str]]:
         return {name: Row(a, Path(scratch, str(i))).cells() for i, (name, a) in enumerate(ARCHITECTURES.items())}
 
 
-def in_readme() -> str:
-    """The table as it stands in the README."""
+def in_page() -> str:
+    """The table as it stands in the page."""
     return _parts()[1]
 
 
 def write() -> None:
-    """Measure, and put the table into the README."""
+    """Measure, and put the table into the page."""
     before, _, after = _parts()
-    README.write_text(f"{before}{table(measure())}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{table(measure())}{after}", encoding="utf-8")
 
 
 def _parts() -> tuple[str, str, str]:
-    found = re.fullmatch(f"(.*{re.escape(BEGIN)}\n)(.*)(\n{re.escape(END)}.*)", README.read_text(encoding="utf-8"), flags=re.S)
-    assert found, f"README.md has no section between {BEGIN} and {END}"
+    found = re.fullmatch(f"(.*{re.escape(BEGIN)}\n)(.*)(\n{re.escape(END)}.*)", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    assert found, f"{PAGE.name} has no section between {BEGIN} and {END}"
     return found[1], found[2], found[3]
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     write()
-    print(in_readme())
+    print(in_page())

@@ -1,4 +1,4 @@
-"""Tiny random models of each architecture: what the README's table says of them is what happens."""
+"""Tiny random models of each architecture: what docs/reference/architectures.md says of them is what happens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, COLUMNS, Row, in_readme, table
+from architectures import ARCHITECTURES, COLUMNS, Row, in_page, table
 from torch import nn
 
 import qat
@@ -24,10 +24,10 @@ def test_architecture(name: str, tmp_path: Path) -> None:
         assert "3-D parameter" in cells[0] and cells[1:] == [""] * (len(COLUMNS) - 1)
 
 
-def test_the_table_in_the_readme_is_current() -> None:
+def test_the_table_in_the_docs_is_current() -> None:
     if ROWS.keys() != ARCHITECTURES.keys():
         pytest.skip("needs the rows of the whole file")
-    assert in_readme() == table(ROWS), "run: python tests/architectures.py"
+    assert in_page() == table(ROWS), "run: python tests/architectures.py"
 
 
 @pytest.mark.parametrize(("name", "head"), [("Llama", "lm_head"), ("BERT", "cls.predictions.decoder"), ("ViT", "classifier")])
