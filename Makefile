@@ -7,11 +7,12 @@ READY  := $(VENV)/.ready
 # GPUs to compile for in cuda-check; any list of compute capabilities from 80 on
 CUDA_ARCHS ?= 80 90a
 
-.PHONY: quickstart test lint sanitize cuda-check bench llama-cpp help clean
+.PHONY: quickstart test lint docs sanitize cuda-check bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the pages made from the code, and the site on localhost:8000"
 	@echo "make sanitize     the CPU op tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make cuda-check   the CUDA kernels compiled, linked and loaded by nvcc, for CUDA_ARCHS; needs no GPU"
 	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
@@ -34,6 +35,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # A report ends the process: pytest may not keep what it writes to the terminal.
 sanitize: $(READY)
