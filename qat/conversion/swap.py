@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qat.conversion.selection import is_conv1d
+from qat.nn.packed import PackedBitLinear
 
 _HOOKS = (
     "_forward_hooks",
@@ -47,6 +48,8 @@ def swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
             continue
         for hooks in _HOOKS:
             setattr(new, hooks, getattr(module, hooks))
+        if isinstance(new, PackedBitLinear):
+            new.name = name
         parent, _, leaf = name.rpartition(".")
         if name:
             setattr(modules[parent], leaf, new)

@@ -14,6 +14,7 @@ from qat import ops
 from qat.config import QuantConfig
 from qat.nn.bitlinear import BitLinear
 from qat.nn.norm import input_norm
+from qat.nn.withheld import WithheldWeight
 from qat.ops.options import PackedOptions
 from qat.ops.prepared import PreparedLinear, prepare
 from qat.quantizers.components import repeat, sum_components
@@ -52,6 +53,8 @@ class PackedBitLinear(nn.Module):
         count = f", components={config.components}" if config.components > 1 else ""
         self._version = f"layout {layout}, in_features={in_features}{count}"  # type: ignore[assignment]  # state_dict keeps it
         self._prepared: PreparedLinear | None = None
+        self.name = ""
+        """In its model, for messages."""
         scales = scale_shape(out_features, in_features, config.granularity, config.group_size, config.components)
         row_bytes = get_layout(layout).row_bytes(self.width)
         self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
@@ -75,13 +78,14 @@ class PackedBitLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The shape, dtype and device of the float weight, without memory and without values (NaN): models ask their layers
-        for these (T5: `self.wo.weight.dtype`), and conversion leaves out layers whose weight is read otherwise."""
-        nothing = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.packed.device)
-        weight = nothing.expand(self.out_features, self.in_features)
-        if not torch.compiler.is_compiling():
-            weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark: GPT-2 initializes by this name
-        return weight
+        """The shape, dtype and device of the float weight, without memory: reading its values raises ValueError.
+
+        A compiler traces neither the class nor its refusal: while it traces, the values are NaN.
+        """
+        if torch.compiler.is_compiling():
+            nothing = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.packed.device)
+            return nothing.expand(self.out_features, self.in_features)
+        return WithheldWeight((self.out_features, self.in_features), self.dtype, self.packed.device, self.name)
 
     def codes(self) -> Tensor:
         """int8 [out_features, components * in_features] in {-1, 0, 1}; ValueError if a byte holds no codes."""
