@@ -14,6 +14,7 @@ from qat.config.model import ModelConfig
 from qat.config.optim import OptimConfig
 from qat.config.quant import QuantConfig
 from qat.config.trainer import TrainerConfig
+from qat.targets import refuse_file_name
 
 
 @dataclass
@@ -28,6 +29,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ValueError(f"run.name={self.name!r} is not allowed; it must be a plain name, without folders (use run.dir)")
+        if self.dir is not None:
+            refuse_file_name(Path(self.dir))
 
 
 @dataclass

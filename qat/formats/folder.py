@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qat import storage
+from qat.targets import refuse_file_name
 
 WEIGHTS = "model.safetensors"
 WRITER = {"writer": "qat"}
@@ -78,6 +79,7 @@ def _refusals(target: Path) -> Iterator[None]:
 
 
 def _refuse_foreign(target: Path) -> None:
+    refuse_file_name(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} exists and is not a folder; choose another target")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qat.config import TrainConfig
 from qat.conversion.record import Conversion
-from qat.formats.bitnet import writing as hf
+from qat.formats import FORMATS, get_format
 from qat.formats.packed import folder as packed
 from qat.formats.tensors import packed_layers
 from qat.metrics.perplexity import Window, windows
@@ -39,63 +39,40 @@ def export_all(
     """
     result.export = {"done": [], "skipped": {}}
     for name in config.export.formats:
-        reason = _EXPORTS[name](config, model, folder, tokenizer, result, measure)
+        reason = _export(name, config, model, folder, tokenizer, result, measure)
         if reason is None:
             result.export["done"].append(name)
         else:
             result.export["skipped"][name] = reason
 
 
-def _export_hf(
-    config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
+def _export(
+    name: str, config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
 ) -> str | None:
-    """Write <run>/model, or return why the format cannot hold the model."""
-    if reason := hf.unsupported(model):
+    """Write one format into the run's folder, or return why it cannot hold the model."""
+    target, code = FORMATS[name], get_format(name)
+    options = target.of_run(config.export)
+    if reason := code.unsupported(model, tokenizer, **options):
         return reason
-    batches, further = _windows(measure), {name: _windows(measure, name) for name in measure.texts if name}
-    info = hf.save(
+    further = {text: _windows(measure, text) for text in measure.texts if text} if target.is_a_stage else {}
+    more, batches = {"further": further} if further else {}, _windows(measure)
+    info = code.save(
         model,
-        folder / "model",
+        folder / target.in_run,
         tokenizer,
-        linear_class=config.export.linear_class,
-        card=lambda found: {**_card(config), "results": _card_results(result, found["perplexity"])},
-        check=lambda written: hf.verify(written, model, measure.probe(), batches, further=further),
+        **options,
+        card=lambda found: {**_card(config), "results": _card_results(result, found)},
+        check=lambda written: code.read_back(written, model, measure.probe(), batches, **more),
     )
-    found = info["verification"]
-    result.perplexity["exported"] = found["perplexity"]
-    for name, value in found.get("further", {}).items():
-        result.further[name]["exported"] = value
-    result.verify({"hf": found, "summary": [_hf_summary(folder / "model", found)]})
+    found, (facts, lines) = info["verification"], code.recorded(info)
+    if target.is_a_stage:
+        result.perplexity.setdefault("exported", found["perplexity"])
+        for text, value in found.get("further", {}).items():
+            result.further[text].setdefault("exported", value)
+    if target.suffix:
+        result.bytes[name] = info["bytes"]
+    result.verify({name: facts, "summary": lines})
     return None
-
-
-def _export_gguf(
-    config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
-) -> str | None:
-    """Write <run>/model.gguf, or return why the format cannot hold the model."""
-    from qat.formats.gguf import writing as gguf
-    from qat.formats.gguf.verify import comparisons
-
-    kind = config.export.gguf_type
-    if reason := gguf.unsupported(model, tokenizer, type=kind):
-        return reason
-    batches = _windows(measure)
-    info = gguf.save(
-        model,
-        folder / "model.gguf",
-        tokenizer,
-        type=kind,
-        floats=config.export.gguf_floats,
-        card=_card(config),
-        check=lambda written: gguf.verify(written, model, measure.probe(), batches),
-    )
-    facts = {key: info[key] for key in ("types", "scale_rounding", "verification")}
-    result.verify({"gguf": facts, "summary": [f"model.gguf: {line}" for line in comparisons(info)]})
-    result.bytes["gguf"] = info["bytes"]
-    return None
-
-
-_EXPORTS = {"hf": _export_hf, "gguf": _export_gguf}
 
 
 def _card(config: TrainConfig) -> dict[str, Any]:
@@ -106,8 +83,8 @@ def _windows(measure: Measure, text: str = "") -> list[Window]:
     return list(windows(measure.texts[text], measure.context, measure.stride, measure.batch_size))
 
 
-def _card_results(result: RunResult, exported: float) -> dict[str, Any]:
-    values = {**result.perplexity, "exported": exported}
+def _card_results(result: RunResult, found: dict[str, Any]) -> dict[str, Any]:
+    values = {**result.perplexity, **({"exported": found["perplexity"]} if "perplexity" in found else {})}
     kept = ("full_precision", "converted", "trained", "packed", "exported")
     stages = {key: round(values[key], 4) for key in kept if key in values}
     return {f"perplexity, {key.replace('_', ' ')}": value for key, value in stages.items()} | {
@@ -115,13 +92,3 @@ def _card_results(result: RunResult, exported: float) -> dict[str, Any]:
         "context": values["context"],
         "stride": values["stride"],
     }
-
-
-def _hf_summary(folder: Path, found: dict[str, float]) -> str:
-    line = f"{folder} = packed: stock transformers gives perplexity {found['perplexity']:.4f}"
-    same = found["logits_difference"] == 0 and found["perplexity_difference"] == 0
-    off = f"{found['perplexity_difference']:.1e} off, logits {found['logits_difference']:.1e} off"
-    line += " and logits, equal to the bit" if same else f" ({off})"
-    if "perplexity_bfloat16" in found:
-        line += f"; loaded as bfloat16 {found['perplexity_bfloat16']:.4f}"
-    return line

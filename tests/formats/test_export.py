@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 import qat
 from qat.export import __main__ as verb
 from qat.formats import FORMATS, get_format
-from qat.formats.bitnet import verify as verification
+from qat.formats.bitnet import read_back as verification
 from qat.formats.bitnet import writing as hf
 from qat.formats.bitnet.tensors import pack_rows
 from qat.formats.folder import new_folder, read_metadata
@@ -76,7 +76,7 @@ def qwen():
 @pytest.fixture
 def in_process(monkeypatch):
     """Answer verification's question in this process: the same script, a second faster."""
-    spec = importlib.util.spec_from_file_location("stock_reader", verification.READER)
+    spec = importlib.util.spec_from_file_location("stock_reader", verification.READER.script)
     reader = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reader)
     reader.sys = SimpleNamespace(exit=sys.exit, modules={})
@@ -91,7 +91,7 @@ def in_process(monkeypatch):
 
 
 def verify(folder, model):
-    return hf.verify(folder, model, IDS[:64][None], WINDOWS, bfloat16=False)
+    return hf.read_back(folder, model, IDS[:64][None], WINDOWS, bfloat16=False)
 
 
 # our own folder
@@ -342,7 +342,7 @@ def test_what_is_not_packed_yet_is_supported_but_not_saved(tmp_path):
 
 def test_stock_subprocess_reads_padded_tied_llama(tmp_path, llama):
     card = {"base_model": "me/base", "license": "mit", "recipe": "quickstart", "results": {"full precision": 4.9}}
-    info = hf.save(llama, tmp_path / "x", card=card, check=lambda new: hf.verify(new, llama, IDS[:64][None], WINDOWS))
+    info = hf.save(llama, tmp_path / "x", card=card, check=lambda new: hf.read_back(new, llama, IDS[:64][None], WINDOWS))
     found = info["verification"]
     assert found["layers_difference"] < 1e-6 and found["logits_difference"] < 5e-3 and found["perplexity_difference"] < 1e-4
     assert found["perplexity_bfloat16"] == pytest.approx(found["perplexity"], rel=0.02) and not found["bfloat16_cast"]
@@ -357,7 +357,7 @@ def test_stock_subprocess_reads_padded_tied_llama(tmp_path, llama):
 
 def test_stock_subprocess_reads_qwen2_with_biases_as_autobitlinear(tmp_path, qwen):
     hf.save(qwen, tmp_path / "x", linear_class="autobitlinear")
-    found = hf.verify(tmp_path / "x", qwen, IDS[:64][None], WINDOWS)
+    found = hf.read_back(tmp_path / "x", qwen, IDS[:64][None], WINDOWS)
     assert found["layers_difference"] < 1e-6 and found["logits_difference"] < 5e-3 and found["perplexity_difference"] < 1e-4
     assert found["bfloat16_cast"] == 1
 

@@ -107,8 +107,8 @@ def test_llama_cpp_is_within_the_noise_and_a_scale_that_is_off_is_found(tmp_path
     made, batches = model(), list(windows(IDS, 64))
     file = tmp_path / "x.gguf"
     gguf.save(made, file, type=kind, floats="f32")
-    found = gguf.verify(file, made, IDS[:64][None], batches)
+    found = gguf.read_back(file, made, IDS[:64][None], batches)
     assert found["logits_difference"] < found["logits_noise"] < 0.02
     packed_layers(made)["model.layers.1.mlp.down_proj"].weight_scale.mul_(1.2)
     with pytest.raises(ValueError, match="llama.cpp computes another model from the file than was packed: logits by"):
-        gguf.verify(file, made, IDS[:64][None], batches)
+        gguf.read_back(file, made, IDS[:64][None], batches)

@@ -10,8 +10,8 @@ from gguf_samples import IDS, WINDOWS, kinds, packed_model, save
 
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import i2s as gguf_i2s
+from qat.formats.gguf import read_back as gguf_verify
 from qat.formats.gguf import tensors as gguf_tensors
-from qat.formats.gguf import verify as gguf_verify
 from qat.formats.gguf import writing as gguf
 from qat.formats.llamacpp import questions as llamacpp
 
@@ -97,7 +97,7 @@ def test_i2_s_files(tmp_path: Path, kind: str, order: str) -> None:
     assert tensor.kind == 36 and len(tensor.data) == 128 * 128 // 4 + 32 and read.metadata["general.file_type"] == 40
     assert tensor.data[:-32].tobytes() == gguf_i2s.encode(layer.codes().numpy(), 0.0, order)[:-32].tobytes()
     assert torch.equal(torch.tensor(read.float32("blk.0.ffn_up.weight", order)), layer.dequantize())
-    assert "bitnet.cpp" in str(gguf.verify(tmp_path / "x.gguf", model, IDS[None], WINDOWS)["why"])
+    assert "bitnet.cpp" in str(gguf.read_back(tmp_path / "x.gguf", model, IDS[None], WINDOWS)["why"])
     assert info["scale_rounding"] == 0
     with pytest.raises(ValueError, match="128 scales, and the type one a tensor"):
         save(packed_model("qwen2", {"hidden_size": 128}, granularity="channel"), tmp_path / "y.gguf", type=kind)

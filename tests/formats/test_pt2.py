@@ -57,12 +57,14 @@ def test_the_verb_writes_and_compares(
     qat.pack(model)
     packed.save(model, tmp_path / "run/packed", tokenizer=AutoTokenizer.from_pretrained(tiny_model))
     arguments = ["--out", str(tmp_path / "m.pt2"), "--text", str(text_file), "--max-tokens", "500"]
-    assert verb.main([str(tmp_path / "run"), "--format", "pt2", *arguments]) == 0
+    assert verb.main([str(tmp_path / "run"), *arguments]) == 0
     printed = capsys.readouterr().out
     assert f"wrote {tmp_path / 'm.pt2'} (exported, " in printed and "on the first 500 tokens of text.txt" in printed
     assert "(relative difference 0.0e+00); logits differ by 0.0e+00" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt2", "run"]
     assert verb.main([str(tmp_path / "run"), "--format", "hf", "--kind", "compiled", *arguments]) == 2
+    assert "the format hf is written to a folder, not to m.pt2" in capsys.readouterr().err
+    assert verb.main([str(tmp_path / "run"), "--out", str(tmp_path / "hf"), "--kind", "compiled"]) == 2
     assert "--kind does not fit --format hf, only pt2" in capsys.readouterr().err
 
 
@@ -70,7 +72,7 @@ def test_another_model_is_found_and_leaves_nothing(tmp_path: Path) -> None:
     model, other = packed_model(FAMILIES["llama"]), packed_model(FAMILIES["llama"])
     other.model.layers[1].mlp.up_proj.weight_scale *= 1.01
     with pytest.raises(ValueError, match="the .pt2 file is not the model that was packed: logits differ by .* .allowed 1e-05."):
-        pt2.save(model, tmp_path / "a.pt2", check=lambda new: pt2.verify(new, other, IDS[None, :64], WINDOWS))
+        pt2.save(model, tmp_path / "a.pt2", check=lambda new: pt2.read_back(new, other, IDS[None, :64], WINDOWS))
     assert list(tmp_path.iterdir()) == []
 
 

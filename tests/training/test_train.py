@@ -78,7 +78,7 @@ def overrides(config: TrainConfig, folder: Path, **more: Any) -> list[str]:
 
 
 def test_a_whole_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    config.export = ExportConfig(formats=["hf"])
+    config.export = ExportConfig(formats=["hf", "pt2"])
     config.eval = EvalConfig(texts={"other": config.data.train}, max_tokens=400)
     config.control = ControlConfig(enabled=True, lr=1e-3)
     config.trainer = replace(TRAINER, max_steps=60, val_every=30, checkpoint_every=25)
@@ -100,7 +100,9 @@ def test_a_whole_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) ->
     assert all(cell.strip() for cells in rows.values() for cell in cells)
     assert f"| perplexity, exported | {round(values['exported'], 4):.6g} |" in (folder / "model/README.md").read_text()
     assert (values["context"], values["stride"], values["text"]) == (32, 32, "last 10 % of text.txt")
-    assert saved["export"] == {"done": ["hf"], "skipped": {}}
+    assert saved["export"] == {"done": ["hf", "pt2"], "skipped": {}}
+    assert saved["verification"]["pt2"]["perplexity"] == values["packed"]
+    assert saved["verification"]["pt2"]["further"] == {"other": other["packed"]}
     assert saved["tokens"] == 60 * 4 * 32 and saved["tokens_per_second"] > 0
     assert len(saved["conversion"]["converted"]) == 14 and "tied" in saved["conversion"]["skipped"]["lm_head"]
     assert saved["bytes"]["packed_linears"] < saved["bytes"]["packed_model"] < saved["bytes"]["full_precision_bf16"]
@@ -111,6 +113,7 @@ def test_a_whole_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) ->
         "checkpoints/last.ckpt",
         "packed/model.safetensors",
         "model/config.json",
+        "model.pt2",
         "samples.md",
     ):
         assert (folder / name).is_file(), name

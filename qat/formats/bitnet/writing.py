@@ -20,10 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from qat.formats.bitnet import limits
 from qat.formats.bitnet.limits import mlp_padding, not_converted, stock_skeleton
-from qat.formats.bitnet.limits import unsupported as unsupported
+from qat.formats.bitnet.read_back import read_back as read_back
+from qat.formats.bitnet.read_back import recorded as recorded
+from qat.formats.bitnet.read_back import report as report
 from qat.formats.bitnet.tensors import stock_tensors
-from qat.formats.bitnet.verify import verify as verify
 from qat.formats.card import model_card
 from qat.formats.folder import WEIGHTS, WRITER, new_folder
 from qat.formats.packed.folder import save_config, transformers_config
@@ -32,8 +34,12 @@ from qat.formats.tensors import packed_layers, quantized_layers
 from qat.nn.bitlinear import BitLinear
 
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
-OPTIONS = ("linear_class",)
 Card = Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
+
+
+def unsupported(model: nn.Module, tokenizer: Any = None, *, linear_class: str = "bitlinear") -> str | None:
+    """Why the format cannot hold this model (packed, or with BitLinear layers), or None where it can."""
+    return limits.unsupported(model)
 
 
 def save(

@@ -6,7 +6,7 @@ Three of llama.cpp's tokenizers can be the one that a BPE tokenizer.json describ
     llama   spaces are U+2581, unknown characters fall back to bytes; no merges but scores: minus the merge's rank
     gpt2, with the `pre` sarvam-moe   spaces are U+2581, no bytes: llama.cpp drops characters that the vocabulary does not know
 
-Whether it tokenizes alike is not believed but tried: see `qat.formats.gguf.verify`. And the way back: `set_split` gives a
+Whether it tokenizes alike is not believed but tried: see `qat.formats.gguf.read_back`. And the way back: `set_split` gives a
 tokenizer that was read from a file the text split that the file names, of which transformers reads nothing.
 """
 

@@ -20,25 +20,29 @@ from qat.formats.gguf import i2s as gguf_i2s
 from qat.formats.gguf import tensors as gguf_tensors
 from qat.formats.gguf.architectures import Architecture, architecture, settings
 from qat.formats.gguf.blocks import BLOCKS
+from qat.formats.gguf.read_back import check_tensors, check_tokenizer
+from qat.formats.gguf.read_back import read_back as read_back
+from qat.formats.gguf.read_back import recorded as recorded
+from qat.formats.gguf.read_back import report as report
 from qat.formats.gguf.tensors import Source
 from qat.formats.gguf.tokenizer import vocabulary
-from qat.formats.gguf.verify import check_tensors, check_tokenizer
-from qat.formats.gguf.verify import verify as verify
 from qat.formats.packed.folder import transformers_config
 from qat.formats.packed.manifest import quant_entry
 from qat.formats.padding import Padding, plan
 from qat.formats.tensors import packed_layers, quantized_layers
 from qat.nn.bitlinear import BitLinear
 
-OPTIONS = ("type", "floats", "pre_tokenizer")
+Card = Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
 Choices = dict[str, tuple[str, str]]
 _NO_TOKENIZER = {"tokenizer.ggml.model": "no_vocab"}
 
 
-def unsupported(model: nn.Module, tokenizer: Any = None, *, type: str = "auto", pre_tokenizer: str | None = None) -> str | None:
+def unsupported(
+    model: nn.Module, tokenizer: Any = None, *, type: str = "auto", floats: str = "f16", pre_tokenizer: str | None = None
+) -> str | None:
     """Why the format cannot hold this model (packed, or with BitLinear layers) and tokenizer, or None where it can."""
     try:
-        _check_options(type, "f16")
+        _check_options(type, floats)
         if not quantized_layers(model):
             raise ValueError(f"{model.__class__.__name__} has no quantized layers")
         found, config, padding = _plan(model, type)
@@ -63,7 +67,7 @@ def save(
     type: str = "auto",
     floats: str = "f16",
     pre_tokenizer: str | None = None,
-    card: Mapping[str, Any] | None = None,
+    card: Card | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write a packed model as a GGUF file, and compare every tensor of it with the model.
@@ -75,7 +79,7 @@ def save(
         type: of the quantized layers: `auto` chooses for each by its shape; else one of `gguf_tensors.TYPES`.
         floats: of embeddings, head and layers that are not quantized: one of `gguf_tensors.FLOATS`. Vectors stay float32.
         pre_tokenizer: llama.cpp's name of the tokenizer's text split, where it is not recognized.
-        card: `name`, `base_model`, `license` are written as the file's metadata.
+        card: `name`, `base_model`, `license` are written as the file's metadata; a function is called with {} for them.
         check: called with the finished file before it gets its name, such as `verify`; if it raises, nothing is left.
 
     Returns:
@@ -93,7 +97,7 @@ def save(
     found, config, padding = _plan(model, type)
     tensors, choices, rounding = _build(gguf_tensors.sources(model, config, found, padding), type, floats)
     metadata = {
-        **_general(model, choices, tensors, {"name": target.stem, **(card or {})}),
+        **_general(model, choices, tensors, {"name": target.stem, **((card({}) if callable(card) else card) or {})}),
         **{f"{found.name}.{key}": value for key, value in settings(config).items()},
         **(_NO_TOKENIZER if tokenizer is None else vocabulary(tokenizer, config.vocab_size, pre_tokenizer)),
     }

@@ -1,8 +1,8 @@
 """Answer one request by llama.cpp, in a process of its own, with no line of qat or torch, whose OpenMP would meet llama.cpp's.
 
-    python -P answers.py REQUEST ANSWER
+    python -P answers.py FILE REQUEST ANSWER
 
-Both are .npz files. REQUEST holds `path` of the GGUF file, `exact`, and any of: `window.I` int64 [B, L] with `start.I` (in each
+FILE is a GGUF file, the others are .npz files. REQUEST holds `exact`, and any of: `window.I` int64 [B, L] with `start.I` (in each
 row, tokens from there on are scored), `probes` int64 [B, T], `prompt` int64 [T] with `count`, `texts`. ANSWER holds for these:
 `nll` float64 [sum, count], `logits` float32 [B, T, V], `continuation` int64 [count] (the likeliest tokens; an end-of-text token
 does not stop it), and `ids.I` of each text.
@@ -94,13 +94,13 @@ class Session:
         return list(ids[:count])
 
 
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request's arrays to the answer's (see above)."""
+def answer(path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request's arrays to the answer's (see above), about the file at `path`."""
     windows = sorted(key for key in request if key.startswith("window."))
     count = int(request.get("count", 0))
     lengths = [request[key].shape[-1] for key in (*windows, "probes") if key in request]
     lengths += [len(request["prompt"]) + count] if "prompt" in request else []
-    session = Session(str(request["path"]), max(lengths, default=32), bool(request["exact"]))
+    session = Session(path, max(lengths, default=32), bool(request["exact"]))
     found: dict[str, Any] = {}
     if windows:
         total, scored = 0.0, 0
@@ -120,5 +120,5 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with np.load(sys.argv[1]) as file:
-        np.savez(sys.argv[2], **answer(dict(file)))
+    with np.load(sys.argv[2]) as file:
+        np.savez(sys.argv[3], **answer(sys.argv[1], dict(file)))

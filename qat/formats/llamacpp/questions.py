@@ -1,15 +1,11 @@
 """Ask a real llama.cpp: perplexity, logits, a greedy continuation, token ids.
 
-It ends the process on inputs that it did not expect, so it runs in a process of its own: `answers.py`, called with the
-names of two .npz files, a request and the answer.
+It ends the process on inputs that it did not expect, so it runs in a process of its own: `answers.py`, which takes
+the names of the file and of two .npz files, a request and the answer.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.formats.llamacpp.ggml import INSTALL, version
+from qat.formats.reader import Reader
 
-PROCESS = Path(__file__).with_name("answers.py")
+PROCESS = Reader(
+    Path(__file__).with_name("answers.py"),
+    "llama.cpp cannot run {}",
+    environment={"GGML_NO_BACKTRACE": "1"},
+    lines=3,
+)
 
 
 def tokenize(file: str | Path, texts: Sequence[str]) -> list[list[int]]:
@@ -38,17 +40,12 @@ def ask(file: str | Path, request: Mapping[str, Any], *, exact: bool = True) -> 
         raise ValueError(f"llama-cpp-python is not installed: {INSTALL}")
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file}")
-    with tempfile.TemporaryDirectory(prefix="qat-llamacpp-") as scratch:
-        asked, answered = Path(scratch, "request.npz"), Path(scratch, "answer.npz")
-        np.savez(asked, **request, path=np.array(str(file)), exact=np.array(exact))
-        command = [sys.executable, "-P", str(PROCESS), str(asked), str(answered)]
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GGML_NO_BACKTRACE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-            raise ValueError(f"llama.cpp cannot run {file}: {' / '.join(lines[-3:])}")
-        with np.load(answered) as answer:
-            return dict(answer)
+    return PROCESS.ask(file, lambda asked: np.savez(asked, **request, exact=np.array(exact)), _arrays, suffix=".npz")
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    with np.load(file) as answer:
+        return dict(answer)
 
 
 def window_request(windows: Iterable[tuple[Any, int]]) -> dict[str, NDArray[Any]]:

@@ -3,7 +3,8 @@
     python -P reader.py FILE REQUEST RESULT
 
 REQUEST and RESULT are safetensors files. REQUEST holds `probe_ids` int64 [B, T] and `window.I` int64 [B, L] with `start.I` (in
-each row, tokens from there on are scored); RESULT holds `logits` and `nll` float64 [sum, count].
+each row, tokens from there on are scored), the same for further texts as `text.J.window.I` and `text.J.start.I`; RESULT holds
+`logits`, `nll` float64 [sum, count] and `text.J.nll`.
 """
 
 import sys
@@ -31,10 +32,12 @@ class _Model(nn.Module):
 def main(file: str, request_file: str, result_file: str) -> None:
     """Answer one request."""
     model, request = _Model(aoti.load(file)), load_file(request_file)
-    numbers = sorted(key.removeprefix("window.") for key in request if key.startswith("window."))
-    windows = [(request[f"window.{i}"], int(request[f"start.{i}"])) for i in numbers]
-    nll = torch.tensor(log_likelihood(model, windows), dtype=torch.float64)
-    save_file({"logits": model(request["probe_ids"]).contiguous(), "nll": nll}, result_file)
+    result = {"logits": model(request["probe_ids"]).contiguous()}
+    for text in {key.partition("window.")[0] for key in request if "window." in key}:
+        keys = sorted(key for key in request if key.startswith(f"{text}window."))
+        windows = [(request[key], int(request[key.replace("window.", "start.")])) for key in keys]
+        result[f"{text}nll"] = torch.tensor(log_likelihood(model, windows), dtype=torch.float64)
+    save_file(result, result_file)
     if heavy := {"transformers", "lightning"} & set(sys.modules):
         sys.exit(f"the reader imported {heavy.pop()}")
 

@@ -16,10 +16,6 @@ scales: it is measured and reported, never asserted.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,21 +24,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.formats.reader import Reader
 from qat.formats.tensors import packed_layers
 from qat.metrics.agreement import beyond, relative_error
 from qat.metrics.perplexity import Window, exp_mean, log_likelihood, logits_of
 
-READER = Path(__file__).with_name("stock_reader.py")
+READER = Reader(
+    Path(__file__).with_name("stock_reader.py"),
+    "stock transformers cannot read {}",
+    environment={"TORCHDYNAMO_DISABLE": "1"},  # the stock unpacking is compiled otherwise: 19 s at its first call on a CPU
+)
 TOLERANCE = {"layers": 1e-5, "logits": 2e-2, "perplexity": 1e-3}
 _LAYER_TOKENS = 4
-_READER_ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",  # the stock unpacking is compiled otherwise: 19 s at its first call on a CPU
-    "HF_HUB_OFFLINE": "1",
-    "OMP_WAIT_POLICY": "passive",  # libgomp's threads spin otherwise, which a busy machine punishes
-}
 
 
-def verify(
+def read_back(
     folder: str | Path,
     model: nn.Module,
     probe_ids: Tensor,
@@ -76,7 +72,8 @@ def verify(
     request = _request(probe_ids, windows, inputs, _widths(folder, inputs))
     for i, others in enumerate((further or {}).values()):
         request |= window_request(others, f"text.{i}.")
-    answer = _ask(Path(folder), request, _device(model), bfloat16)
+    asked = {"device": str(_device(model)), "bfloat16": "1" if bfloat16 else "0"}
+    answer = READER.ask(folder, lambda file: save_file(request, file, asked), load_file)
     found: dict[str, Any] = {
         **_compare_perplexity(answer, model, windows),
         "logits_difference": relative_error(answer["logits"], logits_of(model, probe_ids.to(_device(model))).cpu()),
@@ -135,26 +132,6 @@ def window_request(windows: Sequence[Window], text: str = "") -> dict[str, Tenso
     return request
 
 
-def _ask(folder: Path, request: Mapping[str, Tensor], device: torch.device, bfloat16: bool) -> dict[str, Tensor]:
-    """Run the stock reader in a subprocess that cannot see qat; ValueError with its last line if it fails."""
-    with tempfile.TemporaryDirectory(prefix="qat-verify-") as scratch:
-        asked, answered = Path(scratch, "request"), Path(scratch, "result")
-        save_file(dict(request), asked, {"device": str(device), "bfloat16": "1" if bfloat16 else "0"})
-        command = [sys.executable, "-P", str(READER), str(folder), str(asked), str(answered)]
-        done = subprocess.run(command, env=_environment(), cwd=scratch, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ValueError(f"stock transformers cannot read {folder}: {lines[-1]}")
-        return load_file(answered)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without the way to qat."""
-    here = READER.parents[3]
-    path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != here]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **_READER_ENVIRONMENT}
-
-
 def _compare_perplexity(answer: Mapping[str, Tensor], model: nn.Module, windows: Sequence[Window]) -> dict[str, float]:
     packed = exp_mean(*log_likelihood(model, windows))
     read = _perplexity(answer["nll"])
@@ -184,3 +161,30 @@ def _compare_layers(answer: Mapping[str, Tensor], model: nn.Module, inputs: Mapp
 
 def _device(model: nn.Module) -> torch.device:
     return next(iter((*model.parameters(), *model.buffers()))).device
+
+
+def report(info: Mapping[str, Any]) -> list[str]:
+    """Lines for people about what `qat.formats.bitnet.writing.save` returned for the verb."""
+    found = info["verification"]
+    padding = [info["padding"]] if "padding" in info else []
+    return [
+        f"wrote {info['folder']} (linear_class {info['linear_class']}, {info['bytes']:,} bytes of weights)",
+        *padding,
+        f"read back by stock transformers, on {info['text']}:"
+        f" perplexity {found['perplexity']:.6g}, packed {found['perplexity_packed']:.6g}"
+        f" (relative difference {found['perplexity_difference']:.1e}); logits differ by {found['logits_difference']:.1e},"
+        f" single layers by {found['layers_difference']:.1e}",
+        f"loaded as bfloat16 its perplexity is {found['perplexity_bfloat16']:.6g}",
+    ]
+
+
+def recorded(info: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a run notes of it: facts for its result, and lines for people."""
+    found = info["verification"]
+    line = f"{info['folder']} = packed: stock transformers gives perplexity {found['perplexity']:.4f}"
+    same = found["logits_difference"] == 0 and found["perplexity_difference"] == 0
+    off = f"{found['perplexity_difference']:.1e} off, logits {found['logits_difference']:.1e} off"
+    line += " and logits, equal to the bit" if same else f" ({off})"
+    if "perplexity_bfloat16" in found:
+        line += f"; loaded as bfloat16 {found['perplexity_bfloat16']:.4f}"
+    return dict(found), [line]

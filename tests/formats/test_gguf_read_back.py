@@ -15,7 +15,7 @@ import qat
 from qat import QuantConfig
 from qat.formats.gguf import architectures as gguf_models
 from qat.formats.gguf import container as gguf_file
-from qat.formats.gguf import verify as gguf_verify
+from qat.formats.gguf import read_back as gguf_verify
 from qat.formats.gguf import writing as gguf
 from qat.metrics.perplexity import windows
 
@@ -52,7 +52,7 @@ def test_a_model_with_other_rows_is_found_by_llama_cpp(tmp_path: Path, monkeypat
     wrong = gguf_models.Architecture("llama", ("silu",))  # without interleaving
     monkeypatch.setitem(gguf_models.ARCHITECTURES, "llama", wrong)
     with pytest.raises(ValueError, match="another model from the file than was packed: logits by 4"):
-        save(model, tmp_path / "x.gguf", check=lambda file: gguf.verify(file, model, IDS[:64][None], WINDOWS))
+        save(model, tmp_path / "x.gguf", check=lambda file: gguf.read_back(file, model, IDS[:64][None], WINDOWS))
 
 
 @needs_llama_cpp
@@ -80,7 +80,7 @@ def test_stories260k(tmp_path: Path, shared: Path, weight: str, scale: str) -> N
     qat.pack(model)
     batches = list(windows(text_tokens(str(shared / "data/tinystories/valid.txt"), tokenizer, DataConfig(), 4096), 512))
     info = gguf.save(
-        model, tmp_path / "x.gguf", tokenizer, check=lambda file: gguf.verify(file, model, batches[0][0][:2, :256], batches)
+        model, tmp_path / "x.gguf", tokenizer, check=lambda file: gguf.read_back(file, model, batches[0][0][:2, :256], batches)
     )
     found = info["verification"]
     assert found["texts"] == len(gguf_verify.TEXTS) and found["perplexity_difference"] < 0.02
@@ -102,7 +102,9 @@ def test_glassllm_with_its_own_tokenizer(tmp_path: Path) -> None:
     qat.pack(model)
     ids = torch.tensor(tokenizer(TEXT * 12).input_ids)
     batches = list(windows(ids, 128))
-    info = gguf.save(model, tmp_path / "x.gguf", tokenizer, check=lambda file: gguf.verify(file, model, batches[0][0], batches))
+    info = gguf.save(
+        model, tmp_path / "x.gguf", tokenizer, check=lambda file: gguf.read_back(file, model, batches[0][0], batches)
+    )
     assert info["verification"]["texts"] >= 1 and info["verification"]["perplexity_difference"] < 0.02
     again = load_tokenizer(ModelConfig(path=str(tmp_path / "x.gguf")))
     assert again(TEXT).input_ids == tokenizer(TEXT).input_ids and again.decode(ids) == tokenizer.decode(ids)

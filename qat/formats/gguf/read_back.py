@@ -130,7 +130,7 @@ def check_tokenizer(file: Path, tokenizer: Any, kind: str) -> dict[str, Any]:
     return {"texts": len(known)}
 
 
-def verify(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Sequence[Window]) -> dict[str, Any]:
+def read_back(file: str | Path, model: nn.Module, probe_ids: Tensor, windows: Sequence[Window]) -> dict[str, Any]:
     """Run a file in llama.cpp and compare it with the packed model that it was written from.
 
     Args:
@@ -245,3 +245,9 @@ def comparisons(info: Mapping[str, Any]) -> list[str]:
         f" {found['logits_difference_packed']:.1e}, likeliest tokens at {found['top1_difference_packed']:.1%} of positions;"
         f" a greedy continuation is equal for {found['greedy_equal']} of {found['greedy_tokens']} tokens",
     ]
+
+
+def recorded(info: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a run notes of it: facts for its result, and lines for people."""
+    facts = {key: info[key] for key in ("types", "scale_rounding", "verification")}
+    return facts, [f"{Path(info['file']).name}: {line}" for line in comparisons(info)]

@@ -1,0 +1,100 @@
+"""The job of `python -m qat.export`: a run's packed model in another format, read back and proved equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.formats import FORMATS, get_format
+from qat.models.any import packed_folder
+from qat.targets import format_for
+
+if TYPE_CHECKING:
+    from qat.metrics.perplexity import Window
+
+_PROBES = 4
+_PROBE_LENGTH = 64
+
+
+def export(
+    run: str,
+    out: str,
+    *,
+    format: str | None = None,
+    text: str = "pydoc_data.topics",
+    max_tokens: int = 16_384,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write the packed model of `run` to `out`, and read it back with the format's stock reader.
+
+    Args:
+        run: a run folder (its `packed/` is used) or a packed folder.
+        out: a folder, or a file for gguf and pt2; an earlier export is replaced; it appears only when what was read is equal.
+        format: of `qat.targets.FORMATS`; None: the one that the suffix of `out` says, hf for a folder.
+        text: a file or `pydoc_data.topics`; perplexity is compared on its first `max_tokens` tokens.
+        options: keywords of the format's `save`; None is the format's default.
+
+    Returns:
+        what the format's `save` returned (with "verification"), "replaced": whether something was there, and "sizes".
+
+    Raises:
+        ValueError: `run` is no such folder, the format cannot hold the model or lacks an option, or what was read back differs.
+    """
+    format = format_for(out, format)
+    given = {key: value for key, value in options.items() if value is not None}
+    _check_options(format, given)
+    folder, writer = packed_folder(run), get_format(format)
+    from qat.config import ModelConfig
+    from qat.formats.packed import folder as packed
+    from qat.models.hub import load_tokenizer
+
+    model, tokenizer = packed.load(folder), load_tokenizer(ModelConfig(path=str(folder)))
+    windows = _windows(model, tokenizer, text, max_tokens)
+    probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
+    facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
+    replaced = Path(out).expanduser().exists()
+    info = writer.save(
+        model, out, tokenizer, **given, card=facts, check=lambda new: writer.read_back(new, model, probes, windows)
+    )
+    about = f"the first {max_tokens:,} tokens of {Path(text).name}"
+    return {**info, "format": format, "replaced": replaced, "text": about, "sizes": packed.sizes(folder)}
+
+
+def _check_options(format: str, given: dict[str, Any]) -> None:
+    """ValueError for an option of another format, or a value that is not allowed."""
+    for name, value in given.items():
+        flag, option = f"--{name.replace('_', '-')}", FORMATS[format].options.get(name)
+        if option is None:
+            owners = [other for other, record in FORMATS.items() if name in record.options]
+            raise ValueError(f"{flag} does not fit --format {format}, only {', '.join(owners) or 'no format'}")
+        if option.allowed and value not in option.allowed:
+            raise ValueError(f"{flag}={value!r} is not allowed for {format}; choose one of {', '.join(option.allowed)}")
+
+
+def _windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Window]:
+    from qat.config import DataConfig
+    from qat.data import text_tokens
+    from qat.evaluation.context import window_context
+    from qat.metrics.perplexity import windows
+
+    return list(windows(text_tokens(text, tokenizer, DataConfig(), max_tokens), window_context(model)))
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """For the card: the perplexities in the run's result.json, where there is one."""
+    try:
+        return {"results": json.loads((run / "result.json").read_text(encoding="utf-8"))["perplexity"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def report(info: dict[str, Any]) -> list[str]:
+    """What a person reads of `export`'s result."""
+    sizes = info["sizes"]
+    return [
+        *get_format(info["format"]).report(info),
+        *(["the earlier export there is replaced"] if info["replaced"] else []),
+        f"bytes: {sizes['full_precision_bf16']:,} in bf16, {sizes['packed_model']:,} packed"
+        f" (of which {sizes['packed_linears']:,} the quantized layers)",
+    ]
