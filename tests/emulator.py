@@ -24,8 +24,7 @@ from torch import Tensor
 import qat
 from qat.ops import reference
 from qat.ops.build.store import build_root, digest, matching
-from qat.quantizers import packing
-from qat.quantizers import weights as quantizers
+from qat.quantizers import activations, packing
 
 ROOT = Path(qat.__file__).resolve().parent.parent
 FLAGS = [
@@ -231,7 +230,7 @@ def packed_linear(gpu: Emulator, p: Problem, per_tensor: bool = False, tile: str
 
 
 def linear(gpu: Emulator, p: Problem, tile: str | None = None, raw: bool = False) -> Tensor:
-    codes, divisor = quantizers.activation_codes(p.x, "token", EPS)
+    codes, divisor = activations.activation_codes(p.x, "token", EPS)
     out, read = output(gpu, p)
     if raw:
         out.y, read = gpu.empty(p.x.shape[0], p.t.shape[0], dtype=torch.int32)

@@ -12,7 +12,8 @@ from torch import Tensor
 from qat.config import QuantConfig
 from qat.ops import reference
 from qat.ops.options import PackedOptions, weight_options
-from qat.quantizers import weights as quantizers
+from qat.quantizers import latent
+from qat.quantizers.record import WeightOptions, resolve
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["2bit", "base3"]
@@ -56,12 +57,12 @@ def on_the_gpu(name: str, *arguments: Any) -> Any:
 
 def check_weight_codes(w: Tensor, t: Tensor, scale: Tensor, config: QuantConfig) -> None:
     """The scale is the reference's but for the order of the sum; the codes are those of this very scale."""
-    o = weight_options(config)
-    rows, wanted, shape = quantizers.weight_scale(w, *o.scaling)
+    o = WeightOptions(*weight_options(config))
+    rows, wanted, shape = latent.weight_scale(w, o)
     assert scale.dtype == torch.float32 and scale.shape == shape and t.shape == w.shape and t.dtype == torch.int8
     rounding = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}[config.scale_dtype]  # a neighbour of the wanted one
     torch.testing.assert_close(scale, wanted.reshape(shape), rtol=rounding, atol=0)
-    expected = quantizers.SCHEMES[config.weight](rows, scale.reshape(-1, 1)).to(torch.int8).reshape(w.shape)
+    expected = resolve(config.quantizer.codes)(rows, scale.reshape(-1, 1)).to(torch.int8).reshape(w.shape)
     same(t, expected)
 
 

@@ -15,6 +15,7 @@ from benchmarks.gpu.timing import Call
 from qat import BitLinear, PackedBitLinear, QuantConfig, ops
 from qat.ops import cuda
 from qat.ops.options import weight_options
+from qat.quantizers.record import WeightOptions
 
 BITNET_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]  # qkv, o, gate and up, down: 30 layers of them
 WEIGHT_SHAPE, ACTIVATION_SHAPES, TRAINING_SHAPES = (13824, 2560), [(8192, 2560), (8192, 6912)], [(2560, 2560), (13824, 2560)]
@@ -145,7 +146,7 @@ def _quantize_weight(w: Tensor, config: QuantConfig) -> object:
 
 
 def _pack_weight(w: Tensor, config: QuantConfig) -> object:
-    return torch.ops.qat.cuda_quantize_weight(w, *cuda.weight_arguments(w, weight_options(config)), True)
+    return torch.ops.qat.cuda_quantize_weight(w, *cuda.weight_arguments(w, WeightOptions(*weight_options(config))), True)
 
 
 def training_layers(n: int, k: int, device: torch.device) -> dict[str, Callable[[], nn.Module]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qat.config.checks import at_least, choose
+from qat.quantizers import QUANTIZERS, find, summable
+from qat.quantizers.record import BACKWARDS, GRANULARITIES, STATISTICS, Quantizer
 
 
 @dataclass
@@ -37,14 +39,14 @@ class QuantConfig:
     """The backward matmuls' precision: `input` is the gradient's own; `bf16` and `int8` are faster and less exact."""
 
     def __post_init__(self) -> None:
-        choose("quant.weight", self.weight, ("ternary", "binary"))
-        choose("quant.scale", self.scale, ("absmean", "absmax", "absmedian"))
-        choose("quant.granularity", self.granularity, ("tensor", "channel", "group"))
+        choose("quant.weight", self.weight, tuple(QUANTIZERS))
+        choose("quant.scale", self.scale, STATISTICS)
+        choose("quant.granularity", self.granularity, GRANULARITIES)
         choose("quant.act_bits", self.act_bits, (8, None))
         choose("quant.act_granularity", self.act_granularity, ("token", "tensor"))
         choose("quant.scale_dtype", self.scale_dtype, ("float32", "bfloat16", "float16"))
         choose("quant.kernels", self.kernels, ("auto", "compiled", "reference"))
-        choose("quant.backward", self.backward, ("input", "bf16", "int8"))
+        choose("quant.backward", self.backward, BACKWARDS)
         at_least("quant.eps", self.eps, 0, open_end=True)
         choose("quant.components", self.components, (1, 2, 3, 4))
         at_least("quant.rms_norm_eps", self.rms_norm_eps, 0, open_end=True)
@@ -54,10 +56,7 @@ class QuantConfig:
             raise ValueError("quant.kernels=compiled needs quant.act_bits=8; float activations have no compiled kernels")
         if self.backward == "int8" and self.granularity == "group":
             raise ValueError("quant.backward=int8 does not fit quant.granularity=group; choose another granularity, or bf16")
-        if self.components > 1:
-            self._check_components()
-        if self.weight == "binary" and self.scale != "absmean":
-            raise ValueError(f"quant.scale={self.scale!r} does not fit quant.weight=binary; only absmean does")
+        self._check_quantizer()
         if self.granularity == "group":
             if self.group_size is None:
                 raise ValueError("quant.group_size is missing; quant.granularity=group needs it, for example 64")
@@ -66,14 +65,29 @@ class QuantConfig:
             raise ValueError(f"quant.group_size={self.group_size} needs quant.granularity=group, not {self.granularity}")
 
     @property
+    def quantizer(self) -> Quantizer:
+        """The record of the table that quantizes so."""
+        found = find(self.weight, self.components)
+        if found is None:
+            names = " or ".join(summable(self.components))
+            what = f"quant.weight={self.weight} does not fit quant.components={self.components}"
+            raise ValueError(f"{what}: components are {names}")
+        return found
+
+    @property
     def words(self) -> str:
         """How weights are quantized, for people."""
         group = f" of {self.group_size}" if self.group_size else ""
-        what = f"{self.weight} {self.scale}" if self.components == 1 else f"{self.components} ternary components, least squares"
+        what = self.quantizer.words.format(weight=self.weight, scale=self.scale, components=self.components)
         return f"{what} per {self.granularity}{group}"
 
-    def _check_components(self) -> None:
-        wrong = {"weight": self.weight != "ternary", "scale": self.scale != "absmean", "backward": self.backward == "int8"}
-        for key in (key for key, found in wrong.items() if found):
-            why = "components are ternary, their scales are fitted, and their gradients input or bf16"
-            raise ValueError(f"quant.{key}={getattr(self, key)} does not fit quant.components={self.components}: {why}")
+    def _check_quantizer(self) -> None:
+        """ValueError for a key whose value the quantizer's record does not allow."""
+        row = self.quantizer
+        what = f"quant.weight={self.weight}" if self.components == 1 else f"quant.components={self.components}"
+        keys = {"scale": row.scales, "granularity": row.granularities, "act_bits": row.act_bits, "backward": row.backwards}
+        for key, allowed in keys.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                only = f"only {' and '.join(map(str, allowed))} {'do' if len(allowed) > 1 else 'does'}"
+                raise ValueError(f"quant.{key}={value} does not fit {what}: {row.why or only}")

@@ -21,7 +21,7 @@ from qat.formats.folder import WEIGHTS, one_line, read_metadata
 from qat.formats.packed.manifest import METHOD, parse
 from qat.formats.stored import INDEX, check_checksums, opened, own_tensors, read_shapes, stored_bytes, weight_files
 from qat.quantizers.packing import unpack_ternary
-from qat.quantizers.weights import scale_shape
+from qat.quantizers.scales import scale_shape
 
 
 @dataclass(frozen=True)

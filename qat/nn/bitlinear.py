@@ -15,7 +15,8 @@ from qat import ops
 from qat.config import QuantConfig
 from qat.nn.norm import input_norm
 from qat.quantizers.components import sum_components
-from qat.quantizers.weights import check_group_size, dequantize_weight, mix
+from qat.quantizers.scales import check_group_size, dequantize_weight
+from qat.quantizers.ste import mix
 
 
 @cache
@@ -29,7 +30,7 @@ class BitLinear(nn.Linear):
 
     `weight` [out_features, in_features] is the latent weight: an ordinary parameter that optimizers, DDP, FSDP and
     `save_pretrained` treat as any other. The bias is added after rescaling. With `config.rms_norm_eps` the child `rms_norm` norms
-    the input before it is quantized.
+    the input before it is quantized. A quantizer with parameters of its own (a learned scale) makes them the layer's, by name.
     """
 
     def __init__(
@@ -44,12 +45,31 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._configure(config or QuantConfig())
         self.rms_norm = input_norm(in_features, self.config.rms_norm_eps, device, dtype)
+        self._add_parameters(self.weight)
 
     def _configure(self, config: QuantConfig) -> None:
-        ops.check_kernels(config.kernels)
+        ops.check_config(config)
         check_group_size(self.in_features, config.group_size)
         self.config = replace(config)
         self.lam: Tensor | None = None
+        self.parameter_names = tuple(config.quantizer.parameters)
+
+    def _add_parameters(self, weight: Tensor) -> None:
+        """The quantizer's parameters, and its buffers, as they start for this weight."""
+        record = self.config.quantizer.parameters
+        for name, value in ops.initial_parameters(weight, self.config).items() if record else ():
+            if record[name].trained:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+    def quantizer_parameters(self) -> dict[str, Tensor]:
+        """The parameters and buffers of its quantizer by name, float32 as the scale [1 | N, G], or [1]; {} where it has none."""
+        return {name: getattr(self, name) for name in self.parameter_names}
+
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] and scale float32 [1 | N, G] of the weight as it is, see `qat.ops.quantize_weight`."""
+        return ops.quantize_weight(self.weight, self.config, list(self.quantizer_parameters().values()))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None) -> BitLinear:
@@ -57,6 +77,7 @@ class BitLinear(nn.Linear):
         layer = cls(linear.in_features, linear.out_features, False, config, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.rms_norm = input_norm(linear.in_features, layer.config.rms_norm_eps, linear.weight.device, linear.weight.dtype)
+        layer._add_parameters(linear.weight)
         return layer.train(linear.training)
 
     def set_lambda(self, value: float) -> None:
@@ -81,11 +102,14 @@ class BitLinear(nn.Linear):
             ops.check_input(x, self.in_features)
             x = self.rms_norm(x)
         if self.lam is None:
-            return ops.bitlinear(x, self.weight, self.bias, self.config)
+            return ops.bitlinear(x, self.weight, self.bias, self.config, list(self.quantizer_parameters().values()))
         return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam), self.bias)
 
     def _mixed_weight(self, lam: Tensor) -> Tensor:
-        codes, scale = ops.quantize_weight(self.weight.detach(), self.config)
+        parameters = list(self.quantizer_parameters().values())
+        if self.config.quantizer.gradient is not None:
+            return self.weight + lam * (ops.fake_quantize(self.weight, self.config, parameters) - self.weight)
+        codes, scale = ops.quantize_weight(self.weight.detach(), self.config, parameters)
         quantized = sum_components(dequantize_weight(codes, scale), self.config.components)
         return mix(self.weight, quantized.to(self.weight.dtype), lam).to(self.weight.dtype)
 

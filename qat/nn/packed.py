@@ -19,7 +19,7 @@ from qat.ops.options import PackedOptions
 from qat.ops.prepared import PreparedLinear, prepare
 from qat.quantizers.components import repeat, sum_components
 from qat.quantizers.packing import check_packed, get_layout
-from qat.quantizers.weights import check_group_size, dequantize_weight, scale_shape
+from qat.quantizers.scales import check_group_size, dequantize_weight, scale_shape
 
 
 class PackedBitLinear(nn.Module):
@@ -65,10 +65,17 @@ class PackedBitLinear(nn.Module):
 
     @classmethod
     def from_bitlinear(cls, layer: BitLinear, layout: str = "2bit") -> PackedBitLinear:
-        """Pack a trained layer. Its outputs stay the same to the bit (at lambda 1)."""
+        """Pack a trained layer. Its outputs stay the same to the bit (at lambda 1).
+
+        Raises:
+            ValueError: the layout does not hold the quantizer's codes.
+        """
+        reason = layer.config.quantizer.unfit(get_layout(layout).holds)
+        if reason is not None:
+            raise ValueError(f"quant.weight={layer.config.weight} does not fit layout {layout}: {reason}")
         packed = cls(layer.in_features, layer.out_features, False, layer.config, layout, "meta", layer.weight.dtype)
         with torch.no_grad():
-            codes, scale = ops.quantize_weight(layer.weight, layer.config)
+            codes, scale = layer.quantized()
             packed.packed = ops.pack_ternary(codes, layout)
             packed.weight_scale = scale
             packed.bias = None if layer.bias is None else layer.bias.detach().clone()

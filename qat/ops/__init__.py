@@ -6,7 +6,7 @@ Each wrapper checks its arguments and calls `torch.ops.qat.<name>`; `library` ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from torch import Tensor
 from qat.config import QuantConfig
 from qat.ops import cpu, cuda
 from qat.ops import library as library
-from qat.ops.options import training_options, weight_options
+from qat.ops.choice import Status, why_left
+from qat.ops.options import WeightOptions, training_options, weight_options
+from qat.quantizers import find, latent
 from qat.quantizers.packing import get_layout
 
 _DEFAULT = QuantConfig()
+_DEVICES = {"cpu": cpu, "cuda": cuda}
 
 
 def _need(condition: bool, message: Callable[[], str]) -> None:
@@ -63,11 +66,18 @@ def cast_for_autocast(x: Tensor) -> Tensor:
     return x
 
 
-def backend() -> dict[str, dict[str, str]]:
-    """Which kernels serve which device, and why: {"cpu": {"kernels": ..., "why": ...}, ...}. Builds them if need be."""
+def backend(config: QuantConfig | None = None) -> dict[str, dict[str, str]]:
+    """Which kernels serve which device, and why: {"cpu": {"kernels": ..., "why": ...}, ...}. Builds them if need be.
+
+    With a configuration: which train its layers there, since a device's kernels need not know every quantizer.
+    """
     found = {"cpu": cpu.status()}
     if torch.cuda.is_available():
         found["cuda"] = cuda.status()
+    if config is not None:
+        served = {device: _DEVICES[device].serves(config.quantizer) for device in found}
+        left = {device: Status("reference", why_left(device, _DEVICES[device].serves)) for device in found}
+        found = {device: status if served[device] else left[device] for device, status in found.items()}
     return {device: {"kernels": status.kernels, "why": status.why} for device, status in found.items()}
 
 
@@ -80,6 +90,24 @@ def check_kernels(kernels: str, device: str | None = None) -> None:
     reasons = "; ".join(f"{name} has none: {status['why']}" for name, status in found.items())
     compiled = any(status["kernels"] == "compiled" for status in found.values())
     _need(compiled, lambda: f"quant.kernels=compiled, but {reasons or f'there are none for {device}'}; use auto or reference")
+
+
+@torch.compiler.assume_constant_result
+def check_quantizer(weight: str, components: int = 1, device: str | None = None) -> None:
+    """Raise ValueError when no compiled kernels, of the device or of any if None, serve that quantizer."""
+    record = find(weight, components)
+    asked = {name: kernels for name, kernels in _DEVICES.items() if name == (device or name)}
+    if record is None or not asked or any(kernels.serves(record) for kernels in asked.values()):
+        return
+    why = "; ".join(why_left(name, kernels.serves) for name, kernels in asked.items())
+    raise ValueError(f"quant.kernels=compiled does not fit quant.weight={weight}: {why}; use auto or reference")
+
+
+def check_config(config: QuantConfig) -> None:
+    """Raise ValueError when `quant.kernels=compiled` cannot be honoured for a layer of this configuration on any device."""
+    check_kernels(config.kernels)
+    if config.kernels == "compiled":
+        check_quantizer(config.weight, config.components)
 
 
 def _op(name: str, kernels: str, x: Tensor) -> Any:
@@ -114,6 +142,8 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
 
 
 def _check_weight(w: Tensor, config: QuantConfig) -> None:
+    if config.kernels == "compiled":
+        check_quantizer(config.weight, config.components, w.device.type)
     _need(w.is_floating_point() and w.ndim == 2, lambda: f"weight must be a floating-point matrix [N, K], not {_describe(w)}")
     group = config.group_size
     _need(
@@ -122,18 +152,40 @@ def _check_weight(w: Tensor, config: QuantConfig) -> None:
     )
 
 
-def quantize_weight(w: Tensor, config: QuantConfig = _DEFAULT) -> tuple[Tensor, Tensor]:
-    """int8 codes t [N, K] in {-1, 0, 1} and float32 scale [1 | N, 1 | K / group_size] with w ~ t * scale.
+def quantize_weight(
+    w: Tensor, config: QuantConfig = _DEFAULT, parameters: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """int8 codes t [N, K] and float32 scale [1 | N, 1 | K / group_size] with w ~ t * scale.
 
     With config.components > 1 both are wider by that factor, the components side by side (`qat.quantizers.components`).
 
-    Source: arXiv:2402.17764, eq. 1-3 (ternary); arXiv:2310.11453, eq. 1-3 (binary).
+    Args:
+        w: floating point [N, K].
+        config: how; its quantizer's record says what codes there are.
+        parameters: the record's, in its order (`BitLinear.quantizer_parameters`); None: as they start for this weight.
 
     Raises:
-        ValueError: w is not a floating-point matrix; K is not a multiple of the group size.
+        ValueError: w is not a floating-point matrix; K is not a multiple of the group size; kernels=compiled, but none serve.
     """
     _check_weight(w, config)
-    return _op("quantize_weight", config.kernels, w)(w, *weight_options(config))
+    return _op("quantize_weight", config.kernels, w)(w, _parameters(w, config, parameters), *weight_options(config))
+
+
+def fake_quantize(w: Tensor, config: QuantConfig = _DEFAULT, parameters: Sequence[Tensor] | None = None) -> Tensor:
+    """The weight [N, K] in w's dtype that codes and scales stand for, with the quantizer's gradient: for warm-ups."""
+    _check_weight(w, config)
+    return _op("fake_quantize", config.kernels, w)(w, _parameters(w, config, parameters), *weight_options(config))[0]
+
+
+def _parameters(w: Tensor, config: QuantConfig, given: Sequence[Tensor] | None) -> list[Tensor]:
+    if given is not None:
+        return list(given)
+    return list(initial_parameters(w, config).values()) if config.quantizer.parameters else []
+
+
+def initial_parameters(w: Tensor, config: QuantConfig) -> dict[str, Tensor]:
+    """What the parameters of the quantizer start with for this weight: float32 by name, shaped as the scale or [1]."""
+    return latent.initial_parameters(w, WeightOptions(*weight_options(config)))
 
 
 def pack_ternary(t: Tensor, layout: str = "2bit") -> Tensor:
@@ -208,11 +260,18 @@ def packed_linear(
     return _op("packed_linear", kernels, x)(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
 
 
-def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: QuantConfig = _DEFAULT) -> Tensor:
+def bitlinear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    config: QuantConfig = _DEFAULT,
+    parameters: Sequence[Tensor] | None = None,
+) -> Tensor:
     """The training linear: quantize x [..., K] and the latent weight [N, K], integer matmul, rescale, add bias.
 
-    Straight-through backward on the quantized operands; int8 codes are saved instead of floats. Under autocast x is
-    cast to the autocast dtype; the latent weight is always quantized from its own precision.
+    Backward on the quantized operands, then the quantizer's own gradient, straight-through where its record has none; int8
+    codes are saved instead of floats. Under autocast x is cast to the autocast dtype; the latent weight is always quantized
+    from its own precision. `parameters` are the quantizer's, see `quantize_weight`; they get gradients too.
 
     Returns:
         [..., N] in x's dtype (autocast's, under autocast).
@@ -225,4 +284,5 @@ def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None = None, config: Qua
     _check_bias(bias, weight.shape[0])
     _check_device(x, weight=weight, bias=bias)
     x = cast_for_autocast(x)
-    return _op("bitlinear", config.kernels, x)(x, weight, bias, *training_options(config))[0]
+    op = _op("bitlinear", config.kernels, x)
+    return op(x, weight, bias, _parameters(weight, config, parameters), *training_options(config))[0]

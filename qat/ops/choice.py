@@ -6,8 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from qat.ops.build.store import BuildError
+from qat.quantizers import QUANTIZERS
+from qat.quantizers.record import Quantizer
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,20 @@ def _find(device: str, load: Callable[[], str]) -> Status:
         if wish == "compiled":
             raise RuntimeError(f"QAT_KERNELS=compiled, but there are no compiled {device} kernels: {error}") from error
         return Status("reference", str(error))
+
+
+def why_left(device: str, serves: Callable[[Quantizer], bool]) -> str:
+    """What a device's kernels serve, for people."""
+    names = [name for name, record in QUANTIZERS.items() if serves(record)]
+    return f"the compiled {device.upper()} kernels serve {', '.join(names)}"
+
+
+def say_left(device: str, weight: str, record: Quantizer, serves: Callable[[Quantizer], bool]) -> None:
+    """Say on stderr, once a process, that a quantizer runs in pure torch, where a device's kernels do not declare it."""
+    if not serves(record):
+        _say_once(f"qat: quant.weight={weight} runs in pure torch: {why_left(device, serves)}")
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import platform
 import threading
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +22,17 @@ from torch import Tensor
 
 from qat.ops import reference
 from qat.ops.build import cpu as build_cpu
-from qat.ops.choice import Status, choose
+from qat.ops.choice import Status, choose, say_left
 from qat.ops.derived import Derived
-from qat.ops.operands import DTYPES, ELSEWHERE, MAX_WIDTH, float_bias, narrow
-from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
-from qat.quantizers import components, packing
-from qat.quantizers import weights as quantizers
+from qat.ops.operands import DTYPES, ELSEWHERE, FITTED, MAX_WIDTH, float_bias, multiplies, narrow
+from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, weight_options
+from qat.quantizers import binary, components, latent, packing, ternary
+from qat.quantizers.record import Quantizer, resolve
 
 _PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
+_CODES = {ternary.codes: False, binary.codes: True}
+"""What the kernel `cpu_codes` computes, and its flag for it; scales are torch's here, so any will do."""
 
 
 _status: Status | None = None
@@ -138,6 +142,11 @@ def packed_tiles(packed: Tensor, scale: Tensor, k: int, layout: str) -> tuple[Te
     return _packed_weights.put(slot, (tiles, _tile_scale(scale, packed.shape[0]), base3))
 
 
+def serves(record: Quantizer) -> bool:
+    """Whether compiled kernels run a layer of this quantizer."""
+    return multiplies(record) and resolve(record.codes) in {*_CODES, *FITTED}
+
+
 def _serves(x: Tensor, k: int) -> bool:
     return k <= MAX_WIDTH and compiled()
 
@@ -148,14 +157,21 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
     return torch.ops.qat.cpu_quantize_activation(narrow(x), granularity == "tensor", eps)
 
 
-def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    o = WeightOptions(*options)
-    if o.components > 1 or w.numel() == 0 or not compiled():
-        return reference.quantize_weight(w, *options)
-    rows, value, shape = quantizers.weight_scale(w, *o.scaling)
-    binary = o.scheme == "binary"
-    threshold = rows.mean(-1, keepdim=True) if binary else value
-    return torch.ops.qat.cpu_codes(rows.contiguous(), threshold.contiguous(), binary).reshape(w.shape), value.reshape(shape)
+def quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+    return _quantize(w, parameters, WeightOptions(*options))
+
+
+def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tuple[Tensor, Tensor]:
+    record = latent.record_of(o)
+    flag = _CODES.get(resolve(record.codes))
+    if w.numel() == 0 or not compiled():
+        return latent.quantize_weight(w, o, parameters)
+    if flag is None:
+        say_left("cpu", o.weight, latent.record_of(o), serves)
+        return latent.quantize_weight(w, o, parameters)
+    rows, value, shape = latent.weight_scale(w, o, parameters)
+    limit = binary.threshold(rows) if flag else value
+    return torch.ops.qat.cpu_codes(rows.contiguous(), limit.contiguous(), flag).reshape(w.shape), value.reshape(shape)
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -181,28 +197,33 @@ def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: Pac
     return torch.ops.qat.cpu_linear.default, arguments, arguments
 
 
-def _latent_codes(w: Tensor, options: WeightOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(t, scale, tiles, scale as the kernels read it) of a latent weight, kept until the weight changes."""
-    found, slot = _latent_weights.get((w,), *options)
+def _latent_codes(w: Tensor, parameters: Sequence[Tensor], o: TrainingOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(t, scale, tiles, scale as the kernels read it) of a latent weight, kept until it, a parameter or its record changes."""
+    found, slot = _latent_weights.get((w, *parameters), latent.record_of(o), *weight_options(o))
     if found is not None:
         return found
-    t, scale = quantize_weight(w, *options)
+    t, scale = _quantize(w, parameters, o)
     tiles = torch.ops.qat.cpu_tile_codes(t.contiguous(), scale.shape[1])
     return _latent_weights.put(slot, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
 
 
-def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bitlinear(
+    x: Tensor, w: Tensor, bias: Tensor | None, parameters: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = TrainingOptions(*options)
-    n, k = weight.shape[0], weight.shape[1] * o.components
-    if o.act_bits is None or not _serves(x, k) or weight.numel() == 0:
-        return reference.bitlinear(x, weight, bias, *options)
-    t, w_scale, tiles, tile_scale = _latent_codes(weight, o.weight)
+    n, k = w.shape[0], w.shape[1] * o.components
+    if o.act_bits is None or not _serves(x, k) or w.numel() == 0:
+        return reference.bitlinear(x, w, bias, parameters, *options)
+    if not multiplies(latent.record_of(o)):
+        say_left("cpu", o.weight, latent.record_of(o), serves)
+        return reference.bitlinear(x, w, bias, parameters, *options)
+    t, w_scale, tiles, tile_scale = _latent_codes(w, parameters, o)
     wide, per_tensor = components.repeat(narrow(x), o.components), o.act_granularity == "tensor"
     y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(
         wide, tiles, tile_scale, float_bias(bias), n, k, w_scale.shape[1], per_tensor, o.eps
     )
     if o.components > 1:
-        x_q = x_q[..., : weight.shape[1]].contiguous()
+        x_q = x_q[..., : w.shape[1]].contiguous()
     # Views: an op's results belong to its caller, the cache keeps its own tensors.
     return y.to(x.dtype), x_q, x_scale, t.view(t.shape), w_scale.view(w_scale.shape)
 
@@ -231,6 +252,7 @@ KERNELS = {
     "dequantize": dequantize,
     "quantize_activation": quantize_activation,
     "quantize_weight": quantize_weight,
+    "fake_quantize": partial(reference.fake_quantize, quantize=quantize_weight),
     "packed_linear": packed_linear,
     "bitlinear": bitlinear,
     "quantized_matmul": quantized_matmul,

@@ -15,6 +15,8 @@ Legend: M tokens, N out_features, K in_features, G groups along K.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +25,12 @@ from torch import Tensor
 from qat.ops import reference
 from qat.ops.build import cuda as build_cuda
 from qat.ops.build.store import BuildError
-from qat.ops.choice import Status, choose
+from qat.ops.choice import Status, choose, say_left
 from qat.ops.derived import Derived
-from qat.ops.operands import ELSEWHERE, MAX_WIDTH, float_bias, narrow
+from qat.ops.operands import ELSEWHERE, FITTED, MAX_WIDTH, float_bias, multiplies, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
-from qat.quantizers import components, packing
-from qat.quantizers import weights as quantizers
+from qat.quantizers import binary, components, latent, packing, scales, ternary
+from qat.quantizers.record import Quantizer, resolve
 
 MAX_INT8_WIDTH = 2**17  # sums of int8 times int8 stay in int32
 # The enums of csrc/cuda/kernels.h
@@ -36,6 +38,8 @@ _GRANULARITIES = {"tensor": 0, "channel": 1, "group": 2}
 _REDUCTIONS = {"absmean": 0, "absmax": 1}
 _GIVEN = 2
 _SCALE_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_CODES = {ternary.codes: False, binary.codes: True}
+"""What the kernel `cuda_quantize_weight` computes, and its flag for it; scales that are no reduction of its own are given."""
 
 _states: dict[int, Status] = {}
 _lock = threading.Lock()
@@ -66,6 +70,11 @@ def status(index: int | None = None) -> Status:
             if place not in _states:
                 _states[place] = choose("CUDA", lambda: _load(place))
     return _states[place]
+
+
+def serves(record: Quantizer) -> bool:
+    """Whether compiled kernels run a layer of this quantizer."""
+    return multiplies(record) and resolve(record.codes) in {*_CODES, *FITTED}
 
 
 def _serves(x: Tensor, k: int = 0) -> bool:
@@ -111,23 +120,30 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
     return torch.ops.qat.cuda_quantize_activation(narrow(x), granularity == "tensor", eps)
 
 
-def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    o = WeightOptions(*options)
-    if o.components > 1 or w.ndim != 2 or not w.is_floating_point() or w.numel() == 0 or not _serves(w):
-        return reference.quantize_weight(w, *options)
-    return torch.ops.qat.cuda_quantize_weight(narrow(w), *weight_arguments(w, o), False)
+def quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
+    return _quantize(w, parameters, WeightOptions(*options))
 
 
-def weight_arguments(w: Tensor, o: WeightOptions) -> tuple[Any, ...]:
+def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tuple[Tensor, Tensor]:
+    if w.ndim != 2 or not w.is_floating_point() or w.numel() == 0 or not _serves(w):
+        return latent.quantize_weight(w, o, parameters)
+    if resolve(latent.record_of(o).codes) not in _CODES:
+        say_left("cuda", o.weight, latent.record_of(o), serves)
+        return latent.quantize_weight(w, o, parameters)
+    return torch.ops.qat.cuda_quantize_weight(narrow(w), *weight_arguments(w, o, parameters), False)
+
+
+def weight_arguments(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = ()) -> tuple[Any, ...]:
     """What `cuda_quantize_weight` takes after w; its last argument tells codes from 2-bit bytes."""
-    quantizers.check_group_size(w.shape[1], o.group_size)
-    reduction, given = _REDUCTIONS.get(o.scale, _GIVEN), None
+    scales.check_group_size(w.shape[1], o.group_size)
+    record, given = latent.record_of(o), None
+    own = resolve(record.scale) is scales.statistic
+    reduction = _REDUCTIONS.get(o.scale, _GIVEN) if own else _GIVEN
+    shape = latent.shape_of(w, o)
     if reduction == _GIVEN:
-        _, value, shape = quantizers.weight_scale(w, *o.scaling)
-        given = value.reshape(shape).contiguous()
-    groups = quantizers.scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size)[1]
-    binary, scale_dtype = o.scheme == "binary", _SCALE_DTYPES[o.scale_dtype]
-    return _GRANULARITIES[o.granularity], reduction, groups, binary, scale_dtype, o.eps, given
+        given = latent.weight_scale(w, o, parameters)[1].reshape(shape).contiguous()
+    flag, scale_dtype = _CODES[resolve(record.codes)], _SCALE_DTYPES[o.scale_dtype]
+    return _GRANULARITIES[o.granularity], reduction, shape[1], flag, scale_dtype, o.eps, given
 
 
 def pack_ternary(t: Tensor, layout: str) -> Tensor:
@@ -172,16 +188,21 @@ def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: Pac
     return torch.ops.qat.cuda_packed_linear.default, (*arguments, False), (*arguments, True)
 
 
-def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bitlinear(
+    x: Tensor, w: Tensor, bias: Tensor | None, parameters: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = TrainingOptions(*options)
-    if o.act_bits is None or x.numel() == 0 or weight.numel() == 0 or not _serves(x, weight.shape[1] * o.components):
-        return reference.bitlinear(x, weight, bias, *options)
-    t, w_scale = quantize_weight(weight, *o.weight)
+    if o.act_bits is None or x.numel() == 0 or w.numel() == 0 or not _serves(x, w.shape[1] * o.components):
+        return reference.bitlinear(x, w, bias, parameters, *options)
+    if not multiplies(latent.record_of(o)):
+        say_left("cuda", o.weight, latent.record_of(o), serves)
+        return reference.bitlinear(x, w, bias, parameters, *options)
+    t, w_scale = _quantize(w, parameters, o)
     y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(
         components.repeat(narrow(x), o.components), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps
     )
     if o.components > 1:
-        x_q = x_q[..., : weight.shape[1]].contiguous()
+        x_q = x_q[..., : w.shape[1]].contiguous()
     return y.to(x.dtype), x_q, x_scale, t, w_scale
 
 
@@ -201,6 +222,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 KERNELS = {
     "quantize_activation": quantize_activation,
     "quantize_weight": quantize_weight,
+    "fake_quantize": partial(reference.fake_quantize, quantize=quantize_weight),
     "pack_ternary": pack_ternary,
     "unpack_ternary": unpack_ternary,
     "packed_linear": packed_linear,

@@ -1,5 +1,6 @@
-"""The backward passes: straight-through (arXiv:1308.3432), the identity through round, sign and clip, so that they are
-matmuls on the quantized operands.
+"""The backward passes: matmuls on the quantized operands, and then the quantizer's gradient.
+
+Unless its record has another, that is straight-through (arXiv:1308.3432), the identity through round, sign and clip.
 
 The ops call them through autograd.Function themselves. torch.library.register_autograd would do the same, but reads the
 op's schema at every call, and a small model makes hundreds of calls a step.
@@ -7,15 +8,15 @@ op's schema at every call, and a small model makes hundreds of calls a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qat.ops.options import PackedOptions, TrainingOptions
-from qat.quantizers import packing
+from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
+from qat.quantizers import latent, packing
 from qat.quantizers.components import sum_components
 
 
@@ -87,17 +88,33 @@ def _below(op: Any, *arguments: Any) -> Any:
         return op(*arguments)
 
 
+def _through(ctx: Any, grad: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradients of the latent weight and of the quantizer's parameters, from that of the weight that was multiplied."""
+    if not ctx.own:
+        return grad, [None] * ctx.count
+    t, w_scale, w, *parameters = saved
+    return latent.gradient(grad, w, t, w_scale, ctx.options, parameters)
+
+
+def _keep(ctx: Any, o: WeightOptions, w: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """What `_through` needs beside the codes: nothing for straight-through."""
+    ctx.options, ctx.count, ctx.own = o, len(parameters), latent.record_of(o).gradient is not None
+    return [w, *parameters] if ctx.own else []
+
+
 class _BitLinear(torch.autograd.Function):
     """Matmuls on the quantized operands, by default in the precision of the gradient that arrives."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, options: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        output = _below(op, x, weight, bias, *options)
+    def forward(
+        ctx: Any, op: Any, options: Any, x: Tensor, w: Tensor, bias: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        output = _below(op, x, w, bias, parameters, *options)
         _, x_q, x_scale, t, w_scale = output
         o = TrainingOptions(*options)
         ctx.matmuls, ctx.components = _MATMULS[o.backward], o.components
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, t, w_scale)
+        ctx.dtypes = x.dtype, w.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, t, w_scale, *_keep(ctx, o, w, parameters))
         ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)
         ctx.set_materialize_grads(False)
         return output
@@ -106,15 +123,40 @@ class _BitLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None, None
-        x, x_scale, t, w_scale = ctx.saved_tensors
+            return (None,) * (5 + ctx.count)
+        x, x_scale, t, w_scale, *kept = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         input_gradient, weight_gradient = ctx.matmuls
-        _, _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        _, _, needs_x, needs_weight, needs_bias, *needs_parameters = ctx.needs_input_grad
         grad_x = input_gradient(grad, t, w_scale, ctx.components).to(x_dtype) if needs_x else None
-        grad_weight = weight_gradient(grad, x, x_scale).to(weight_dtype) if needs_weight else None
+        grad_weight: Tensor | None = None
+        rest: list[Tensor | None] = [None] * ctx.count
+        if needs_weight or any(needs_parameters):
+            grad_latent, rest = _through(ctx, weight_gradient(grad, x, x_scale), [t, w_scale, *kept])
+            grad_weight = grad_latent.to(weight_dtype)
         grad_bias = _bias_gradient(grad).to(bias_dtype) if needs_bias else None
-        return None, None, grad_x, grad_weight, grad_bias
+        return None, None, grad_x, grad_weight, grad_bias, *rest
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """For the lambda warm-up, which multiplies in floating point."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, options: Any, w: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        output = _below(op, w, parameters, *options)
+        _, t, w_scale = output
+        ctx.save_for_backward(t, w_scale, *_keep(ctx, WeightOptions(*options), w, parameters))
+        ctx.mark_non_differentiable(t, w_scale)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (3 + ctx.count)
+        grad_weight, rest = _through(ctx, grad, ctx.saved_tensors)
+        return None, None, grad_weight.to(grad.dtype), *rest
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -141,20 +183,21 @@ class _PackedLinear(torch.autograd.Function):
         return None, None, grad_x, None, None, grad_bias
 
 
-# name -> function, number of tensors before the op's options
-GRADIENTS: dict[str, tuple[type[torch.autograd.Function], int]] = {
-    "bitlinear": (_BitLinear, 3),
-    "packed_linear": (_PackedLinear, 4),
+# name -> function, number of tensors before the op's options (or before a list of parameters), whether there is such a list
+GRADIENTS: dict[str, tuple[type[torch.autograd.Function], int, bool]] = {
+    "bitlinear": (_BitLinear, 3, True),
+    "fake_quantize": (_FakeQuantize, 1, True),
+    "packed_linear": (_PackedLinear, 4, False),
 }
 
 
-def with_gradient(op: Any, function: type[torch.autograd.Function], count: int) -> Callable[..., Any]:
-    """What the op does where autograd is: record `function` if one of its first `count` arguments needs a gradient."""
+def with_gradient(op: Any, function: type[torch.autograd.Function], count: int, listed: bool) -> Callable[..., Any]:
+    """What the op does where autograd is: record `function` if one of its tensors needs a gradient."""
 
     def call(*arguments: Any) -> Any:
-        tensors = arguments[:count]
+        tensors = (*arguments[:count], *arguments[count]) if listed else arguments[:count]
         if torch.is_grad_enabled() and any([value is not None and value.requires_grad for value in tensors]):
-            return function.apply(op, arguments[count:], *tensors)  # type: ignore[no-untyped-call]
+            return function.apply(op, arguments[count + listed :], *tensors)  # type: ignore[no-untyped-call]
         return _below(op, *arguments)
 
     return call

@@ -7,6 +7,7 @@ first call); `qat::NAME_reference` is pure torch on every device: what `kernels=
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from qat.ops import cpu, cuda, reference
 from qat.ops.gradients import GRADIENTS, with_gradient
-from qat.ops.options import ActivationOptions, PackedOptions, TrainingOptions, WeightOptions, schema
+from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, schema, weight_options
 from qat.quantizers import packing
-from qat.quantizers import weights as quantizers
+from qat.quantizers.scales import scale_shape
 
 _LIBRARY = torch.library.Library("qat", "DEF")
 
@@ -25,11 +26,15 @@ def _fake_quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _fake_quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _fake_quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     o = WeightOptions(*options)
     n, k = w.shape
-    shape = quantizers.scale_shape(n, k, o.granularity, o.group_size, o.components)
+    shape = scale_shape(n, k, o.granularity, o.group_size, o.components)
     return w.new_empty((n, k * o.components), dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_fake_quantize(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(w), *_fake_quantize_weight(w, parameters, *options)
 
 
 def _fake_pack_ternary(t: Tensor, layout: str) -> Tensor:
@@ -44,13 +49,13 @@ def _fake_packed_linear(x: Tensor, packed: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-def _fake_bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def _fake_bitlinear(x: Tensor, w: Tensor, bias: Tensor | None, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
     o = TrainingOptions(*options)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty((*x.shape[:-1], w.shape[0]))
     x_q, x_scale = _fake_quantize_activation(x, o.act_granularity, o.eps)
     if o.act_bits is None:
         x_q, x_scale = x_q.new_empty(0), x_scale.new_empty(0)
-    return y, x_q, x_scale, *_fake_quantize_weight(weight, *o.weight)
+    return y, x_q, x_scale, *_fake_quantize_weight(w, parameters, *weight_options(o))
 
 
 def _fake_quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
@@ -68,14 +73,19 @@ def _fake_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 # name -> arguments and results, reference, fake
 _OPS: dict[str, tuple[str, Any, Any]] = {
     "quantize_activation": (
-        f"(Tensor x, {schema(ActivationOptions)}) -> (Tensor, Tensor)",
+        "(Tensor x, str granularity, float eps) -> (Tensor, Tensor)",
         reference.quantize_activation,
         _fake_quantize_activation,
     ),
     "quantize_weight": (
-        f"(Tensor w, {schema(WeightOptions)}) -> (Tensor, Tensor)",
+        f"(Tensor w, Tensor[] parameters, {schema(WeightOptions)}) -> (Tensor, Tensor)",
         reference.quantize_weight,
         _fake_quantize_weight,
+    ),
+    "fake_quantize": (
+        f"(Tensor w, Tensor[] parameters, {schema(WeightOptions)}) -> (Tensor, Tensor, Tensor)",
+        reference.fake_quantize,
+        _fake_fake_quantize,
     ),
     "pack_ternary": ("(Tensor t, str layout) -> Tensor", packing.pack_ternary, _fake_pack_ternary),
     "unpack_ternary": ("(Tensor packed, int k, str layout) -> Tensor", packing.unpack_ternary, _fake_unpack_ternary),
@@ -85,7 +95,8 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         _fake_packed_linear,
     ),
     "bitlinear": (
-        f"(Tensor x, Tensor weight, Tensor? bias, {schema(TrainingOptions)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor x, Tensor w, Tensor? bias, Tensor[] parameters, {schema(TrainingOptions)})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference.bitlinear,
         _fake_bitlinear,
     ),

@@ -5,12 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat.quantizers import components
+from qat.quantizers.record import Quantizer
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of x, in the order of the kernels' enums."""
 MAX_WIDTH = 2**18
 """Most codes a row, in_features times components: sums stay far from the ends of int32."""
 ELSEWHERE = f"float activations and in_features > {MAX_WIDTH} run in pure torch"
 """For people: what is left to the reference."""
+
+LEVELS = frozenset({-1, 0, 1})
+"""The codes that the matmuls multiply by."""
+FITTED = frozenset({components.codes})
+"""Codes that torch fits on every device, seldom and at length; the matmuls that follow are compiled."""
+
+
+def multiplies(record: Quantizer) -> bool:
+    """Whether the matmuls can take this quantizer's codes."""
+    return LEVELS.issuperset(record.levels)
 
 
 def narrow(x: Tensor) -> Tensor:

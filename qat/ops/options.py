@@ -1,88 +1,70 @@
 """The ops' options, written once: the schemas, the reference and the kernels of every device take them in this order.
 
 A torch.library schema knows no structures, so an op is called with its tensors and then these values, flat; who reads
-them gathers them again: `o = PackedOptions(*options)`.
+them gathers them again: `o = PackedOptions(*options)`. Where options are those of two classes, the second's come first: that is
+the order in which dataclasses take their bases.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 from qat.config import QuantConfig
+from qat.quantizers.record import Options, WeightOptions
 
 
-class ActivationOptions(NamedTuple):
-    """How activations become int8 codes."""
+@dataclass
+class ActivationOptions(Options):
+    """How activations become int8 codes; the fields of QuantConfig."""
 
-    granularity: str
+    act_bits: int | None
+    act_granularity: str
     eps: float
 
 
-class WeightOptions(NamedTuple):
-    """How a latent weight becomes codes; the fields of QuantConfig."""
-
-    scheme: str
-    scale: str
-    granularity: str
-    group_size: int | None
-    scale_dtype: str
-    eps: float
-    components: int
-
-    @property
-    def scaling(self) -> tuple[str, str, int | None, str, float]:
-        """What `quantizers.weight_scale` takes after w."""
-        return self.scale, self.granularity, self.group_size, self.scale_dtype, self.eps
-
-
-class PackedOptions(NamedTuple):
-    """How packed bytes are read, and the activations that meet them."""
+@dataclass
+class BytesOptions(Options):
+    """How packed bytes are read."""
 
     in_features: int
     layout: str
-    act_bits: int | None
-    act_granularity: str
-    eps: float
 
 
-class TrainingOptions(NamedTuple):
+@dataclass
+class PackedOptions(ActivationOptions, BytesOptions):
+    """How packed bytes are read, and the activations that meet them. Programs on disk have this order."""
+
+
+@dataclass
+class TrainingOptions(ActivationOptions, WeightOptions):
     """Both quantizers of the training linear, and the precision of its backward pass."""
 
-    scheme: str
-    scale: str
-    granularity: str
-    group_size: int | None
-    scale_dtype: str
-    act_bits: int | None
-    act_granularity: str
-    eps: float
-    components: int
     backward: str
 
-    @property
-    def weight(self) -> WeightOptions:
-        """The weight's part."""
-        return WeightOptions(
-            self.scheme, self.scale, self.granularity, self.group_size, self.scale_dtype, self.eps, self.components
-        )
+
+def names(options: type) -> tuple[str, ...]:
+    """The options' names in their order."""
+    return tuple(one.name for one in fields(options))
 
 
-def weight_options(c: QuantConfig) -> WeightOptions:
-    """How a layer of this configuration quantizes its weight."""
-    return WeightOptions(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps, c.components)
+_WEIGHT, _TRAINING = names(WeightOptions), names(TrainingOptions)
 
 
-def training_options(c: QuantConfig) -> TrainingOptions:
-    """How a layer of this configuration trains."""
-    return TrainingOptions(
-        *(c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype),
-        *(c.act_bits, c.act_granularity, c.eps, c.components, c.backward),
-    )
+def weight_options(c: QuantConfig | TrainingOptions) -> tuple[Any, ...]:
+    """WeightOptions, flat: how a layer of this configuration quantizes its weight."""
+    return tuple([getattr(c, name) for name in _WEIGHT])
+
+
+def training_options(c: QuantConfig) -> tuple[Any, ...]:
+    """TrainingOptions, flat: how a layer of this configuration trains."""
+    return tuple([getattr(c, name) for name in _TRAINING])
 
 
 _SCHEMA_TYPES = {str: "str", int: "int", float: "float", int | None: "int?"}
 
 
 def schema(options: type) -> str:
-    """The options as arguments of a torch.library schema: "str granularity, float eps"."""
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(options).items())
+    """The options as arguments of a torch.library schema: "str layout, float eps"."""
+    kinds = get_type_hints(options)
+    return ", ".join(f"{_SCHEMA_TYPES[kinds[name]]} {name}" for name in names(options))

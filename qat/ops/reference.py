@@ -9,28 +9,31 @@ Legend: N out_features, K in_features, G groups along K.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
-from qat.quantizers import components, packing
-from qat.quantizers import weights as quantizers
+from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, weight_options
+from qat.quantizers import activations, components, latent, packing
+from qat.quantizers.scales import dequantize_weight
 
 EXACT_FLOAT32_WIDTH = 2**24 // 128
+"""Codes a row whose products with int8 sum up exactly in float32, where a code is -1, 0 or 1."""
 
 
 def integer_linear(
-    x: Tensor, divisor: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor, divisor: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, largest: int = 1
 ) -> Tensor:
     """(x @ t^T) / divisor * w_scale + bias in `dtype`: bias after rescaling, as every deployed format has it.
 
     x [..., K] holds int8 codes with x ~ codes / divisor (or floats, with divisor None), t int8 [N, K], w_scale [1 | N, 1 | G].
+    No code of t is beyond `largest`.
     """
     k = t.shape[1]
-    compute = torch.float32 if k <= EXACT_FLOAT32_WIDTH else torch.float64
+    compute = torch.float32 if k * largest <= EXACT_FLOAT32_WIDTH else torch.float64
     x, codes = x.to(compute), t.to(compute)
     with torch.autocast(x.device.type, enabled=False):
         y = _scaled_matmul(x, divisor, codes, w_scale)
@@ -51,15 +54,21 @@ def _scaled_matmul(x: Tensor, divisor: Tensor | None, codes: Tensor, w_scale: Te
 
 def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
     """See `qat.ops.quantize_activation`."""
-    return quantizers.quantize_activation(x, granularity, eps)
+    return activations.quantize_activation(x, granularity, eps)
 
 
-def quantize_weight(w: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     """See `qat.ops.quantize_weight`; `options` are WeightOptions."""
-    o = WeightOptions(*options)
-    if o.components > 1:
-        return components.quantize_weight(w, o.granularity, o.group_size, o.scale_dtype, o.eps, o.components)
-    return quantizers.quantize_weight(w, o.scheme, *o.scaling)
+    return latent.quantize_weight(w, WeightOptions(*options), parameters)
+
+
+def fake_quantize(
+    w: Tensor, parameters: Sequence[Tensor], *options: Any, quantize: Callable[..., Any] = quantize_weight
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the quantized weight [N, K] in w's dtype, t, w_scale): `options` are WeightOptions, `quantize` a device's."""
+    t, w_scale = quantize(w, parameters, *options)
+    value = components.sum_components(dequantize_weight(t, w_scale), WeightOptions(*options).components)
+    return value.to(w.dtype), t, w_scale
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -68,28 +77,31 @@ def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     t = packing.decode(packed, o.in_features, o.layout)
     if o.act_bits is None:
         return integer_linear(x, None, t, scale, bias, x.dtype)
-    x_q, divisor = quantizers.activation_codes(x, o.act_granularity, o.eps)
+    x_q, divisor = activations.activation_codes(x, o.act_granularity, o.eps)
     return integer_linear(x_q, divisor, t, scale, bias, x.dtype)
 
 
-def bitlinear(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def bitlinear(
+    x: Tensor, w: Tensor, bias: Tensor | None, parameters: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, x_q, x_scale, t, w_scale): the output and what the backward pass needs, one byte an element.
 
     `options` are TrainingOptions. With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
     """
     o = TrainingOptions(*options)
-    t, w_scale = quantize_weight(weight, *o.weight)
+    t, w_scale = quantize_weight(w, parameters, *weight_options(o))
+    largest = max(map(abs, latent.record_of(o).levels))
     if o.act_bits is None:
-        y, empty = integer_linear(components.repeat(x, o.components), None, t, w_scale, bias, x.dtype), x.new_empty(0)
+        y, empty = integer_linear(components.repeat(x, o.components), None, t, w_scale, bias, x.dtype, largest), x.new_empty(0)
         return y, empty.to(torch.int8), empty.float(), t, w_scale
-    x_q, divisor = quantizers.activation_codes(x, o.act_granularity, o.eps)
-    y = integer_linear(components.repeat(x_q, o.components), divisor, t, w_scale, bias, x.dtype)
+    x_q, divisor = activations.activation_codes(x, o.act_granularity, o.eps)
+    y = integer_linear(components.repeat(x_q, o.components), divisor, t, w_scale, bias, x.dtype, largest)
     return y, x_q, (1 / divisor).contiguous(), t, w_scale
 
 
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     """x @ t for x [M, N], quantized to int8 by rows, and codes t [N, K]: the backward pass of `backward=int8`."""
-    codes, divisor = quantizers.activation_codes(x, "token", eps)
+    codes, divisor = activations.activation_codes(x, "token", eps)
     return integer_linear(codes, divisor, t.t(), x.new_ones(1, 1, dtype=torch.float32), None, x.dtype)
 
 

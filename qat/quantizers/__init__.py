@@ -1,0 +1,39 @@
+"""How a weight is quantized: the table of quantizers, and one file for each family of them; activations; byte layouts.
+
+A new one is a file with its functions and a row here. Nothing else knows its name: the configuration takes what the row allows,
+the kernels compute what they declare to know (anything else is computed by the row's own functions), and the formats hold what
+the row says it packs as. `record` says what a row is made of.
+"""
+
+from __future__ import annotations
+
+from qat.quantizers.record import Quantizer
+
+_SUMS = Quantizer(
+    levels=(-1, 0, 1),
+    codes="qat.quantizers.components:codes",
+    scale="qat.quantizers.components:scale",
+    packs_as=("ternary",),
+    scales=("absmean",),
+    backwards=("input", "bf16"),
+    planes=(2, 3, 4),
+    words="{components} {weight} components, least squares",
+    why="their scales are fitted, and their gradients input or bf16",
+)
+QUANTIZERS: dict[str, Quantizer] = {
+    "ternary": Quantizer(levels=(-1, 0, 1), codes="qat.quantizers.ternary:codes", packs_as=("ternary",), sums=_SUMS),
+    "binary": Quantizer(levels=(-1, 1), codes="qat.quantizers.binary:codes", packs_as=("binary", "ternary"), scales=("absmean",)),
+}
+
+
+def find(weight: str, components: int = 1) -> Quantizer | None:
+    """The record for a weight quantized so, as a sum of that many planes; None where the table has none."""
+    row = QUANTIZERS.get(weight)
+    while row is not None and components not in row.planes:
+        row = row.sums
+    return row
+
+
+def summable(components: int) -> list[str]:
+    """The rows that can be a sum of that many planes."""
+    return [name for name in QUANTIZERS if find(name, components) is not None]

@@ -16,28 +16,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.quantizers.weights import check_weight, round_scale, scale_rows, scale_shape
+from qat.quantizers.record import WeightOptions
 
 _ROUNDS = 20
 """More lower the error by 4 % at most, and usually not at all."""
 
 
-def quantize_weight(
-    w: Tensor, granularity: str, group_size: int | None, scale_dtype: str, eps: float, components: int
-) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, components * K] and scales float32 [1 | N, components * G], the largest first, of w [N, K].
+def scale(rows: Tensor, options: WeightOptions) -> Tensor:
+    """The fitted scales [R, k] of rows [R, L], the largest first."""
+    return _fit(rows, options.components)
 
-    Raises:
-        ValueError: w is not a floating-point matrix, or its width is not a multiple of the group size.
-    """
-    check_weight(w)
-    (n, k), rows = w.shape, scale_rows(w.float(), granularity, group_size)
-    shape = scale_shape(n, k, granularity, group_size, components)
-    if w.numel() == 0:
-        return w.new_zeros((n, components * k), dtype=torch.int8), w.new_full(shape, eps, dtype=torch.float32)
-    scale = round_scale(_fit(rows, components).clamp_min(eps), scale_dtype)
-    codes = torch.cat([plane.reshape(n, k) for plane in _nearest(rows, scale)], 1)
-    return codes, scale.reshape(shape[0], -1, components).mT.reshape(shape).contiguous()
+
+def codes(rows: Tensor, scale: Tensor) -> Tensor:
+    """Codes [k, R, L] of the levels nearest to rows [R, L], for the scales [R, k]."""
+    return torch.stack(_nearest(rows, scale))
 
 
 def sum_components(values: Tensor, components: int) -> Tensor:

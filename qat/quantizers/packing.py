@@ -16,10 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How many weights share a byte, and the number base of their codes."""
+    """How many weights share a byte, the number base of their codes, and which kind of `record.KINDS` they are."""
 
     per_byte: int
     base: int
+    holds: str = "ternary"
 
     @property
     def limit(self) -> int:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat import BitLinear, PackedBitLinear, QuantConfig
-from qat.quantizers.weights import dequantize_weight, quantize_activation
+from qat.quantizers.activations import quantize_activation
+from qat.quantizers.scales import dequantize_weight
 
 CONFIGS = [
     QuantConfig(weight=weight, scale=scale, granularity=granularity, group_size=4 if granularity == "group" else None)

@@ -31,8 +31,8 @@ from torch import Tensor
 from qat.config import QuantConfig
 from qat.ops import cuda, reference
 from qat.ops.options import PackedOptions, training_options, weight_options
-from qat.quantizers import components, packing
-from qat.quantizers import weights as quantizers
+from qat.quantizers import activations, components, packing
+from qat.quantizers.record import WeightOptions
 
 # M, N, K: one token, a few, many; widths that are and are not multiples of what the kernels read at once
 SMALL = [(1, 1, 1), (1, 70, 256), (1, 33, 81), (3, 65, 79), (5, 17, 33), (17, 130, 128), (66, 40, 192)]
@@ -86,14 +86,14 @@ def test_quantize_weight(place, config, dtype):
     device, op = place
     for n, k in ((40, 72), (3, 24), (1, 120)):
         w = (torch.randn(n, k) * 0.02).to(dtype)
-        t, scale = op("quantize_weight", w.to(device), *weight_options(config))
+        t, scale = op("quantize_weight", w.to(device), [], *weight_options(config))
         check_weight_codes(w, t.cpu(), scale.cpu(), config)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_weight_straight_to_two_bits(place, granularity):
     device, _ = place
-    w, options = torch.randn(7, 30), weight_options(QuantConfig(granularity=granularity))
+    w, options = torch.randn(7, 30), WeightOptions(*weight_options(QuantConfig(granularity=granularity)))
     arguments = cuda.weight_arguments(w.to(device), options)
     (t, scale), (packed, again) = (torch.ops.qat.cuda_quantize_weight(w.to(device), *arguments, two) for two in (False, True))
     same(packed, packing.pack_ternary(t.cpu(), "2bit"))
@@ -149,10 +149,10 @@ def test_packed_linear_with_groups(place, m, k, groups):
 def test_bitlinear(place, config, dtype):
     device, op = place
     x, w, bias = tokens(22, 72, dtype).reshape(2, 11, 72), torch.randn(40, 72), torch.randn(40)
-    found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), *training_options(config))
+    found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), [], *training_options(config))
     y, x_q, x_scale, t, scale = (value.cpu() for value in found)
     check_weight_codes(w, t, scale, config)
-    wanted, divisor = quantizers.activation_codes(x, config.act_granularity, config.eps)
+    wanted, divisor = activations.activation_codes(x, config.act_granularity, config.eps)
     same(x_q, wanted)
     same(x_scale, 1 / divisor)
     same(y, reference.integer_linear(x_q, divisor, t, scale, bias, dtype))
@@ -161,14 +161,17 @@ def test_bitlinear(place, config, dtype):
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_bitlinear_of_components(place, granularity):
     device, op = place
-    options = training_options(QuantConfig(components=2, granularity=granularity))
+    config = QuantConfig(components=2, granularity=granularity)
+    options = training_options(config)
     x, w, bias = tokens(22, 72), torch.randn(40, 72), torch.randn(40)
-    found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), *options)
+    found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), [], *options)
     y, x_q, x_scale, t, scale = (value.cpu() for value in found)
-    codes, divisor = quantizers.activation_codes(x, "token", EPS)
+    codes, divisor = activations.activation_codes(x, "token", EPS)
     same(x_q, codes)
     same(x_scale, 1 / divisor)
-    torch.testing.assert_close(scale, reference.quantize_weight(w, *options.weight)[1], rtol=1e-5, atol=0)  # sums of a device
+    torch.testing.assert_close(
+        scale, reference.quantize_weight(w, [], *weight_options(config))[1], rtol=1e-5, atol=0
+    )  # sums of a device
     same(y, reference.integer_linear(components.repeat(x_q, 2), divisor, t, scale, bias, x.dtype))
 
 
@@ -201,7 +204,7 @@ def test_rounding_and_extreme_values(place):
 def test_empty_sizes(place):
     device, op = place
     w, empty = torch.randn(6, 20, device=device), torch.zeros(0, 20, device=device)
-    y, x_q, x_scale, t, _ = op("bitlinear", empty, w, None, *training_options(QuantConfig()))
+    y, x_q, x_scale, t, _ = op("bitlinear", empty, w, None, [], *training_options(QuantConfig()))
     assert y.shape == (0, 6) and x_q.shape == (0, 20) and x_scale.shape == (0, 1) and t.shape == (6, 20)
     packed = packing.pack_ternary(codes(6, 20), "2bit").to(device)
     assert op("packed_linear", empty, packed, torch.ones(1, 1, device=device), None, 20, "2bit", 8, "token", EPS).shape == (

@@ -9,7 +9,7 @@ import torch
 from emulator import Emulator, QuantizeActivation, expected_linear, packed_linear, problem, quantize_activation, quantize_weight
 from kernel_checks import EPS, same, tokens
 
-from qat.quantizers import weights as quantizers
+from qat.quantizers import activations
 
 
 @pytest.mark.parametrize("at_end", [True, False])
@@ -61,14 +61,14 @@ def many_tokens_on_hopper(gpu: Emulator) -> None:
 
 def long_token(gpu: Emulator) -> None:
     x = tokens(2, 4500, torch.float32)
-    same(quantize_activation(gpu, x, per_tensor=False)[0], quantizers.activation_codes(x, "token", EPS)[0])
+    same(quantize_activation(gpu, x, per_tensor=False)[0], activations.activation_codes(x, "token", EPS)[0])
 
 
 def long_norm(gpu: Emulator) -> None:
     x = tokens(1, 4500, torch.float32).abs()
     codes = quantize_activation(gpu, x, False, torch.ones(4500))[0]
     normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-    assert (codes.int() - quantizers.activation_codes(normal, "token", EPS)[0].int()).abs().max() <= 1
+    assert (codes.int() - activations.activation_codes(normal, "token", EPS)[0].int()).abs().max() <= 1
 
 
 def weight_tensor(gpu: Emulator) -> None:

@@ -12,8 +12,7 @@ from qat import ops
 from qat.config import QuantConfig
 from qat.ops import reference
 from qat.ops.options import training_options, weight_options
-from qat.quantizers import packing
-from qat.quantizers import weights as quantizers
+from qat.quantizers import activations, packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
@@ -34,9 +33,11 @@ def test_packed_linear_large(shape, dtype):
 def test_bitlinear_large(shape):
     m, n, k = shape
     x, w = tokens(m, k, torch.bfloat16), torch.randn(n, k) * 0.02
-    y, x_q, _, t, scale = (v.cpu() for v in torch.ops.qat.bitlinear(x.cuda(), w.cuda(), None, *training_options(QuantConfig())))
+    y, x_q, _, t, scale = (
+        v.cpu() for v in torch.ops.qat.bitlinear(x.cuda(), w.cuda(), None, [], *training_options(QuantConfig()))
+    )
     check_weight_codes(w, t, scale, QuantConfig())
-    wanted, divisor = quantizers.activation_codes(x, "token", EPS)
+    wanted, divisor = activations.activation_codes(x, "token", EPS)
     same(x_q, wanted)
     same(y, reference.integer_linear(x_q, divisor, t, scale, None, x.dtype))
 
@@ -186,11 +187,11 @@ def test_opcheck():
     weight, x = (torch.randn(size, device="cuda", requires_grad=True) for size in ((8, 16), (3, 16)))
     bias, packed = torch.randn(8, device="cuda"), packing.pack_ternary(codes(8, 16), "2bit").cuda()
     check = torch.library.opcheck
-    check(torch.ops.qat.bitlinear.default, (x, weight, bias, *training_options(QuantConfig())))
+    check(torch.ops.qat.bitlinear.default, (x, weight, bias, [], *training_options(QuantConfig())))
     scale = torch.rand(1, 1, device="cuda")
     check(torch.ops.qat.packed_linear.default, (x, packed, scale, bias, 16, "2bit", 8, "token", EPS))
     check(torch.ops.qat.quantize_activation.default, (x.detach(), "token", EPS))
-    check(torch.ops.qat.quantize_weight.default, (weight.detach(), *weight_options(QuantConfig(granularity="channel"))))
+    check(torch.ops.qat.quantize_weight.default, (weight.detach(), [], *weight_options(QuantConfig(granularity="channel"))))
     check(torch.ops.qat.quantized_matmul.default, (torch.randn(3, 8, device="cuda"), codes(8, 16).cuda(), EPS))
     check(torch.ops.qat.int8_matmul.default, (codes(8, 16).cuda(), codes(16, 5).cuda()))
 

@@ -29,8 +29,8 @@ from emulator import (
 )
 from kernel_checks import DTYPES, EPS, LAYOUTS, same, tokens
 
-from qat.quantizers import packing
-from qat.quantizers import weights as quantizers
+from qat.quantizers import activations, latent, packing
+from qat.quantizers.record import WeightOptions
 
 # K around 16 bytes, the loads a warp or a block keeps, and beyond them
 ACTIVATIONS = [(1, 1), (9, 5), (3, 64), (2, 72), (17, 576), (2, 2560), (2, 4100), (1, 6912), (1, 16500)]
@@ -43,7 +43,7 @@ def test_quantize_activation(gpu: Emulator, dtype: torch.dtype, per_tensor: bool
         gpu.order, gpu.at_end = i % 3, i % 2 == 0
         x = tokens(m, k, dtype)
         codes, divisor, scale = quantize_activation(gpu, x, per_tensor)
-        expected, expected_divisor = quantizers.activation_codes(x, "tensor" if per_tensor else "token", EPS)
+        expected, expected_divisor = activations.activation_codes(x, "tensor" if per_tensor else "token", EPS)
         same(codes, expected)
         same(divisor, expected_divisor.contiguous())
         same(scale, 1 / expected_divisor)
@@ -53,7 +53,7 @@ def test_nan_stays_in_its_token(gpu: Emulator) -> None:
     x = torch.randn(3, 80)
     x[1, 70] = torch.nan
     codes, divisor, _ = quantize_activation(gpu, x, per_tensor=False)
-    expected, expected_divisor = quantizers.activation_codes(x, "token", EPS)
+    expected, expected_divisor = activations.activation_codes(x, "token", EPS)
     assert divisor.isnan().flatten().tolist() == [False, True, False]
     same(codes[[0, 2]], expected[[0, 2]])
     same(divisor[[0, 2]], expected_divisor[[0, 2]])
@@ -65,7 +65,9 @@ def test_norm_in_front(gpu: Emulator, k: int, per_tensor: bool) -> None:
     x, weight = torch.randn(3, k).bfloat16(), (1 + torch.randn(k) / 8).bfloat16()
     codes, divisor, _ = quantize_activation(gpu, x, per_tensor, weight)
     normal = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-    expected, expected_divisor = quantizers.activation_codes(weight * normal.bfloat16(), "tensor" if per_tensor else "token", EPS)
+    expected, expected_divisor = activations.activation_codes(
+        weight * normal.bfloat16(), "tensor" if per_tensor else "token", EPS
+    )
     # the sum of squares has another order than torch's: a product may round to the next bfloat16
     assert (codes.int() - expected.int()).abs().max() <= 1
     assert (codes != expected).float().mean() < 0.01
@@ -87,9 +89,9 @@ def test_quantize_weight(gpu: Emulator, reduce: str, dtype: torch.dtype, scheme:
         scale_dtype = i % 3
         found = quantize_weight(gpu, w, scheme, reduce, granularity, groups, scale_dtype)
         names = ("float32", "bfloat16", "float16")
-        rows, expected, shape = quantizers.weight_scale(
-            w, reduce, granularity, k // groups if granularity == "group" else None, names[scale_dtype], EPS
-        )
+        group = k // groups if granularity == "group" else None
+        options = WeightOptions(scheme, reduce, granularity, group, 1, names[scale_dtype], EPS)
+        rows, expected, shape = latent.weight_scale(w, options)
         # a mean is a sum in another order; rounded to 16 bits it may be the next one
         tolerance = 0 if reduce == "absmax" else {0: 1e-6, 1: 2**-7, 2: 2**-10}[scale_dtype]
         torch.testing.assert_close(found.scale, expected.reshape(shape), rtol=tolerance, atol=0)
@@ -189,7 +191,7 @@ def test_training_forward(gpu: Emulator, shape: tuple[int, int, int, int], tile:
 @pytest.mark.parametrize("tile", TILES)
 def test_integers_before_rescaling(gpu: Emulator, tile: str) -> None:
     p = problem(37, 75, 160)
-    codes, _ = quantizers.activation_codes(p.x, "token", EPS)
+    codes, _ = activations.activation_codes(p.x, "token", EPS)
     same(linear(gpu, p, tile, raw=True), codes.int() @ p.t.int().t())
 
 

@@ -250,12 +250,12 @@ def test_opcheck():
     weight, x, bias = torch.randn(8, 16, requires_grad=True), torch.randn(3, 16, requires_grad=True), torch.randn(8)
     packed, scale = ops.pack_ternary(codes(8, 16)), torch.rand(1, 1)
     for name in ("bitlinear", "bitlinear_reference"):
-        torch.library.opcheck(getattr(torch.ops.qat, name).default, (x, weight, bias, *training_options(QuantConfig())))
+        torch.library.opcheck(getattr(torch.ops.qat, name).default, (x, weight, bias, [], *training_options(QuantConfig())))
     for name in ("packed_linear", "packed_linear_reference"):
         torch.library.opcheck(getattr(torch.ops.qat, name).default, (x, packed, scale, bias, 16, "2bit", 8, "token", EPS))
     torch.library.opcheck(torch.ops.qat.quantize_activation.default, (x.detach(), "token", EPS))
     torch.library.opcheck(
-        torch.ops.qat.quantize_weight.default, (weight.detach(), *weight_options(QuantConfig(granularity="channel")))
+        torch.ops.qat.quantize_weight.default, (weight.detach(), [], *weight_options(QuantConfig(granularity="channel")))
     )
     torch.library.opcheck(torch.ops.qat.quantized_matmul.default, (torch.randn(3, 8), codes(8, 16), EPS))
 

@@ -13,7 +13,7 @@ from qat import BitLinear, QuantConfig, ops
 from qat.ops import cpu
 from qat.ops.choice import Status
 from qat.ops.options import training_options, weight_options
-from qat.quantizers.weights import dequantize_weight
+from qat.quantizers.scales import dequantize_weight
 
 N, K = 6, 20
 CONFIGS = {
@@ -52,7 +52,7 @@ def test_opcheck_quantize_activation(granularity: str) -> None:
 
 @configs
 def test_opcheck_quantize_weight(config: QuantConfig) -> None:
-    torch.library.opcheck(torch.ops.qat.quantize_weight.default, (torch.randn(N, K), *weight_options(config)))
+    torch.library.opcheck(torch.ops.qat.quantize_weight.default, (torch.randn(N, K), [], *weight_options(config)))
 
 
 @pytest.mark.parametrize("layout", ["2bit", "base3"])
@@ -75,7 +75,7 @@ def test_opcheck_packed_linear(config: QuantConfig) -> None:
 def test_opcheck_bitlinear(config: QuantConfig, bias: bool) -> None:
     x, w = torch.randn(2, 3, K, requires_grad=True), torch.randn(N, K, requires_grad=True)
     b = torch.randn(N, requires_grad=True) if bias else None
-    torch.library.opcheck(torch.ops.qat.bitlinear.default, (x, w, b, *training_options(config)))
+    torch.library.opcheck(torch.ops.qat.bitlinear.default, (x, w, b, [], *training_options(config)))
 
 
 @configs

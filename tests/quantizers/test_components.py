@@ -19,7 +19,7 @@ from qat.formats.packed import folder as packed
 from qat.ops import cpu
 from qat.ops.options import training_options, weight_options
 from qat.quantizers import components
-from qat.quantizers.weights import dequantize_weight
+from qat.quantizers.scales import dequantize_weight
 
 GRANULARITIES = [("tensor", None), ("channel", None), ("group", 32)]
 CONFIGS = [
@@ -121,15 +121,17 @@ def test_kernels_equal_the_reference_and_packed_equals_trained(config: QuantConf
 
 def test_the_codes_saved_for_the_backward_pass_are_one_byte_an_element() -> None:
     config = QuantConfig(components=3)
-    _, x_q, x_scale, t, _ = torch.ops.qat.bitlinear(normal(4, 32), normal(5, 32), None, *training_options(config))
+    _, x_q, x_scale, t, _ = torch.ops.qat.bitlinear(normal(4, 32), normal(5, 32), None, [], *training_options(config))
     assert x_q.shape == (4, 32) and x_q.dtype == torch.int8 and x_scale.shape == (4, 1) and t.shape == (5, 96)
 
 
 def test_opcheck_and_compile() -> None:
     config = QuantConfig(components=2, granularity="channel")
     w = normal(6, 20).requires_grad_()
-    torch.library.opcheck(torch.ops.qat.quantize_weight.default, (w.detach(), *weight_options(config)))
-    torch.library.opcheck(torch.ops.qat.bitlinear.default, (normal(3, 20).requires_grad_(), w, None, *training_options(config)))
+    torch.library.opcheck(torch.ops.qat.quantize_weight.default, (w.detach(), [], *weight_options(config)))
+    torch.library.opcheck(
+        torch.ops.qat.bitlinear.default, (normal(3, 20).requires_grad_(), w, None, [], *training_options(config))
+    )
     layer = qat.PackedBitLinear.from_bitlinear(qat.BitLinear(20, 6, config=config))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = normal(3, 20)

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from qat import QuantConfig
-from qat.quantizers import weights as quantizers
-from qat.quantizers.weights import dequantize_weight, mix, quantize_activation
+from qat.ops.options import weight_options
+from qat.quantizers import latent
+from qat.quantizers.activations import quantize_activation
+from qat.quantizers.record import WeightOptions
+from qat.quantizers.scales import dequantize_weight, scale_shape
+from qat.quantizers.ste import mix
 
 GOLDEN = torch.tensor([[-0.1, 1.9], [0.0, 0.5]])
 GROUP = 4
@@ -21,7 +25,7 @@ CASES = [
 
 def quantize(w: torch.Tensor, config: QuantConfig | None = None, **changes: object) -> tuple[torch.Tensor, torch.Tensor]:
     c = config or QuantConfig(**changes)
-    return quantizers.quantize_weight(w, c.weight, c.scale, c.granularity, c.group_size, c.scale_dtype, c.eps)
+    return latent.quantize_weight(w, WeightOptions(*weight_options(c)))
 
 
 def numpy_quantize(w: torch.Tensor, c: QuantConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +56,7 @@ def test_every_scheme_equals_numpy(config: QuantConfig) -> None:
     codes, value = numpy_quantize(w, config)
     np.testing.assert_array_equal(t.numpy(), codes)
     np.testing.assert_allclose(scale.numpy().reshape(-1, 1), value, rtol=2e-6)
-    assert scale.shape == quantizers.scale_shape(6, 12, config.granularity, config.group_size)
+    assert scale.shape == scale_shape(6, 12, config.granularity, config.group_size)
 
 
 @pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.weight}-{c.scale}-{c.granularity}")

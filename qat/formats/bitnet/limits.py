@@ -17,6 +17,7 @@ from qat.formats.bitnet.tensors import ROWS_A_BYTE, float_tensors
 from qat.formats.packed.folder import empty_model, transformers_config
 from qat.formats.padding import Padding, plan
 from qat.formats.tensors import quantized_layers
+from qat.quantizers.record import KINDS
 
 _STOCK_EPS = 1e-5
 
@@ -41,7 +42,7 @@ def unsupported(model: nn.Module) -> str | None:
 
 
 def _config_reason(quant: QuantConfig) -> str | None:
-    if quant.weight != "ternary":
+    if quant.quantizer.levels != KINDS["ternary"]:
         return f"quant.weight={quant.weight}; the format holds ternary weights only"
     if quant.components > 1:
         return f"quant.components={quant.components}; the format holds one ternary matrix a layer"

@@ -1,0 +1,16 @@
+"""Binary codes of BitNet, arXiv:2310.11453, eq. 1-3: t = +1 if w > mean(W) else -1, with s = max(mean|W|, eps), uncentred."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def threshold(rows: Tensor) -> Tensor:
+    """The mean [R, 1], above which a weight is +1."""
+    return rows.mean(-1, keepdim=True)
+
+
+def codes(rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
+    """{-1, 1} of rows [R, L]; the scale does not matter."""
+    return torch.where(rows > threshold(rows), 1.0, -1.0)

@@ -1,0 +1,120 @@
+"""What a quantizer says of itself: a record that the configuration, the kernels and the formats ask, instead of its name.
+
+Torch is not imported here, because the configuration checks itself by these records and must cost nothing to import. So a
+function may be given as "module:name" and is looked up when it is first called.
+
+A layer's weights are seen as rows [R, L] that share a scale each (a tensor is one row, a channel one, a group one), so that a
+quantizer need not know of granularities:
+
+    scale(rows, options, **parameters)                  -> [R, planes], before its rounding to `scale_dtype`
+    codes(rows, scale, **parameters)                    -> [R, L], or [planes, R, L]
+    gradient(grad, rows, codes, scale, **parameters)    -> (gradient of the rows [R, L], {parameter: gradient, shaped like it})
+
+`grad` is the loss's with respect to codes * scale, the weight that was multiplied; all of it is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pkgutil import resolve_name
+from typing import Any
+
+STATISTICS = ("absmean", "absmax", "absmedian")
+GRANULARITIES = ("tensor", "channel", "group")
+BACKWARDS = ("input", "bf16", "int8")
+KINDS = {"ternary": (-1, 0, 1), "binary": (-1, 1)}
+"""Kinds of codes that bytes can hold: what layouts and files are made for."""
+
+Function = Callable[..., Any] | str
+
+
+@cache
+def resolve(function: Function) -> Callable[..., Any]:
+    """The function itself, where it is given as "module:name"."""
+    return resolve_name(function) if isinstance(function, str) else function
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A value of a layer's quantizer beside its weight: `initial(rows [R, L], options)` gives it, in float32.
+
+    It is handed to the functions as [R, planes] where each scale has one, and as [1, 1] where the layer has one. What is not
+    trained is a buffer, for whoever anneals it from step to step.
+    """
+
+    initial: Function
+    per: str = "scale"
+    """`scale`: one a scale; `layer`: one a layer."""
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        if self.per not in ("scale", "layer"):
+            raise ValueError(f"per={self.per!r} is not allowed for a quantizer's parameter; choose scale or layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """One row of the table `qat.quantizers.QUANTIZERS`; its key there is `quant.weight`."""
+
+    levels: tuple[int, ...]
+    """What a code can be, int8, in ascending order."""
+    codes: Function
+    scale: Function = "qat.quantizers.scales:statistic"
+    gradient: Function | None = None
+    """None: straight-through, the identity (arXiv:1308.3432)."""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    packs_as: tuple[str, ...] = ()
+    """The kinds of codes that these can be taken for, of `KINDS`. None: no layout and no file holds them."""
+    scales: tuple[str, ...] = STATISTICS
+    """Values of `quant.scale` that fit; likewise the next three."""
+    granularities: tuple[str, ...] = GRANULARITIES
+    act_bits: tuple[int | None, ...] = (8, None)
+    backwards: tuple[str, ...] = BACKWARDS
+    planes: tuple[int, ...] = (1,)
+    """How many matrices of codes a weight may be the sum of: values of `quant.components`."""
+    sums: Quantizer | None = None
+    """What quantizes to more planes of these codes, where something does."""
+    words: str = "{weight} {scale}"
+    """How it is called before people, from the configuration's keys."""
+    why: str = ""
+    """What makes other values of the keys above not fit, for an error message."""
+
+    def __post_init__(self) -> None:
+        """ValueError for a row that contradicts itself."""
+        for kind in self.packs_as:
+            if kind not in KINDS or not set(self.levels) <= set(KINDS[kind]):
+                raise ValueError(f"codes {self.levels} cannot pack as {kind!r}; kinds are {KINDS}")
+        if "int8" in self.backwards and not set(self.levels) <= set(KINDS["ternary"]):
+            raise ValueError(f"codes {self.levels} do not fit the int8 backward pass, whose sums are of -1, 0, 1; leave it out")
+        if {"weight", "bias"} & set(self.parameters):
+            raise ValueError("a quantizer's parameter cannot be called weight or bias: the layer has those")
+        if self.gradient is None and any(one.trained for one in self.parameters.values()):
+            raise ValueError(f"parameters {', '.join(self.parameters)} are trained, so the quantizer needs a gradient")
+
+    def unfit(self, kind: str) -> str | None:
+        """Why bytes made for codes of that kind cannot hold these, or None where they can."""
+        if kind in self.packs_as:
+            return None
+        return f"its codes are {', '.join(map(str, self.levels))}, and {kind} ones are {', '.join(map(str, KINDS[kind]))}"
+
+
+class Options:
+    """Values that an op takes one by one: `op(x, *options)`."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, one.name) for one in fields(self))  # type: ignore[arg-type]  # the children are dataclasses
+
+
+@dataclass
+class WeightOptions(Options):
+    """How a latent weight becomes codes: these keys of QuantConfig."""
+
+    weight: str
+    scale: str
+    granularity: str
+    group_size: int | None
+    components: int
+    scale_dtype: str
+    eps: float

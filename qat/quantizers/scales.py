@@ -1,0 +1,75 @@
+"""What shares a scale, the shapes that scales have, and the statistics of magnitudes that they are.
+
+Legend: N out_features, K in_features, G groups along K, R rows that share a scale each, L weights a row.
+
+The scale is rounded to `scale_dtype` before codes are taken with it, so one single value is trained with, stored and read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qat.quantizers.record import WeightOptions
+
+_REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "absmean": lambda magnitude: magnitude.mean(-1, keepdim=True),
+    "absmax": lambda magnitude: magnitude.amax(-1, keepdim=True),
+    "absmedian": lambda magnitude: magnitude.median(-1, keepdim=True).values,
+}
+_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def statistic(rows: Tensor, options: WeightOptions, **_: Tensor) -> Tensor:
+    """`quant.scale` of the magnitudes of rows [R, L]: [R, 1]."""
+    return _REDUCE[options.scale](rows.abs())
+
+
+def check_group_size(k: int, group_size: int | None) -> None:
+    """ValueError unless groups of that size fill a row of K weights."""
+    if group_size is not None and k % group_size:
+        raise ValueError(
+            f"in_features={k} is not a multiple of quant.group_size={group_size}; choose a divisor, or exclude the layer"
+        )
+
+
+def scale_rows(w: Tensor, granularity: str, group_size: int | None) -> Tensor:
+    """View w [N, K] as [R, L], each row sharing one scale."""
+    n, k = w.shape
+    if granularity == "tensor":
+        return w.reshape(1, n * k)
+    if granularity == "channel":
+        return w
+    assert group_size is not None
+    check_group_size(k, group_size)
+    return w.reshape(n * (k // group_size), group_size)
+
+
+def scale_shape(n: int, k: int, granularity: str, group_size: int | None, components: int = 1) -> tuple[int, int]:
+    """Shape of the weight scale of a layer [N, K]: [1, 1], [N, 1] or [N, K / group_size], wider by the components."""
+    if granularity == "tensor":
+        return (1, components)
+    return (n, components * (1 if granularity == "channel" else k // (group_size or k)))
+
+
+def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
+    """`scale` rounded to that dtype within its range: neither 0 (float16 ends at 6e-8) nor infinity (above 65504)."""
+    limits = torch.finfo(_SCALE_DTYPES[scale_dtype])
+    return scale.clamp(limits.tiny * limits.eps, limits.max).to(_SCALE_DTYPES[scale_dtype]).float()
+
+
+def check_weight(w: Tensor) -> None:
+    """ValueError unless w is a floating-point matrix."""
+    if w.ndim != 2 or not w.is_floating_point():
+        raise ValueError(f"w must be a floating-point matrix [N, K], not {w.dtype} {list(w.shape)}")
+
+
+def dequantize_weight(t: Tensor, scale: Tensor) -> Tensor:
+    """t * scale, float32 [N, K], for t [N, K] and scale [1 | N, 1 | G]."""
+    n, k = t.shape
+    groups = scale.shape[1]
+    if groups <= 1:
+        return t * scale
+    return (t.reshape(n, groups, k // groups) * scale[..., None]).reshape(n, k)

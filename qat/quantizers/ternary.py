@@ -1,0 +1,10 @@
+"""Ternary codes of BitNet b1.58, arXiv:2402.17764, eq. 1-3: t = clip(round(w / s), -1, 1), with s = max(f|W|, eps)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def codes(rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
+    """{-1, 0, 1} of rows [R, L] with their scale [R, 1]; half to even."""
+    return (rows / scale).round().clamp(-1, 1)
