@@ -51,7 +51,7 @@ class DataConfig:
     text_field: str = "text"
     """Field of a .jsonl, .parquet or hub record that holds the text."""
     messages_field: str = "messages"
-    """Field that holds a chat's list of {role, content}."""
+    """Field that holds a chat's list of {role, content}; where it is `messages` and absent, other forms of chats are read."""
     max_tokens: int | None = None
     """Stop reading the training text after so many tokens; null: read all."""
     sequence_length: int = 512

@@ -1,7 +1,8 @@
 """Training and evaluation data: `build_datamodule` for a run, `text_tokens` for one more text to evaluate on.
 
-sources reads text, tokens caches it as ids, selfgen samples it from the teacher, chat masks the prompt, order says which
-sequences make a batch, datamodule hands it to lightning, build puts it together. The names are fetched at first use, because
+records and sources read what lies in files, tokens caches text as ids, seams joins long texts, selfgen samples it from the
+teacher, chat makes ids and masks of chats, order says which sequences make a batch, datamodule hands it to lightning, build puts
+it together. The names are fetched at first use, because
 lightning takes seconds to import and sources and tokens work without it.
 """
 

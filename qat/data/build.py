@@ -36,8 +36,8 @@ def build_datamodule(
     Raises ValueError for any missing, empty, unreadable or too short source, and for selfgen without a teacher.
     """
     if data.kind == "chat":
-        chats, names = _chat_parts(data, tokenizer)
-        return QATData(data, chats, names, seed=seed, total_batches=total_batches)
+        chats, names, notes = _chat_parts(data, tokenizer)
+        return QATData(data, chats, names, seed=seed, total_batches=total_batches, notes=notes)
     if data.kind == "selfgen":
         arrays, names = _sampled_parts(data, tokenizer, teacher, seed, progress)
     else:
@@ -100,18 +100,19 @@ def _last_part(data: DataConfig, source: Source) -> str:
     return f"last {100 * data.valid_fraction:g} % of {source.title}"
 
 
-def _chat_parts(data: DataConfig, tokenizer: Any) -> tuple[tuple[Chats, Chats], Names]:
-    """The same for chats; at least one is held out."""
+def _chat_parts(data: DataConfig, tokenizer: Any) -> tuple[tuple[Chats, Chats], Names, list[str]]:
+    """The same for chats, and notes; at least one is held out."""
     source = _source(data)
-    chats = read_chats(source, tokenizer, data.max_tokens)
+    chats, notes = read_chats(source, tokenizer, data.max_tokens)
     if data.valid is not None:
         names = source.title, _source(data, valid=True).title
-        held_out = read_chats(_source(data, valid=True), tokenizer)
+        held_out, more = read_chats(_source(data, valid=True), tokenizer)
+        notes += more
     else:
         names = source.title, _last_part(data, source)
         cut = len(chats) - max(1, int(len(chats) * data.valid_fraction))
         chats, held_out = chats[:cut], chats[cut:]
-    return (_padded(chats, data, tokenizer, names[0]), _padded(held_out, data, tokenizer, names[1])), names
+    return (_padded(chats, data, tokenizer, names[0]), _padded(held_out, data, tokenizer, names[1])), names, notes
 
 
 def _padded(chats: list[Any], data: DataConfig, tokenizer: Any, name: str) -> Chats:

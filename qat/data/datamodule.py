@@ -78,6 +78,11 @@ class QATData(lightning.LightningDataModule):
         held_out = self.valid.tokens if isinstance(self.valid, Windows) else self.valid.tokens()
         return torch.from_numpy(np.asarray(held_out).astype(np.int64))
 
+    @property
+    def eval_scored(self) -> torch.Tensor | None:
+        """Which of `eval_tokens` count, bool [T]: the assistant's words of chats; None: all of them."""
+        return None if isinstance(self.valid, Windows) else torch.from_numpy(self.valid.scored())
+
     def train_dataloader(self) -> StreamLoader:
         """The batches that are left of `total_batches`; its length is `total_batches`."""
         # memory-mapped tokens need no worker processes, whatever lightning says on a machine with many cores
