@@ -38,8 +38,8 @@ using torch::stable::Tensor;
 
 namespace qat::cuda::binding {
 
-// Makes a device the current one while it lives, and knows its stream.
-class Stream {
+// Makes a device the current one while it lives, and knows its stream. Hidden, as torch's guard is.
+class __attribute__((visibility("hidden"))) Stream {
  public:
   explicit Stream(int32_t index) : guard_(index) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
@@ -61,7 +61,7 @@ inline const char* message(int error) { return cudaGetErrorString(static_cast<cu
 namespace qat::cuda::binding {
 
 // Where x is: it becomes the current device, and what is allocated here lies there too.
-struct Device {
+struct __attribute__((visibility("hidden"))) Device {
   explicit Device(const Tensor& x) : index(x.get_device_index()), guard(index), stream(guard.get()) {}
   const int32_t index;
   const Stream guard;
