@@ -7,6 +7,7 @@ Names load on first use, because torch alone takes more than a second to import.
 from importlib import import_module
 from typing import Any
 
+from qat.namesakes import warn as _warn
 from qat.registration import register as _register
 
 __version__ = "0.1.0"
@@ -33,4 +34,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'qat' has no attribute {name!r}")
 
 
+_warn()
 _register()

@@ -31,8 +31,8 @@ ROOMS = [
     "export",
 ]
 """The folders of qat/ from the bottom up. What lies directly in qat/ are verbs, above them all; `export/` holds old names."""
-VERBS = ("train", "evaluate", "generate", "inspect", "serve", "export.__main__", "bench.__main__")
-BELOW_ALL = ("", "registration")
+VERBS = ("__main__", "train", "evaluate", "generate", "inspect", "serve", "export.__main__", "bench.__main__")
+BELOW_ALL = ("", "registration", "namesakes")
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 NATIVE = sorted(file for room in ("csrc", "tests") for file in (ROOT / room).rglob("*") if file.suffix in (".cpp", ".cu", ".h"))
 """C++ and CUDA; a generated table would be left out here, and there is none."""
