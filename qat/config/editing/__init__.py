@@ -1,0 +1,1 @@
+"""The configuration for people who type it: a schema for editors, completion for shells."""
