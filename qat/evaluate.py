@@ -52,6 +52,7 @@ class Asked:
 
     text: str | None = None
     teacher: str | None = None
+    trust_remote_code: bool = False
     layers: bool = False
     samples: int = 0
     tasks: tuple[str, ...] = ()
@@ -87,6 +88,7 @@ def evaluate(
     batch_size: int = 8,
     head: str = "full",
     reader: str = "auto",
+    trust_remote_code: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
     """Load `path` and measure it on `text`, a file or the name `pydoc_data.topics`.
@@ -97,6 +99,7 @@ def evaluate(
         max_tokens: evaluate the first so many tokens of the text; default: all.
         head: `bf16`, `8bit` or `6bit`: with the output head in fewer bits, as `qat.generate` has it.
         reader: of a .gguf file: `llama.cpp` or `transformers`, see `qat.evaluation.llamacpp`.
+        trust_remote_code: whether Python code that comes with the weights, of the teacher too, may run.
         more: the fields of `Asked`.
 
     Returns:
@@ -106,13 +109,13 @@ def evaluate(
     Raises:
         ValueError: a model or the text cannot be read, the context is out of range, or a logit is not finite.
     """
-    asked = Asked(text, **more)
+    asked = Asked(text, trust_remote_code=trust_remote_code, **more)
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
     from qat.evaluation import llamacpp as runtime
 
     chosen = runtime.choose_reader(path, reader, asked.needs_pytorch(head))
-    found = runtime.load(path) if chosen == "llama.cpp" else load(path)
+    found = runtime.load(path) if chosen == "llama.cpp" else load(path, trust_remote_code=trust_remote_code)
     if head != "full":
         from qat.inference.tiles import quantize_head
 
@@ -146,7 +149,7 @@ def _on_text(
     result |= {"tokens": len(tokens), "scored_tokens": scored}
     if len(tokens) < context:
         result["remark"] = f"the text is shorter than one window: its {len(tokens)} tokens are measured as one"
-    teacher = load(asked.teacher) if asked.teacher else None
+    teacher = load(asked.teacher, trust_remote_code=asked.trust_remote_code) if asked.teacher else None
     if teacher is not None:
         _same_tokens(found, teacher)
         result["teacher"] = {"model": asked.teacher, "kind": teacher.kind, **_compare(found, teacher, batches, asked.layers)}

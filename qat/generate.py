@@ -181,12 +181,12 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
     return most - prompt
 
 
-def ready(path: str, head: str = "full") -> tuple[Loaded, str]:
+def ready(path: str, head: str = "full", trust_remote_code: bool = False) -> tuple[Loaded, str]:
     """Load `path` and prepare it for generation; and what was done to it, in words."""
     from qat.inference import heads
     from qat.inference import tiles as inference
 
-    found = load(path)
+    found = load(path, trust_remote_code=trust_remote_code)
     found.model.requires_grad_(False)
     fused = inference.tile(found.model)
     if head == "full":
@@ -209,6 +209,7 @@ def generate(
     seed: int = 0,
     threads: int | None = None,
     head: str = "full",
+    trust_remote_code: bool = False,
 ) -> Continuation:
     """Print the continuation of `prompt` as it comes; its tokens and timings.
 
@@ -216,6 +217,7 @@ def generate(
         path: run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE.
         chat: put the prompt into the tokenizer's chat template; `system` is its system message.
         head: `full`, or `bf16`, `8bit`, `6bit`: the output head in fewer bits.
+        trust_remote_code: whether Python code that comes with the weights may run.
 
     Raises:
         ValueError: the model cannot be loaded, or an argument is out of range.
@@ -229,7 +231,7 @@ def generate(
         if not 1 <= threads <= most:
             raise ValueError(f"--threads {threads} is not allowed; it must be from 1 to {most}, this machine's cores")
         torch.set_num_threads(threads)
-    found, about = ready(path, head)
+    found, about = ready(path, head, trust_remote_code)
     from transformers import TextStreamer
 
     from qat.inference.decode import Decoder

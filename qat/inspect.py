@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", metavar="FILE_OR_FOLDER", help="run, packed folder, bitnet folder, .safetensors or .gguf file")
     parser.add_argument("--verify", metavar="OTHER", help="compare codes and scales with another; exit code 2 if they differ")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--trust-remote-code", action="store_true", help="as the other verbs take it; here no code is ever run")
     return parser
 
 

@@ -18,6 +18,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE"
     )
     parser.add_argument("--head", default="full", choices=HEADS, help="bits of the output head: fewer are faster, less exact")
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """--trust-remote-code, of every verb that loads a model."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the weights")
 
 
 def run_verb(name: str, action: Callable[[], object]) -> int:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qat.config.flags import run_verb
+from qat.config.flags import add_trust, run_verb
 from qat.export.job import export as export
 from qat.export.job import report
 from qat.targets import FORMATS
@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=about)
     parser.add_argument("--text", default="pydoc_data.topics", help="text on which perplexity is compared")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="how much of it (default: 16384)")
+    add_trust(parser)
     return parser
 
 

@@ -24,6 +24,7 @@ def export(
     format: str | None = None,
     text: str = "pydoc_data.topics",
     max_tokens: int = 16_384,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Write the packed model of `run` to `out`, and read it back with the format's stock reader.
@@ -33,6 +34,7 @@ def export(
         out: a folder, or a file for gguf and pt2; an earlier export is replaced; it appears only when what was read is equal.
         format: of `qat.targets.FORMATS`; None: the one that the suffix of `out` says, hf for a folder.
         text: a file or `pydoc_data.topics`; perplexity is compared on its first `max_tokens` tokens.
+        trust_remote_code: whether Python code in the packed folder may run.
         options: keywords of the format's `save`; None is the format's default.
 
     Returns:
@@ -49,7 +51,8 @@ def export(
     from qat.formats.packed import folder as packed
     from qat.models.hub import load_tokenizer
 
-    model, tokenizer = packed.load(folder), load_tokenizer(ModelConfig(path=str(folder)))
+    model = packed.load(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder), trust_remote_code=trust_remote_code))
     windows = _windows(model, tokenizer, text, max_tokens)
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
     facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}

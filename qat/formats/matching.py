@@ -53,7 +53,7 @@ def _config(found: Contents) -> Any:
     if found.folder is None:
         raise ValueError(f"the {found.kind} have no config.json, by which their layers would get the names that GGUF has")
     try:
-        return AutoConfig.from_pretrained(found.folder, local_files_only=True)
+        return AutoConfig.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly any class here
         raise ValueError(f"{found.folder / 'config.json'} is not a transformers config: {one_line(error)}") from error
 

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.formats.code import is_custom
 from qat.formats.reader import Reader
 from qat.formats.tensors import packed_layers
 from qat.metrics.agreement import beyond, relative_error
@@ -72,7 +73,7 @@ def read_back(
     request = _request(probe_ids, windows, inputs, _widths(folder, inputs))
     for i, others in enumerate((further or {}).values()):
         request |= window_request(others, f"text.{i}.")
-    asked = {"device": str(_device(model)), "bfloat16": "1" if bfloat16 else "0"}
+    asked = {"device": str(_device(model)), "bfloat16": str(int(bfloat16)), "trust": str(int(is_custom(model)))}
     answer = READER.ask(folder, lambda file: save_file(request, file, asked), load_file)
     found: dict[str, Any] = {
         **_compare_perplexity(answer, model, windows),

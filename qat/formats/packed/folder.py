@@ -21,6 +21,7 @@ from torch import nn
 
 from qat.conversion.record import Conversion
 from qat.formats import upstream
+from qat.formats.code import check_trust, save_code
 from qat.formats.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_depth, refuse_report
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.stored import (
@@ -70,28 +71,39 @@ def save(
     return Path(folder)
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The packed model of a folder, read by transformers: float32, eval mode, on the CPU. Stricter than `from_pretrained`.
 
-    Raises:
-        ValueError: not such a folder, unknown version, truncated or wrong contents; the file is named.
-    """
-    import transformers
+    Args:
+        trust_remote_code: whether Python code in the folder may run.
 
+    Raises:
+        ValueError: not such a folder, unknown version, truncated or wrong contents; the file is named. Or code without trust.
+    """
     folder = Path(folder)
     config = read_config(folder)
+    check_trust(folder, config, trust_remote_code)
     parse(config["quantization_config"])
     refuse_depth(config, sum(len(read_shapes(file)) for file in weight_files(folder)))
     try:
-        named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-        reader: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
         upstream.listen()
-        model, report = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+        where = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        reader = _reader(config, trust_remote_code)
+        model, report = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **where)
     except Exception as error:  # transformers raises nearly any class here
         raise ValueError(f"cannot load {folder}: {one_line(error)}") from error
     refuse_report(report, folder)
     check_finite(model, str(folder))
     return model.eval()
+
+
+def _reader(config: Mapping[str, Any], trust: bool) -> Any:
+    """The class that reads a folder: the one that its config names, or by `auto_map`."""
+    import transformers
+
+    named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    by_code = trust and "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    return named if hasattr(named, "from_pretrained") and not by_code else transformers.AutoModelForCausalLM
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -125,8 +137,9 @@ def transformers_config(model: nn.Module) -> Any:
 
 
 def save_config(model: nn.Module, config: Any, folder: Path) -> None:
-    """config.json (naming the model's class) and generation_config.json."""
+    """config.json (naming the model's class), the code that it needs, and generation_config.json."""
     config.architectures = [type(model).__name__]
+    save_code(model, config, folder)
     config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
