@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from qat.config import DataConfig
 from qat.data.chat import Chats
 from qat.data.order import StreamBatches, Windows
+from qat.metrics.perplexity import Window, windows
 
 Part = Windows | Chats
 
@@ -63,9 +64,13 @@ class QATData(lightning.LightningDataModule):
         super().__init__()
         self.data_config, self.seed, self.total_batches = data, seed, total_batches
         self.train, self.valid = parts
-        self.name, self.eval_name = names
+        self.names = self.name, self.eval_name = names
         self.notes = [*notes, *_notes(self.train, "training"), *_notes(self.valid, "validation")]
         self._restored = {"sequences": 0, "step": 0}
+
+    def afresh(self) -> QATData:
+        """The same data from its first batch on, for another training."""
+        return QATData(self.data_config, (self.train, self.valid), self.names, seed=self.seed, total_batches=self.total_batches)
 
     @property
     def train_tokens(self) -> int:
@@ -78,10 +83,14 @@ class QATData(lightning.LightningDataModule):
         held_out = self.valid.tokens if isinstance(self.valid, Windows) else self.valid.tokens()
         return torch.from_numpy(np.asarray(held_out).astype(np.int64))
 
-    @property
-    def eval_scored(self) -> torch.Tensor | None:
-        """Which of `eval_tokens` count, bool [T]: the assistant's words of chats; None: all of them."""
-        return None if isinstance(self.valid, Windows) else torch.from_numpy(self.valid.scored())
+    def eval_windows(self, context: int, stride: int, batch_size: int, most: int | None = None) -> list[Window]:
+        """What perplexity is measured on: windows of `eval_tokens`; of chats the assistant's turns, each after what came before.
+
+        `most`: tokens of the text, or of the turns. Raises ValueError where there is nothing to score.
+        """
+        if isinstance(self.valid, Chats):
+            return self.valid.windows(context, most)
+        return list(windows(self.eval_tokens[:most], context, stride, batch_size))
 
     def train_dataloader(self) -> StreamLoader:
         """The batches that are left of `total_batches`; its length is `total_batches`."""

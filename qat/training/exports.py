@@ -10,7 +10,7 @@ from qat.conversion.record import Conversion
 from qat.formats import FORMATS, get_format
 from qat.formats.packed import folder as packed
 from qat.formats.tensors import packed_layers
-from qat.metrics.perplexity import Window, windows
+from qat.metrics.perplexity import Window
 from qat.models import hub as models
 from qat.reporting.result import RunResult
 from qat.training.stages import Measure
@@ -80,7 +80,7 @@ def _card(config: TrainConfig) -> dict[str, Any]:
 
 
 def _windows(measure: Measure, text: str = "") -> list[Window]:
-    return list(windows(measure.texts[text], measure.context, measure.stride, measure.batch_size))
+    return measure.windows[text]
 
 
 def _card_results(result: RunResult, found: dict[str, Any]) -> dict[str, Any]:

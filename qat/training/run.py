@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 from lightning.pytorch import seed_everything
 
 from qat.config import TrainConfig
 from qat.conversion import walker as conversion
-from qat.data import build_datamodule
 from qat.models import hub as models
 from qat.reporting.result import RunResult
 from qat.training import fit
@@ -33,7 +31,9 @@ def run(config: TrainConfig) -> RunResult:
     runs.set_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
 
-    base, tokenizer = models.load_model(config.model), models.load_tokenizer(config.model)
+    tokenizer = models.load_tokenizer(config.model)
+    data = runs.open_data(config, tokenizer)
+    base = models.load_model(config.model)
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
     student = copy.deepcopy(base)
@@ -46,10 +46,7 @@ def run(config: TrainConfig) -> RunResult:
     result = runs.new_result(config, folder, base, record)
     with runs.recording(result, folder):
         teacher = runs.load_teacher(config, base)
-        batches = runs.total_batches(config.trainer)
-        build_data = partial(build_datamodule, config.data, tokenizer, teacher=base, seed=config.seed, total_batches=batches)
-        data = build_data()
-        print(*data.notes, sep="\n", end="\n" if data.notes else "")
+        data = data or runs.sampled_data(config, tokenizer, base)
         measure = Measure.of(config, data, tokenizer, result)
         measure("full_precision", base)
         measure("converted", student)
@@ -71,7 +68,7 @@ def run(config: TrainConfig) -> RunResult:
         export_all(config, packed, folder, tokenizer, result, measure)
 
         if config.control.enabled:
-            outcome = runs.train_control(config, base, build_data(), folder, optimizer)
+            outcome = runs.train_control(config, base, data.afresh(), folder, optimizer)
             if outcome.interrupted:
                 result.status = f"interrupted in the control run; continue with resume={folder}"
                 return result

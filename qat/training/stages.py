@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.config import TrainConfig
-from qat.metrics.perplexity import perplexity
+from qat.metrics.perplexity import Window, exp_mean, log_likelihood, windows
 from qat.reporting.result import RunResult
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ class Measure:
 
     texts: dict[str, Tensor]
     """Name -> tokens int64 [T]. The recipe's own evaluation text has the name ''."""
+    windows: dict[str, list[Window]]
+    """Name -> what is scored of them; of chats the assistant's words."""
     context: int
     stride: int
     batch_size: int
@@ -40,16 +42,20 @@ class Measure:
         texts = {"": data.eval_tokens[:limit]}
         texts |= {name: text_tokens(source, tokenizer, config.data, limit) for name, source in config.eval.texts.items()}
         about = {"context": context, "stride": stride}
-        result.perplexity = {"text": data.eval_name, "tokens": len(texts[""]), **about}
+        shape = context, stride, config.eval.batch_size
+        scored = {"": data.eval_windows(*shape, limit)}
+        scored |= {name: list(windows(tokens, *shape)) for name, tokens in texts.items() if name}
+        count = sum(ids[:, start:].numel() for ids, start in scored[""]) if config.data.kind == "chat" else len(texts[""])
+        result.perplexity = {"text": data.eval_name, "tokens": count, **about}
         result.further = {name: {"text": name, "tokens": len(texts[name]), **about} for name in config.eval.texts}
         on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        return cls(texts, context, stride, config.eval.batch_size, torch.device("cuda" if on_gpu else "cpu"), result)
+        return cls(texts, scored, context, stride, config.eval.batch_size, torch.device("cuda" if on_gpu else "cpu"), result)
 
     def __call__(self, stage: str, model: nn.Module) -> None:
         """Measure `model` on every text; it is left in eval mode on the CPU."""
         self.place(model)
-        for name, tokens in self.texts.items():
-            value = perplexity(model, tokens, context=self.context, stride=self.stride, batch_size=self.batch_size)
+        for name, scored in self.windows.items():
+            value = exp_mean(*log_likelihood(model, scored))
             (self.result.further[name] if name else self.result.perplexity)[stage] = value
         model.cpu()
         self.result.save(Path(self.result.folder))

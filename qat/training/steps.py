@@ -17,7 +17,7 @@ from torch import nn
 
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
 from qat.conversion.record import Conversion
-from qat.data import QATData
+from qat.data import QATData, build_datamodule, preview, text_tokens
 from qat.models import hub as models
 from qat.reporting import estimate
 from qat.reporting.result import RunResult, write_text
@@ -26,7 +26,7 @@ from qat.training.fit import FitResult, fit, read_step
 from qat.training.module import OptimizerFactory, QATModule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Plugins = tuple[list[Any], list[Callback]]
 
@@ -115,6 +115,29 @@ def recording(result: RunResult, folder: Path) -> Iterator[None]:
     finally:
         result.seconds_total = time.perf_counter() - start
         result.save(folder)
+
+
+def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> QATData | None:
+    """The data, before the model is loaded: whatever is wrong with it is said at once. None where the model writes it itself.
+
+    A dry run prints what there is of it, and a sample with what is learned.
+    """
+    for text in config.eval.texts.values():
+        text_tokens(text, tokenizer, config.data, config.eval.max_tokens)
+    if config.data.kind == "selfgen":
+        return None
+    data = build_datamodule(config.data, tokenizer, seed=config.seed, total_batches=total_batches(config.trainer))
+    for line in data.notes:
+        print(line)
+    if config.dry_run:
+        print(*preview.lines(data, tokenizer, config.trainer.devices * config.trainer.num_nodes), sep="\n")
+    return data
+
+
+def sampled_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, base: PreTrainedModel) -> QATData:
+    """The data that the full-precision model samples."""
+    batches = total_batches(config.trainer)
+    return build_datamodule(config.data, tokenizer, teacher=base, seed=config.seed, total_batches=batches)
 
 
 def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,11 +220,23 @@ def test_bf16_mixed_keeps_latent_weights_in_float32(config: TrainConfig) -> None
     assert result.perplexity["packed"] == result.perplexity["trained"]
 
 
+def test_data_is_opened_before_the_model(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat.models.hub.load_model", lambda *_: pytest.fail("the model was loaded"))
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "good"}\n{"text": "half \\ud83d"}\n')
+    for change in ({"train": str(file)}, {"valid": str(file)}):
+        with pytest.raises(ValueError, match=r"bad.jsonl:2: the field 'text' holds half of a surrogate pair"):
+            run(replace(config, data=replace(config.data, **change)))
+    with pytest.raises(ValueError, match=r"bad.jsonl:2"):
+        run(replace(config, eval=replace(config.eval, texts={"further": str(file)})))
+
+
 def test_dry_run_writes_nothing(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config.dry_run = True
     run(config)
     output = capsys.readouterr().out
     assert "14 of 15 linear layers converted" in output and "1,536 in 12 steps of 128" in output
+    assert re.search(r"^epochs +[\d.]+: \d+ sequences in all$", output, re.M) and re.search(r"^sample +.\[\[", output, re.M)
     assert not Path(config.run.dir or "").exists()
 
 

@@ -5,7 +5,9 @@ forms says what a record holds, rendering runs the template, spans finds the ass
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from qat.data.chat.rendering import Renderer, TemplateStopped
 from qat.data.chat.spans import encode_spans, rendered_spans
 from qat.data.records import read_records
 from qat.data.sources import Source
+from qat.metrics.perplexity import Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,14 +56,41 @@ class Chats(Dataset):
         item["attention_mask"][: len(ids)] = 1
         return {name: torch.from_numpy(value) for name, value in item.items()}
 
-    def scored(self) -> np.ndarray:
-        """Which of `tokens` the assistant says, bool [T]; a chat's first token is never predicted."""
-        masks = [np.concatenate([[False], mask[1:]]) for _, mask in self.items]
-        return np.concatenate(masks) if masks else np.empty(0, bool)
-
     def tokens(self) -> np.ndarray:
         """The ids of all chats, one after the other, int64 [T]."""
         return np.concatenate([ids for ids, _ in self.items]) if self.items else np.empty(0, np.int64)
+
+    def windows(self, context: int, most: int | None = None) -> list[Window]:
+        """For perplexity: a window for each of the assistant's turns, the chat before it as its context, the turn scored.
+
+        A turn beyond `context` takes several. Stops once `most` tokens are scored. (As in metrics.perplexity: ids int64 [1, L],
+        and the index from which tokens are scored.)
+        """
+        found: list[Window] = []
+        left = sys.maxsize if most is None else most
+        for ids, mask in self.items:
+            for begin, end in _runs(mask):
+                end = min(end, begin + left)
+                found += _turn(torch.from_numpy(ids), begin, end, context)
+                left -= end - begin
+                if left == 0:
+                    return found
+        return found
+
+
+def _turn(ids: torch.Tensor, begin: int, end: int, context: int) -> Iterator[Window]:
+    """Windows that score [begin, end) of a chat: one where it fits, else as many as leave each half a context before it."""
+    step = end - begin if end <= context else context // 2
+    for start in range(begin, end, step):
+        stop = min(start + step, end)
+        low = max(0, stop - context)
+        yield ids[None, low:stop], start - low
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """[begin, end) of what is said without a break; the first token is never predicted."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask[1:], [0]]).astype(np.int8))) + 1
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
 @dataclass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chats import CHATML, MARKED, say
 from transformers import PreTrainedTokenizerFast
 
 from qat.config import DataConfig
 from qat.data import build_datamodule
+from qat.data.chat import Chats
 
 
 def chat_data(tmp_path: Path, chats: list, **changes) -> DataConfig:
@@ -78,9 +80,24 @@ def test_perplexity_of_chats_scores_the_assistant(tmp_path: Path, tokenizer: Pre
     tokenizer.chat_template = CHATML
     chats = [say("a", "b"), say("hi", "yo", "q", "a1"), say("x", "zz")]
     module = build_datamodule(chat_data(tmp_path, chats, valid_fraction=0.7), tokenizer, total_batches=1)
-    assert module.eval_scored is not None and module.eval_scored.shape == module.eval_tokens.shape
-    scored = module.eval_tokens[module.eval_scored].tolist()
-    assert tokenizer.convert_ids_to_tokens(scored) == ["y", "o", "$", "a", "1", "$", "z", "z", "$"]
+    found = module.eval_windows(48, 48, 8)
+    shown = [("".join(tokenizer.convert_ids_to_tokens(ids[0].tolist())), start) for ids, start in found]
+    assert shown == [
+        ("<user>hi$<assistant>yo$", 20),
+        ("<user>hi$<assistant>yo$<user>q$<assistant>a1$", 42),
+        ("<user>x$<assistant>zz$", 19),
+    ]
+    assert [ids.shape[1] - start for ids, start in module.eval_windows(48, 48, 8, 5)] == [3, 2]
+
+
+@pytest.mark.parametrize("context", [2, 3, 7, 10, 40])
+def test_long_turns_are_scored_once_each_with_something_before_it(context: int) -> None:
+    mask = np.zeros(40, dtype=bool)
+    mask[[0, *range(5, 9), *range(12, 37)]] = True
+    chats = Chats([(np.arange(40), mask)], 40, 0)
+    scored = [i for ids, start in chats.windows(context) for i in ids[0, start:].tolist()]
+    assert scored == [*range(5, 9), *range(12, 37)]
+    assert all(1 <= start < ids.shape[1] <= context for ids, start in chats.windows(context))
 
 
 def test_a_lone_surrogate_in_a_chat_has_its_place(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,45 @@
+"""What a run's data is, in lines for a person: how much of it, how often it is seen, and which tokens are learned."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qat.data.chat import Chats
+from qat.data.chat.masked import IGNORED
+from qat.data.datamodule import QATData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MOST = 160
+"""Tokens of the sample."""
+
+
+def lines(data: QATData, tokenizer: PreTrainedTokenizerFast, devices: int = 1) -> list[str]:
+    """The data of a run on `devices`; in the sample, what is learned stands in [[ ]]."""
+    sequences = data.total_batches * data.data_config.batch_size * devices
+    train, valid = data.train, data.valid
+    found = [
+        f"training        {data.name}: {len(train):,} sequences, {data.train_tokens:,} tokens",
+        f"validation      {data.eval_name}: {len(valid):,} sequences, {len(data.eval_tokens):,} tokens",
+        f"epochs          {sequences / len(train):.3g}: {sequences:,} sequences in all",
+    ]
+    if isinstance(train, Chats):
+        count = sum(int(mask[1:].sum()) for _, mask in train.items)
+        found.append(f"learned         {count:,} of {data.train_tokens:,} tokens, {100 * count / data.train_tokens:.1f} %")
+    return [*found, f"sample          {sample(train[0], tokenizer)}"]
+
+
+def sample(item: dict[str, torch.Tensor], tokenizer: Any, most: int = MOST) -> str:
+    """The first `most` tokens of a sequence on one line, its line ends as \\n; what is learned stands in [[ ]]."""
+    kept = int(item["attention_mask"].sum()) if "attention_mask" in item else len(item["input_ids"])
+    ids, labels = (item[name][: min(kept, most)].tolist() for name in ("input_ids", "labels"))
+    labels[0] = IGNORED  # nothing predicts it
+    text = ""
+    for learned, group in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED):
+        words = tokenizer.decode([i for i, _ in group], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text += f"[[{words}]]" if learned else words
+    return text.replace("\r", "\\r").replace("\n", "\\n") + (" ..." if kept > most else "")
