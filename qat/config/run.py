@@ -64,6 +64,8 @@ class TrainConfig:
             raise ValueError(
                 "model.path is missing; give a hub id, a folder, a .gguf file, or a recipe that has one (recipe=NAME)"
             )
+        if reason := self.quant.quantizer.unfit("ternary"):
+            raise ValueError(f"quant.weight={self.quant.weight} does not fit a run, which ends packed: {reason}")
         if self.distill.kl > 0 and self.model.teacher == "off":
             raise ValueError(f"distill.kl={self.distill.kl} needs a teacher, but model.teacher=off; set one of them")
         if self.optim.lambda_steps > self.trainer.max_steps:

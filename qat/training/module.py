@@ -90,9 +90,12 @@ class QATModule(pl.LightningModule):
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Latent weights at lr * latent_lr_multiplier; other matrices at lr; norms, biases and scales without weight decay."""
+    """Latent weights at lr * latent_lr_multiplier; other matrices at lr; norms and biases without weight decay, and so the
+    parameters of quantizers (learned scales), in a group of their own."""
     latent = {id(layer.weight) for _, layer in bitlinears(model)}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    own = {id(p) for _, layer in bitlinears(model) for p in layer.quantizer_parameters().values()}
+    everything = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in everything if id(p) not in own]
     latents = [p for p in trained if id(p) in latent]
     matrices = [p for p in trained if id(p) not in latent and p.ndim >= 2]
     vectors = [p for p in trained if id(p) not in latent and p.ndim < 2]
@@ -100,6 +103,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
         _group("latent", latents, optim.lr * optim.latent_lr_multiplier, optim.weight_decay),
         _group("matrices", matrices, optim.lr, optim.weight_decay),
         _group("vectors", vectors, optim.lr, 0.0),
+        _group("quantizers", [p for p in everything if id(p) in own], optim.lr, 0.0),
     ]
     return [group for group in groups if group["params"]]
 

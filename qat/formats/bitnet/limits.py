@@ -42,8 +42,10 @@ def unsupported(model: nn.Module) -> str | None:
 
 
 def _config_reason(quant: QuantConfig) -> str | None:
-    if quant.quantizer.levels != KINDS["ternary"]:
-        return f"quant.weight={quant.weight}; the format holds ternary weights only"
+    if (levels := quant.quantizer.levels) != KINDS["ternary"]:
+        return (
+            f"quant.weight={quant.weight}, whose codes are {', '.join(map(str, levels))}; the format holds ternary weights only"
+        )
     if quant.components > 1:
         return f"quant.components={quant.components}; the format holds one ternary matrix a layer"
     if quant.granularity != "tensor":

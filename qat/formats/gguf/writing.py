@@ -165,6 +165,8 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
     for name, layer in quantized_layers(model).items():
         if layer.rms_norm is not None:
             raise ValueError(f"{found.name} in llama.cpp has no place for {name}.rms_norm, the norm of this layer's own input")
+        if reason := layer.config.quantizer.unfit("ternary"):
+            raise ValueError(f"{name}: quant.weight={layer.config.weight}; {reason}")
         if layer.config.components > 1:
             raise ValueError(
                 f"{name} is a sum of {layer.config.components} ternary matrices (quant.components); a block holds one"
