@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qat.config.checks import choose
-from qat.targets import FORMATS
+from qat.targets import FLOATS, FORMATS
 
 
 @dataclass
@@ -16,6 +16,8 @@ class ExportConfig:
     """Formats to try, of `hf` (a folder), `gguf` and `pt2`; one that cannot hold the model is named in the result's `skipped`."""
     layout: str = "2bit"
     """Of our own packed folder: `2bit` or `base3` (five weights a byte)."""
+    floats: str = "source"
+    """Dtype in which folders keep what is not quantized: `source` (the pretrained model's), `float32`, `bfloat16`, `float16`."""
     linear_class: str = "bitlinear"
     """Scale convention of the Hugging Face folder: `bitlinear` or `autobitlinear`."""
     gguf_type: str = "auto"
@@ -28,6 +30,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         choose("export.layout", self.layout, ("2bit", "base3"))
+        choose("export.floats", self.floats, FLOATS)
         for name in self.formats:
             choose("export.formats", name, tuple(FORMATS))
         for record in FORMATS.values():

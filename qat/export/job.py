@@ -48,11 +48,14 @@ def export(
     _check_options(format, given)
     folder, writer = packed_folder(run), get_format(format)
     from qat.config import ModelConfig
+    from qat.formats.dtypes import round_floats
     from qat.formats.packed import folder as packed
     from qat.models.hub import load_tokenizer
 
     model = packed.load(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(ModelConfig(path=str(folder), trust_remote_code=trust_remote_code))
+    for name in (name for name in given if FORMATS[format].options[name].rounds):
+        round_floats(model, given[name])
     windows = _windows(model, tokenizer, text, max_tokens)
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
     facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}

@@ -24,6 +24,8 @@ class Option:
     """None: any text."""
     setting: str | None = None
     """None: a run has its default."""
+    rounds: bool = False
+    """Whether what is not quantized is rounded to it in the model (`qat.formats.dtypes`), before anything is compared."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ FORMATS: dict[str, Format] = {
         "stock transformers",
         options={
             "linear_class": Option("scale convention (default: bitlinear)", ("bitlinear", "autobitlinear"), "linear_class"),
+            "floats": Option(
+                "of what is not quantized (default: source, as the pretrained model has it)", FLOATS, "floats", True
+            ),
         },
     ),
     "gguf": Format(

@@ -24,7 +24,7 @@ def save_packed(
 ) -> None:
     """Write <run>/packed and note its sizes, whole file and linear layers alone."""
     card = {**models.describe_source(config.model), "recipe": config.run.name}
-    packed.save(model, folder / "packed", record, tokenizer, extra={"card": card})
+    packed.save(model, folder / "packed", record, tokenizer, extra={"card": card}, floats=config.export.floats)
     linears_bf16 = sum(2 * layer.in_features * layer.out_features for layer in packed_layers(model).values())
     result.bytes |= {**packed.sizes(folder / "packed"), "linears_bf16": linears_bf16}
 

@@ -8,6 +8,7 @@ from lightning.pytorch import seed_everything
 
 from qat.config import TrainConfig
 from qat.conversion import walker as conversion
+from qat.formats.dtypes import round_floats
 from qat.models import hub as models
 from qat.reporting.result import RunResult
 from qat.training import fit
@@ -57,6 +58,7 @@ def run(config: TrainConfig) -> RunResult:
         if outcome.interrupted:
             result.status = f"interrupted at step {outcome.step}; continue with resume={folder}"
             return result
+        round_floats(student, config.export.floats)  # to what will be stored, so that it is what is measured
         measure("trained", student)
 
         packed = measure.place(copy.deepcopy(student))  # packed where it was trained, which decides the last bit of a scale

@@ -81,13 +81,13 @@ def in_process(monkeypatch):
     spec.loader.exec_module(reader)
     reader.sys = SimpleNamespace(exit=sys.exit, modules={})
 
-    def ask(folder, request, device, bfloat16):
+    def ask(folder, write, read):
         asked, answered = folder.parent / "request", folder.parent / "result"
-        save_file(dict(request), asked, {"device": str(device), "bfloat16": "1" if bfloat16 else "0"})
+        write(asked)
         reader.main(str(folder), asked, answered)
-        return load_file(answered)
+        return read(answered)
 
-    monkeypatch.setattr(verification, "_ask", ask)
+    monkeypatch.setattr(verification, "READER", SimpleNamespace(ask=ask))
 
 
 def verify(folder, model):

@@ -1,44 +1,45 @@
-"""The tensors of the stock transformers folder: codes four rows a byte, both scale conventions, the rest in float32."""
+"""The tensors of the stock transformers folder: codes four rows a byte, both scale conventions, the rest as it was stored."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from qat.formats.dtypes import as_stored
 from qat.formats.padding import Padding
 from qat.formats.tensors import packed_layers, quantized_layers, unique_tensors
 
 ROWS_A_BYTE = 4
 
 
-def stock_tensors(model: nn.Module, padding: Padding, linear_class: str) -> dict[str, Tensor]:
-    """Everything that the file holds, by stock names."""
-    tensors = float_tensors(model, padding)
+def stock_tensors(model: nn.Module, padding: Padding, linear_class: str, floats: str = "source") -> dict[str, Tensor]:
+    """Everything that the file holds, by stock names; what is not quantized in the dtype `floats` (`qat.formats.dtypes`)."""
+    tensors = float_tensors(model, padding, floats)
+    own = as_stored(model, model.state_dict(), floats)
     for name, layer in packed_layers(model).items():
         scale = layer.weight_scale.detach().cpu().reshape(1)
         inverse = linear_class == "bitlinear"
         tensors[f"{name}.weight"] = pack_rows(padding.grow(name, layer.codes().cpu()))
         tensors[f"{name}.weight_scale"] = 1 / scale if inverse else scale.clone()
         if layer.bias is not None:
-            bias = padding.grow_bias(name, layer.bias.detach().cpu()).double()
-            tensors[f"{name}.bias"] = (bias if inverse else bias / scale.double()).float()
+            bias = padding.grow_bias(name, own[f"{name}.bias"].cpu())
+            tensors[f"{name}.bias"] = bias if inverse else (bias.double() / scale.double()).float()
         if layer.rms_norm is not None:
-            tensors[f"{name}.rms_norm.weight"] = layer.rms_norm.weight.detach().cpu().float()
+            tensors[f"{name}.rms_norm.weight"] = own[f"{name}.rms_norm.weight"].cpu()
     return tensors
 
 
-def float_tensors(model: nn.Module, padding: Padding, meta: bool = False) -> dict[str, Tensor]:
-    """All but the quantized layers' tensors, in float32 and padded; `meta`: shapes only."""
+def float_tensors(model: nn.Module, padding: Padding, floats: str = "source", meta: bool = False) -> dict[str, Tensor]:
+    """All but the quantized layers' tensors, padded, in the dtype `floats`; `meta`: shapes only."""
     own = tuple(f"{name}." for name in quantized_layers(model))
-    source = {k: v.to("meta") for k, v in model.state_dict().items()} if meta else unique_tensors(model)
+    source = {k: v.to("meta") for k, v in model.state_dict().items()} if meta else as_stored(model, unique_tensors(model), floats)
     tensors = {}
     for key, tensor in source.items():
         if key.startswith(own):
             continue
         name, _, leaf = key.rpartition(".")
         grow = {"weight": padding.grow, "bias": padding.grow_bias}.get(leaf, lambda _, t: t)
-        grown = grow(name, tensor)
-        tensors[key] = (grown.float() if grown.is_floating_point() else grown).contiguous()
+        tensors[key] = grow(name, tensor).contiguous()
     return tensors
 
 

@@ -7,7 +7,8 @@ opposite things by `linear_class`, and reading it wrongly is off by the scale's 
     autobitlinear   stores scale          y = (acc / s_x + bias) * weight_scale, so bias / scale is stored as the bias
 
 Layers that norm their input (`rms_norm_eps`) keep the norm's weight as `<layer>.rms_norm.weight`, `use_rms_norm` in the config.
-Everything else is float32, and the config says so. What the format cannot hold is told by `unsupported`.
+Everything else keeps the dtype of its source; the config says float32, in which all of it is loaded. What the format cannot hold
+is told by `unsupported`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ LINEAR_CLASSES = ("bitlinear", "autobitlinear")
 Card = Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
-def unsupported(model: nn.Module, tokenizer: Any = None, *, linear_class: str = "bitlinear") -> str | None:
+def unsupported(
+    model: nn.Module, tokenizer: Any = None, *, linear_class: str = "bitlinear", floats: str = "source"
+) -> str | None:
     """Why the format cannot hold this model (packed, or with BitLinear layers), or None where it can."""
     return limits.unsupported(model)
 
@@ -48,6 +51,7 @@ def save(
     tokenizer: Any = None,
     *,
     linear_class: str = "bitlinear",
+    floats: str = "source",
     card: Card | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -57,6 +61,7 @@ def save(
         model: a transformers model with PackedBitLinear layers.
         folder: replaced if an earlier export wrote it.
         linear_class: `bitlinear` (the default of readers) or `autobitlinear`.
+        floats: in which dtype what is not quantized is stored, of `qat.targets.FLOATS`; the config says float32, as it is loaded.
         card: facts of the model card, see `qat.formats.card.model_card`, or a function that gives them for what `check` returned.
         check: called with the finished folder before it gets its name, such as `verify`; if it raises, nothing is left.
 
@@ -73,7 +78,7 @@ def save(
     padding = mlp_padding(model)
     config = _config(model, padding, linear_class)
     with new_folder(folder) as partial:
-        save_file(stock_tensors(model, padding, linear_class), partial / WEIGHTS, {"format": "pt", **WRITER})
+        save_file(stock_tensors(model, padding, linear_class, floats), partial / WEIGHTS, {"format": "pt", **WRITER})
         save_config(model, config, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

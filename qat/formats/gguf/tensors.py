@@ -84,7 +84,7 @@ def sources(model: nn.Module, config: Any, found: Architecture, padding: Padding
     """
     names = Names(found, config.num_hidden_layers)
     for key, value in float_tensors(model, padding).items():
-        yield Source(names[key], values=_values(model, config, found, key, value))
+        yield Source(names[key], values=_values(model, config, found, key, value.float()))
     layers = packed_layers(model)
     for name, layer in layers.items():
         yield _quantized(name, layer, config, found, padding, names)

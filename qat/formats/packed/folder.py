@@ -22,6 +22,7 @@ from torch import nn
 from qat.conversion.record import Conversion
 from qat.formats import upstream
 from qat.formats.code import check_trust, save_code
+from qat.formats.dtypes import as_stored, remember
 from qat.formats.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_depth, refuse_report
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.stored import (
@@ -44,6 +45,8 @@ def save(
     record: Conversion | None = None,
     tokenizer: Any = None,
     extra: Mapping[str, Any] | None = None,
+    *,
+    floats: str = "source",
 ) -> Path:
     """Write a packed transformers model: model.safetensors, config.json, generation config and tokenizer.
 
@@ -56,6 +59,7 @@ def save(
         record: of `convert` or `pack`; the reasons of skipped layers are taken from it.
         tokenizer: any object with `save_pretrained`.
         extra: further JSON-able facts, kept in the file's metadata. Its "card" is the model card's of a later export.
+        floats: in which dtype what is not quantized is stored, of `qat.targets.FLOATS`; loaded, it is float32 again.
 
     Raises:
         ValueError: nothing is packed, no transformers config, a foreign target, or the disk refuses.
@@ -64,7 +68,7 @@ def save(
     config.quantization_config = describe(model, record)
     config.dtype = getattr(model, "dtype", torch.float32)
     with new_folder(folder) as partial:
-        _write(model, partial / WEIGHTS, {} if extra is None else {"extra": json.dumps(extra)})
+        _write(model, partial / WEIGHTS, {} if extra is None else {"extra": json.dumps(extra)}, floats)
         save_config(model, config, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -94,6 +98,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
         raise ValueError(f"cannot load {folder}: {one_line(error)}") from error
     refuse_report(report, folder)
     check_finite(model, str(folder))
+    remember(model, _stored_dtypes(weight_files(folder)))
     return model.eval()
 
 
@@ -226,7 +231,7 @@ def sizes(source: nn.Module | str | Path) -> dict[str, int]:
     `source` is a packed model or a folder of ours.
     """
     if isinstance(source, nn.Module):
-        tensors = file_names(source, unique_tensors(source))
+        tensors = _stored_tensors(source)
         return {
             "packed_model": len(serialize(tensors, file_metadata(source, tensors))),
             "packed_linears": sum(byte_count(layer.state_dict()) for layer in packed_layers(source).values()),
@@ -243,6 +248,16 @@ def sizes(source: nn.Module | str | Path) -> dict[str, int]:
     }
 
 
-def _write(model: nn.Module, file: Path, metadata: Mapping[str, str]) -> None:
-    tensors = file_names(model, unique_tensors(model))
+def _write(model: nn.Module, file: Path, metadata: Mapping[str, str], floats: str = "source") -> None:
+    tensors = _stored_tensors(model, floats)
     save_file(tensors, file, {**file_metadata(model, tensors), **metadata})
+
+
+def _stored_tensors(model: nn.Module, floats: str = "source") -> dict[str, torch.Tensor]:
+    return file_names(model, as_stored(model, unique_tensors(model), floats))
+
+
+def _stored_dtypes(files: list[Path]) -> dict[str, torch.dtype]:
+    """Of floating-point tensors, whose names in files are the model's."""
+    shapes = {name: about for file in files for name, about in read_shapes(file).items()}
+    return {name: dtype for name, (dtype, _) in shapes.items() if isinstance(dtype, torch.dtype) and dtype.is_floating_point}
