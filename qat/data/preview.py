@@ -25,7 +25,7 @@ def lines(data: QATData, tokenizer: PreTrainedTokenizerFast, devices: int = 1) -
     found = [
         f"training        {data.name}: {len(train):,} sequences, {data.train_tokens:,} tokens",
         f"validation      {data.eval_name}: {len(valid):,} sequences, {len(data.eval_tokens):,} tokens",
-        f"epochs          {sequences / len(train):.3g}: {sequences:,} sequences in all",
+        f"epochs          {sequences / len(train):,.2f}: {sequences:,} sequences in all",
     ]
     if isinstance(train, Chats):
         count = sum(int(mask[1:].sum()) for _, mask in train.items)

@@ -112,11 +112,13 @@ def load_glass_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     file = Path(path).with_suffix(".tokenizer.json")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        alphabet, merges = data["alphabet"], [(left, right) for left, right in data["merges"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}, the tokenizer that belongs to {path}, cannot be read: {error}") from error
+        backend = _backend(data["alphabet"], [(left, right) for left, right in data["merges"]])
+    except Exception as error:  # RecursionError for deep nesting; tokenizers raises Exception itself
+        raise ValueError(
+            f"{file}, the tokenizer that belongs to {path}, cannot be read: {str(error) or type(error).__name__}"
+        ) from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=_backend(alphabet, merges), pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
     )
 
 

@@ -77,7 +77,7 @@ def hub_found() -> bool:
     return True
 
 
-def explain(what: str, source: str, error: Exception) -> str:
+def explain(what: str, source: str, error: BaseException) -> str:
     """One line on why a model or tokenizer cannot be loaded, for whatever class of error transformers raised."""
     cause = " ".join(str(error).split())
     cause = cause if cause and not isinstance(error, KeyError) else f"{type(error).__name__} {cause}".strip()

@@ -20,8 +20,19 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTokenizerFast:
-    """The fast tokenizer that belongs to the model. Raises ValueError where there is none, or only a slow one."""
+    """The fast tokenizer that belongs to the model. Raises ValueError where there is none, only a slow one, or a damaged one."""
     source = resolve(path or config.path)
+    tokenizer = _tokenizer_of(config, path, source)
+    try:
+        tokenizer.decode(tokenizer("A word, 12.")["input_ids"])  # what is damaged is found here, not in the middle of a run
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # any class of Python's, and tokenizers' panics, which are no Exceptions
+        raise ValueError(explain("tokenizer", source, error)) from error
+    return tokenizer
+
+
+def _tokenizer_of(config: ModelConfig, path: str | None, source: str) -> PreTrainedTokenizerFast:
     if source.endswith(".npz"):
         return load_glass_tokenizer(source)
     upstream.listen()

@@ -27,7 +27,7 @@ def test_chats_show_what_is_learned(data: DataConfig, tokenizer: PreTrainedToken
     training, validation, epochs, learned, sample = lines(build_datamodule(chats, tokenizer, total_batches=6), tokenizer, 2)
     assert training == "training        chat.jsonl: 4 sequences, 180 tokens"
     assert validation.startswith("validation      last 20 % of chat.jsonl: 1 sequences, 45 tokens")
-    assert epochs == "epochs          6: 24 sequences in all"
+    assert epochs == "epochs          6.00: 24 sequences in all"
     assert learned == "learned         20 of 180 tokens, 11.1 %"
     assert spelled(sample) == "sample<user>a\\nb$<assistant>[[yo$]]<user>q$<assistant>[[z$]]"
 
@@ -35,5 +35,5 @@ def test_chats_show_what_is_learned(data: DataConfig, tokenizer: PreTrainedToken
 def test_of_text_all_but_the_first_token_is_learned(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     *_, epochs, sample = lines(build_datamodule(data, tokenizer, total_batches=5), tokenizer)
     count = len(build_datamodule(data, tokenizer, total_batches=5).train)
-    assert epochs == f"epochs          {10 / count:.3g}: 10 sequences in all"
+    assert epochs == f"epochs          {10 / count:.2f}: 10 sequences in all"
     assert spelled(sample) == "samplel[[ine0abc\\nline]]"
