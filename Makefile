@@ -7,11 +7,15 @@ READY  := $(VENV)/.ready
 # GPUs to compile for in cuda-check; any list of compute capabilities from 80 on
 CUDA_ARCHS ?= 80 90a
 
-.PHONY: quickstart test lint docs sanitize cuda-check bench llama-cpp help clean
+# The oldest and the newest supported transformers. Another Python: make test PYTHON=python3.13 VENV=.venv313
+VERSIONS ?= transformers==5.20.0 transformers==5.24.0
+
+.PHONY: quickstart test versions lint docs sanitize cuda-check bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
-	@echo "make lint         ruff and mypy"
+	@echo "make versions     the tests that VERSIONS (of transformers, or torch) could break, each in an environment of its own"
+	@echo "make lint         ruff, mypy, hadolint, and the docs' site built"
 	@echo "make docs         the pages made from the code, and the site on localhost:8000"
 	@echo "make sanitize     the CPU op tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make cuda-check   the CUDA kernels compiled, linked and loaded by nvcc, for CUDA_ARCHS; needs no GPU"
@@ -31,10 +35,14 @@ quickstart: $(READY)
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
+versions: $(READY)
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/versions.py $(VERSIONS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 docs: $(READY)

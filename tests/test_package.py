@@ -109,3 +109,15 @@ def test_versions_are_named_once_and_agree() -> None:
         name, _, least = requirement.partition(">=")
         floor, pin = ([int(part) for part in text.split(",")[0].split(".") if part.isdigit()] for text in (least, lower[name]))
         assert pin >= floor, requirement
+
+
+def test_the_image_copies_what_there_is_and_runs_as_an_ordinary_user() -> None:
+    """`make lint` has the Dockerfile's language checked; here what it names."""
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line.strip() and not line.startswith("#")]
+    copied = [source for word, rest in steps if word == "COPY" for source in rest.split()[:-1]]
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    assert set(PARTS) <= set(copied) and all((ROOT / source).exists() and f"!{source}" in kept for source in copied)
+    assert [rest for word, rest in steps if word == "USER"] == ["1000"] and dict(steps)["ENTRYPOINT"] == '["qat"]'
+    torch_pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    assert any(torch_pin in rest for word, rest in steps if word == "RUN")

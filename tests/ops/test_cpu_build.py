@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import qat
 from qat.ops import cpu
+from qat.ops.build import cpu as build_cpu
 
 if not cpu.compiled():
     pytest.skip(f"no compiled kernels: {cpu.status().why}", allow_module_level=True)
@@ -82,6 +85,42 @@ def test_two_processes_and_a_killed_build(tmp_path):
     outputs = [process.communicate(timeout=200) for process in [start(), start()]]
     assert all(out.startswith("[[8.0") and "compiled" in out for out, _ in outputs)
     assert sum("compiling" in err for _, err in outputs) == 1 and len(list(tmp_path.glob("*/done"))) == 1
+
+
+def test_a_finished_build_needs_no_lock(tmp_path):
+    """A cache made ahead (an image of a container) may belong to somebody else."""
+    library, _ = build_cpu.load()
+    shutil.copytree(library.parent, tmp_path / library.parent.name)
+    refused = "import qat.ops.build.store as s, qat.ops.build.cpu as b\ndef locked(folder): raise s.BuildError('a lock')\n"
+    done = run(f"{refused}b.locked = locked\n{CALL}", QAT_BUILD_DIR=str(tmp_path))
+    assert done.stdout.startswith("[[8.0") and "compiled" in done.stdout, done.stderr
+    shutil.rmtree(tmp_path / library.parent.name)
+    assert "a lock" in run(f"{refused}b.locked = locked\n{CALL}", QAT_BUILD_DIR=str(tmp_path)).stderr
+
+
+def test_building_ahead_where_torch_has_cuda_and_nothing_else_has(tmp_path):
+    """As in an image without nvcc: the CPU's kernels are built, and it is said that the GPU's are not."""
+    code = "import sys, torch; torch.version.cuda = '13.0'; from qat.ops.build import __main__ as m, cuda; "
+    code += "cuda.compiler = lambda: None; sys.argv[1:] = []; m.main()"
+    done = run(code)
+    assert done.returncode == 0 and "nvcc is not found, so GPUs run the reference" in done.stdout, done.stderr
+    assert "ISA" in done.stdout
+
+
+def test_the_sanitized_build_loads_what_it_builds(monkeypatch):
+    """In a process that starts with the sanitizers' runtime; the build itself takes a minute, so it is not made here."""
+    asked = []
+
+    def run_(command, **options):
+        asked.append(command)
+        return SimpleNamespace(stdout="lib.so", returncode=0)
+
+    monkeypatch.setattr(build_cpu, "compiler", lambda: ("g++", "1"))
+    monkeypatch.setattr(build_cpu.subprocess, "run", run_)
+    assert build_cpu.build_sanitized()["QAT_SANITIZE"] == "1"
+    code = asked[-1][-1].replace("load()", "print(load.__name__)")
+    monkeypatch.undo()
+    assert run(code).stdout == "load\n"
 
 
 def test_importing_is_lazy():

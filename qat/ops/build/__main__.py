@@ -90,7 +90,9 @@ def main() -> None:
         parts = [lambda: _build_cuda(build_cuda.needed_archs() if archs == ["native"] else archs)]
     else:
         parts = [_build_cpu]
-        if torch.version.cuda:
+        if torch.version.cuda and build_cuda.compiler() is None:
+            print("qat: torch has CUDA but nvcc is not found, so GPUs run the reference (put nvcc on PATH, or set CUDA_HOME)")
+        elif torch.version.cuda:
             parts.append(lambda: _build_cuda(build_cuda.needed_archs()))
     failed = [error for error in map(_attempt, parts) if error]
     if failed:

@@ -94,6 +94,15 @@ def _compile_and_load(folder: Path, version: str) -> None:
     (folder / "done").write_text(version)
 
 
+def _build(folder: Path, library: Path, version: str) -> None:
+    """Compile and load, or load what another process compiled in the meantime."""
+    with locked(folder):
+        if is_done(folder) and library.exists():
+            torch.ops.load_library(library)
+        else:
+            _compile_and_load(folder, version)
+
+
 _loaded: list[tuple[Path, str]] = []
 
 
@@ -106,11 +115,10 @@ def load() -> tuple[Path, str]:
     if not _loaded:
         folder, version = _folder()
         library = folder / f"{_NAME}.so"
-        with locked(folder):
-            if is_done(folder) and library.exists():
-                torch.ops.load_library(library)
-            else:
-                _compile_and_load(folder, version)
+        if is_done(folder) and library.exists():  # it never changes, so a cache that cannot be written serves
+            torch.ops.load_library(library)
+        else:
+            _build(folder, library, version)
         _loaded.append((library, version))
     return _loaded[0]
 

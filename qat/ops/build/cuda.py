@@ -168,10 +168,11 @@ def build(archs: Sequence[str]) -> Path:
             "nvcc is not found ($CUDA_HOME, PATH, /usr/local/cuda); install the CUDA toolkit, or set CUDA_HOME,"
             " to have compiled CUDA kernels"
         )
-    with locked(folder):
-        if not is_done(folder):
-            assert found is not None
-            _compile(folder, found, archs)
+    if not is_done(folder):
+        assert found is not None
+        with locked(folder):
+            if not is_done(folder):
+                _compile(folder, found, archs)
     return folder / f"{_NAME}.so"
 
 
