@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from qat.config import DataConfig
 from qat.data.chat import Chats
-from qat.data.order import StreamBatches, Windows
+from qat.data.order import StreamBatches, Windows, counted
 from qat.metrics.perplexity import Window, windows
 
 Part = Windows | Chats
@@ -41,6 +41,10 @@ class StreamLoader(DataLoader):
         """Start the next iteration at the saved position."""
         assert isinstance(self.batch_sampler, StreamBatches)
         self.batch_sampler.start = state["sequences"]
+
+    def __iter__(self) -> Any:
+        """Batches that know how many tokens their optimizer step predicts."""
+        return counted(super().__iter__(), self.data._accumulate)
 
 
 class QATData(lightning.LightningDataModule):
@@ -97,15 +101,20 @@ class QATData(lightning.LightningDataModule):
         # memory-mapped tokens need no worker processes, whatever lightning says on a machine with many cores
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        done = self._restored["step"] * self._accumulate if self.trainer else None
         batches = StreamBatches(
             len(self.train), self.data_config.batch_size, seed=self.seed, total_batches=self.total_batches,
-            start=self._restored["sequences"], rank=rank, world=world,
+            start=self._restored["sequences"], done=done, rank=rank, world=world,
         )  # fmt: skip
         return StreamLoader(self, batch_sampler=batches, **self._loader_arguments())
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out sequence in order, on every device."""
         return DataLoader(self.valid, batch_size=self.data_config.batch_size, **self._loader_arguments())
+
+    @property
+    def _accumulate(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _loader_arguments(self) -> dict[str, Any]:
         return {

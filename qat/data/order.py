@@ -7,11 +7,26 @@ between epochs: a batch may hold the end of one and the start of the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+
+from qat.losses.logits import IGNORE
+
+STEP_TOKENS = "step_tokens"
+"""Key of a training batch: how many tokens its whole optimizer step predicts, an int."""
+
+
+def counted(batches: Iterable[dict[str, Any]], accumulate: int) -> Iterator[dict[str, Any]]:
+    """Each batch with STEP_TOKENS: `accumulate` of them, one optimizer step, are read ahead to count it."""
+    iterator = iter(batches)
+    while step := list(islice(iterator, accumulate)):
+        total = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in step)
+        yield from ({**batch, STEP_TOKENS: total} for batch in step)
 
 
 class Windows(Dataset):
@@ -33,17 +48,20 @@ class Windows(Dataset):
 
 
 class StreamBatches(Sampler):
-    """Batches of indices, from stream position `start` (in sequences, all devices together) to batch `total_batches`.
+    """Batches of indices from stream position `start` (in sequences, all devices together) on: all but `done` of `total_batches`.
 
-    Its length is `total_batches` however far the run had come: lightning adds the batches that a resumed run has behind it
-    to those it fetches, and compares the sum with the length.
+    `done` does not follow from `start`, as batches may have had another size before a resume; by default they had the same. The
+    length is `total_batches` however far the run had come: lightning adds the batches that a resumed run has behind it to those
+    it fetches, and compares the sum with the length.
     """
 
     def __init__(
-        self, count: int, batch_size: int, *, seed: int, total_batches: int, start: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
+        self, count: int, batch_size: int, *, seed: int, total_batches: int, start: int = 0,
+        done: int | None = None, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
         self.count, self.batch_size, self.seed, self.total_batches = count, batch_size, seed, total_batches
         self.start, self.rank, self.world = start, rank, world
+        self.done = start // (batch_size * world) if done is None else done
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -51,7 +69,7 @@ class StreamBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.batch_size * self.world
-        for batch in range(self.total_batches - self.start // step):
+        for batch in range(self.total_batches - self.done):
             first = self.start + batch * step + self.rank * self.batch_size
             yield [self.index(position) for position in range(first, first + self.batch_size)]
 

@@ -1,8 +1,7 @@
-"""Losses of quantization-aware training as pure functions on logits.
+"""Losses on logits, as sums over the predicted tokens, in float32.
 
 Cross-entropy with the text and, from a full-precision teacher, tau^2 * KL(p_teacher || p_student) on logits divided by
-tau (Hinton et al., arXiv:1503.02531, section 2; BitDistill, arXiv:2510.13998, eq. 12). Both are means over the
-predicted tokens, in float32.
+tau (Hinton et al., arXiv:1503.02531, section 2; BitDistill, arXiv:2510.13998, eq. 12).
 """
 
 from __future__ import annotations
@@ -10,29 +9,40 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.config import DistillConfig
+from qat.losses.record import Pair, Seen
+
 IGNORE = -100
 
 
-def predicted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [P, V] in float32 and the tokens [P] they predict, of logits [B, L, V] and labels int64 [B, L].
+def predicting(labels: Tensor) -> Tensor:
+    """Which positions predict a token, bool [B, L - 1], of labels int64 [B, L]: i predicts token i + 1, -100 is not predicted."""
+    return labels[:, 1:] != IGNORE
 
-    Position i predicts token i + 1; labels of -100 are not predicted.
-    """
+
+def predicted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [P, V] in float32 and the tokens [P] they predict, of logits [B, L, V] and labels int64 [B, L]."""
     targets = labels[:, 1:].reshape(-1)
     rows = logits[:, :-1].reshape(-1, logits.shape[-1])
-    keep = targets != IGNORE
+    keep = predicting(labels).reshape(-1)
     if not bool(keep.all()):
         rows, targets = rows[keep], targets[keep]
     return rows.float(), targets
 
 
-def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood, nats a token, of logits [P, V] and targets int64 [P]; 0 where P is 0."""
-    return F.cross_entropy(rows, targets, reduction="sum") / max(targets.numel(), 1)
+def cross_entropy(seen: Seen, distill: DistillConfig) -> Pair:
+    """Negative log-likelihood of the targets, in nats; 0 where P is 0."""
+    return F.cross_entropy(seen.rows, seen.targets, reduction="sum"), seen.targets.numel()
 
 
-def logits_kl(rows: Tensor, teacher_rows: Tensor, temperature: float) -> Tensor:
-    """tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)), nats a token, of logits [P, V]; 0 where P is 0."""
+def kl(seen: Seen, distill: DistillConfig) -> Pair:
+    """tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)), in nats; 0 where P is 0."""
+    assert seen.teacher_rows is not None
+    return divergence(seen.rows, seen.teacher_rows, distill.temperature), seen.targets.numel()
+
+
+def divergence(rows: Tensor, teacher_rows: Tensor, temperature: float) -> Tensor:
+    """The sum over rows [P, V] of tau^2 * KL(teacher || student), a scalar."""
     student = F.log_softmax(rows / temperature, -1)
     teacher = F.log_softmax(teacher_rows / temperature, -1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * (temperature**2 / max(rows.shape[0], 1))
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from qat.config import TrainerConfig
+from qat.losses import measured
 from qat.training.callbacks import Checkpoint, GracefulInterrupt, NonFiniteGuard, RandomState, Throughput, progress
+from qat.training.metrics_file import WriteRows, continued
+from qat.training.module import QATModule
 
 
 @dataclass
@@ -29,7 +30,7 @@ class FitResult:
 
 
 def fit(
-    module: pl.LightningModule,
+    module: QATModule,
     data: pl.LightningDataModule,
     config: TrainerConfig,
     *,
@@ -46,12 +47,13 @@ def fit(
     check_hardware(config)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     resumed_step = read_step(checkpoint) if checkpoint.exists() else None
-    throughput, interrupt = Throughput(), GracefulInterrupt()
+    every = min(config.log_every_n_steps, config.max_steps)
+    metrics = continued(folder / "metrics.csv", columns(module), resumed_step)
+    throughput, interrupt = Throughput(every), GracefulInterrupt()
     saver = Checkpoint(checkpoint, config.checkpoint_every)
-    ours = [NonFiniteGuard(), throughput, RandomState(), interrupt, *(callbacks or []), saver]
+    ours = [NonFiniteGuard(), throughput, RandomState(), interrupt, *(callbacks or []), WriteRows(metrics, every), saver]
     if config.progress:
         ours.append(progress(name))
-    metrics = csv_logger(folder, resumed_step)
     trainer = build_trainer(config, ours, [metrics, *(loggers or [])])
     with _quiet():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if resumed_step is not None else None, weights_only=True)
@@ -123,23 +125,10 @@ def read_step(checkpoint: Path) -> int:
         raise ValueError(f"{checkpoint} is damaged or no checkpoint of qat: {reason}") from error
 
 
-def csv_logger(folder: Path, resumed_step: int | None) -> CSVLogger:
-    """metrics.csv in `folder`; rows up to the resumed step are kept, later ones will be written again."""
-    file = folder / "metrics.csv"
-    rows = _rows_until(file, resumed_step) if resumed_step is not None and file.exists() else []
-    file.unlink(missing_ok=True)
-    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    with _quiet():
-        logger.experiment.metrics.extend(rows)
-        logger.save()
-    return logger
-
-
-def _rows_until(file: Path, step: int) -> list[dict[str, Any]]:
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    # lightning logs the step that led to global_step `s` as row `s - 1`.
-    return [{k: v for k, v in row.items() if v not in ("", None)} for row in rows if int(row["step"]) < step]
+def columns(module: QATModule) -> list[str]:
+    """What a training writes into metrics.csv, known before it begins."""
+    names = ["loss", *measured(module.distill)]
+    return ["train/tokens_per_second", *(f"{part}/{name}" for part in ("train", "val") for name in names)]
 
 
 _NOISE = (

@@ -1,7 +1,14 @@
-"""QATModule: the LightningModule that trains a converted student, with or without a teacher."""
+"""QATModule: the LightningModule that trains a converted student, with or without a teacher.
+
+Every mean is a sum over a count, and the count is that of the whole optimizer step: the loader writes beside each batch how many
+tokens its step predicts, so the loss of a batch is its sum over that number and gradients of accumulated batches simply add up.
+A mean of the batches' means would weigh a token of a short chat more than one of a long chat. (Dividing the gradients at the
+step instead would need no look-ahead, but sums overflow float16, and clipping and the scaler would have to be told.)
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,8 +18,13 @@ from torch import Tensor, nn
 
 from qat.config import DistillConfig, OptimConfig
 from qat.conversion.layers import bitlinears
-from qat.losses import logits as distill
+from qat.data.order import STEP_TOKENS
+from qat.losses import active, measured, needs
+from qat.losses.logits import predicted, predicting
+from qat.losses.record import Pair, Seen
+from qat.nn.apart import Apart
 from qat.training import schedule
+from qat.training.means import Means
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -21,7 +33,7 @@ class QATModule(pl.LightningModule):
     """Trains `student` on batches of input_ids, labels and optionally attention_mask, each int64 [B, L].
 
     The teacher is frozen and is no part of checkpoints. Latent weights, gradients and optimizer state are float32 in
-    every precision.
+    every precision. `train/<loss>` are means over the tokens of an optimizer step, `val/<loss>` over all of the validation.
     """
 
     def __init__(
@@ -36,51 +48,104 @@ class QATModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.student = student
-        # In a tuple, so that it is no submodule. The student itself stays eager: it is what is evaluated and packed.
-        self._forward = (torch.compile(student) if compile else student,)
+        # The student itself stays eager: it is what is evaluated and packed.
+        self._forward = Apart(torch.compile(student) if compile else student)  # type: ignore[arg-type]
+        self._teacher = Apart(teacher.eval().requires_grad_(False)) if teacher is not None else None
         self.distill, self.optim, self.total_steps = distill_config, optim_config, total_steps
         self._optimizer = optimizer
-        # In a tuple, so that it is neither saved nor optimized.
-        self._teacher = (teacher.eval().requires_grad_(False),) if teacher is not None else ()
+        self._asked = {f"output_{what}": True for what in ("hidden_states", "attentions") if needs(distill_config, what)}
+        self._step, self._held_out = Means(), Means()
 
     def on_fit_start(self) -> None:
         """Move the teacher, which lightning does not know of."""
-        for teacher in self._teacher:
-            teacher.to(self.device)
+        if self._teacher is not None:
+            self._teacher.module.to(self.device)
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` and its parts `ce` and `kl`, nats a token."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        rows, targets = distill.predicted(self._forward[0](**inputs, use_cache=False).logits, batch["labels"])
-        parts = {"ce": distill.cross_entropy(rows, targets)}
-        loss = self.distill.ce * parts["ce"]
-        for teacher in self._teacher:
+    def pairs(self, batch: dict[str, Tensor]) -> dict[str, Pair]:
+        """Loss -> its sum over the batch's predicted tokens, and their number."""
+        seen = self._seen(batch)
+        found = {}
+        for name, row in measured(self.distill).items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name in active(self.distill)):
+                found[name] = row.function(seen, self.distill)
+        return found
+
+    def _seen(self, batch: dict[str, Tensor]) -> Seen:
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", STEP_TOKENS)}
+        labels, teacher, teacher_rows = batch["labels"], None, None
+        student = self._forward.module(**inputs, use_cache=False, **self._asked)
+        if self._teacher is not None:
             with torch.no_grad():
-                teacher_rows, _ = distill.predicted(teacher(**inputs, use_cache=False).logits, batch["labels"])
-            parts["kl"] = distill.logits_kl(rows, teacher_rows, self.distill.temperature)
-            loss = loss + self.distill.kl * parts["kl"]
-        return {"loss": loss, **parts}
+                teacher = self._teacher.module(**inputs, use_cache=False, **self._asked)
+                teacher_rows, _ = predicted(teacher.logits, labels)
+        return Seen(*predicted(student.logits, labels), predicting(labels), teacher_rows, student, teacher)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One batch forward; the loss is logged as `train/loss`."""
-        losses = self.losses(batch)
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=1)
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=1)
-        return losses["loss"]
+    def loss(self, sums: dict[str, Tensor], count: float) -> Tensor:
+        """The weighted sum of the losses, each `sums[name] / count`."""
+        terms = (getattr(self.distill, row.weight) * (sums[name] / max(count, 1)) for name, row in active(self.distill).items())
+        return functools.reduce(torch.add, terms)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """This batch's share of the step's loss, times the batches of a step, by which lightning divides it."""
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            self._step = Means()
+        pairs = self.pairs(batch)
+        self._step.add(pairs)
+        self._log_step()
+        share = self.loss({name: total for name, (total, _) in pairs.items()}, batch[STEP_TOKENS])
+        return share if accumulate == 1 else share * accumulate
+
+    def _log_step(self) -> None:
+        """Rows are written at a step's last batch, when the means hold all of it; step 1 is the first."""
+        found = self._means(self._step)
+        self.log_dict({f"train/{name}": value for name, value in found.items()}, batch_size=1)
+        self.log("loss", found["loss"], prog_bar=True, logger=False, batch_size=1)
+        self.log("step", float(self.global_step + 1), batch_size=1)
+
+    def _means(self, means: Means) -> dict[str, float]:
+        found = means.values()
+        loss = sum(getattr(self.distill, row.weight) * found[name] for name, row in active(self.distill).items())
+        return {"loss": loss, **found}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._held_out = Means()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Cross-entropy on held-out text, logged as `val/ce`."""
-        size = batch["input_ids"].shape[0]
-        self.log_dict({f"val/{k}": v for k, v in self.losses(batch).items()}, batch_size=size, sync_dist=True)
+        """Add a batch of held-out text to the sums."""
+        self._held_out.add(self.pairs(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """`val/ce` and the others, means over all of the validation's tokens."""
+        self.log_dict({f"val/{name}": value for name, value in self._means(self._held_out).items()})
+        self.log("step", float(self.global_step))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Count batches from the step, as the number of batches a step may have changed since."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            # as lightning has them in on_train_batch_end, which is where checkpoints of qat are written
+            counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+
+    def on_train_start(self) -> None:
+        """Rates and decay are the configuration's, also where a checkpoint brought older ones."""
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        scheduler.base_lrs = [lr for lr, _ in self._peaks]  # type: ignore[union-attr]
+        factor = scheduler.lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
+        for group, (lr, _) in zip(optimizer.param_groups, self._peaks, strict=True):
+            group.update(initial_lr=lr, lr=lr * factor)
+        scheduler.lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
 
     def configure_optimizers(self) -> Any:
         """Parameter groups, and the schedules as a function of the optimizer step."""
         optimizer = self._optimizer(parameter_groups(self.student, self.optim))
-        decay = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+        self._peaks = [(group["lr"], group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
 
         def factor(step: int) -> float:
-            for group, value in zip(optimizer.param_groups, decay, strict=True):
-                group["weight_decay"] = value * schedule.weight_decay_factor(step, self.total_steps, self.optim.schedule)
+            for group, (_, decay) in zip(optimizer.param_groups, self._peaks, strict=True):
+                group["weight_decay"] = decay * schedule.weight_decay_factor(step, self.total_steps, self.optim.schedule)
             return schedule.lr_factor(
                 step, self.total_steps, self.optim.schedule, self.optim.warmup_steps, self.optim.final_lr_fraction
             )

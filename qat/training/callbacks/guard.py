@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from qat.data.order import STEP_TOKENS
+
 
 class NonFiniteError(ValueError):
     """The loss or a weight became NaN or infinite."""
@@ -32,7 +34,7 @@ def first_bad_output(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     with torch.no_grad():
-        model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
+        model(**{key: value for key, value in batch.items() if key not in ("labels", STEP_TOKENS)}, use_cache=False)
     for hook in hooks:
         hook.remove()
     return found[0] if found else None

@@ -1,4 +1,4 @@
-"""Tokens and seconds of training, without validation, and tokens/s in the progress bar."""
+"""Tokens and seconds of training, without validation, and tokens/s of the steps since the last row of metrics.csv."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from qat.training.callbacks.boundary import step_ends
+
 
 class Throughput(pl.Callback):
     """Counts `tokens` on all devices and `seconds`, across resumes, leaving out the time spent validating."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.tokens, self.seconds = 0, 0.0
         self._start: float | None = None
+        self._window = (0, 0.0)  # tokens and seconds when the last row was written
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The clock runs from the first batch, and again after each validation."""
@@ -29,17 +33,23 @@ class Throughput(pl.Callback):
         self.seconds += now - self._start
         self._start = now
         self.tokens += batch["input_ids"].numel() * trainer.world_size
-        module.log("train/tokens_per_second", self.tokens_per_second, prog_bar=False)
-        module.log("tok/s", float(round(self.tokens_per_second)), prog_bar=True, logger=False)
+        rate = self._rate()
+        module.log("train/tokens_per_second", rate, prog_bar=False)
+        module.log("tok/s", float(round(rate)), prog_bar=True, logger=False)
+        if step_ends(trainer, batch_idx) and trainer.global_step % self.every == 0:
+            self._window = (self.tokens, self.seconds)
+
+    def _rate(self) -> float:
+        tokens, seconds = self.tokens - self._window[0], self.seconds - self._window[1]
+        return tokens / seconds if seconds else 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The first window begins here, also where a checkpoint brought counts."""
+        self._window = (self.tokens, self.seconds)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop the clock."""
         self._start = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens trained on a second of training."""
-        return self.tokens / self.seconds if self.seconds else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Called by lightning when it saves."""

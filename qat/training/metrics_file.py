@@ -1,0 +1,124 @@
+"""metrics.csv: a header fixed at the start, rows appended whole, so that no kill loses a row that was there.
+
+A row is one optimizer step (1 is the first) or one validation after it. Rows of training are written before the step's
+checkpoint: lightning logs after its callbacks, so a kill between the two would leave a checkpoint whose row nobody writes again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+
+from qat.reporting.result import write_text
+from qat.training.callbacks.boundary import step_ends
+
+Row = dict[str, str]
+FIRST = ["epoch", "step"]
+
+
+class MetricsFile(Logger):
+    """lightning's logger into `file`. A column that nobody announced is added by writing the file anew, whole or not at all."""
+
+    def __init__(self, file: Path, columns: Iterable[str], rows: list[Row] | None = None) -> None:
+        super().__init__()
+        self.file, rows = file, rows or []
+        names = {key for row in rows for key in row} | set(columns)
+        self.columns = [*FIRST, *sorted(names - set(FIRST))]
+        self._last: tuple[int, set[str]] = (0, set())
+        self._rewrite(rows)
+
+    @property
+    def name(self) -> str:
+        """None of its own: what other callbacks write lies beside the file."""
+        return ""
+
+    version = name
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.file.parent)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They are in config.yaml."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row of what this step's rows do not hold yet."""
+        step = int(step or 0)
+        known = self._last[1] if self._last[0] == step else set()
+        new = {key: value for key, value in metrics.items() if key not in known and key not in FIRST}
+        if not new:
+            return
+        if set(new) - set(self.columns):
+            rows = read_rows(self.file)[0]
+            self.columns += sorted(set(new) - set(self.columns))
+            self._rewrite(rows)
+        with self.file.open("a", encoding="utf-8", newline="") as file:
+            file.write(self._text([{"epoch": "0", "step": str(step), **{key: str(value) for key, value in new.items()}}]))
+        self._last = (step, known | new.keys())
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        write_text(self.file, ",".join(self.columns) + "\n" + self._text(rows))
+
+    def _text(self, rows: list[Row]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(rows)
+        return text.getvalue()
+
+
+class WriteRows(pl.Callback):
+    """Writes the row of every `every`-th step when the step ends; it stands before whatever writes checkpoints."""
+
+    def __init__(self, file: MetricsFile, every: int) -> None:
+        self.file, self.every = file, every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """What was logged as train/... up to here."""
+        if step_ends(trainer, batch_idx) and trainer.global_step % self.every == 0:
+            found = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
+            self.file.log_metrics(found, trainer.global_step)
+
+
+def continued(file: Path, columns: Iterable[str], step: int | None) -> MetricsFile:
+    """metrics.csv that goes on from `step`: later rows are dropped, and those that do not parse are, with a word."""
+    if step is None or not file.exists():
+        return MetricsFile(file, columns)
+    rows, damaged = read_rows(file)
+    if damaged:
+        print(f"{file}: {damaged} rows do not parse and are dropped")
+    return MetricsFile(file, columns, [row for row in _from_one(rows) if int(row["step"]) <= step])
+
+
+def read_rows(file: Path) -> tuple[list[Row], int]:
+    """The rows, without their empty cells, and how many lines are no rows: torn, or with cells that are no numbers."""
+    header, *lines = file.read_text(encoding="utf-8", errors="replace").replace("\0", "?").split("\n")
+    names = header.split(",")
+    torn = lines.pop() if lines else ""  # what follows the last line's end
+    rows = [dict(zip(names, cells, strict=True)) for line in lines if _is_row(cells := line.rstrip("\r").split(","), names)]
+    return [{key: value for key, value in row.items() if value} for row in rows], len(lines) - len(rows) + bool(torn)
+
+
+def _is_row(cells: list[str], names: list[str]) -> bool:
+    if len(cells) != len(names) or "step" not in names:
+        return False
+    try:
+        int(cells[names.index("step")])
+        return all(cell == "" or float(cell) is not None for cell in cells)
+    except ValueError:
+        return False
+
+
+def _from_one(rows: list[Row]) -> list[Row]:
+    """Earlier versions counted from 0: their rows of every n-th step say n - 1, 2 n - 1, ..."""
+    steps = [int(row["step"]) for row in rows if "train/loss" in row]
+    if not steps or not (steps[0] == 0 or (len(steps) > 1 and steps[1] - steps[0] == steps[0] + 1)):
+        return rows
+    return [{**row, "step": str(int(row["step"]) + 1)} for row in rows]

@@ -1,0 +1,73 @@
+"""Numbers of a training do not depend on how sequences were cut into batches; rows say what the step did."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qat.config import DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
+from qat.train import run
+
+TEMPLATE = "{% for m in messages %}{{ m.role + m.content + '$' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+
+
+@pytest.fixture
+def chats(tiny_model: Path, tmp_path: Path) -> TrainConfig:
+    """Chats of very different lengths, one step of plain gradient descent, so that the weights tell the gradient."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    for file in tiny_model.iterdir():
+        if not (tmp_path / "model" / file.name).exists():
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
+    answers = ["yes." * (1 if i % 4 else 10) for i in range(20)]
+    rows = [[{"role": "user", "content": "say"}, {"role": "assistant", "content": answer}] for answer in answers]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    return TrainConfig(
+        model=ModelConfig(path=str(tmp_path / "model")),
+        data=DataConfig(kind="chat", train=str(tmp_path / "chats.jsonl"), sequence_length=60, valid_fraction=0.4),
+        distill=DistillConfig(ce=0.5, kl=0.5),
+        optim=OptimConfig(lr=0.02, optimizer={"_target_": "torch.optim.SGD"}),
+        trainer=TrainerConfig(max_steps=1, accelerator="cpu", progress=False, threads=1, val_every=1, gradient_clip_val=0.5),
+        export=ExportConfig(formats=[]),
+        run=RunConfig(name="chats"),
+    )
+
+
+def trained(config: TrainConfig, folder: Path, batch: int, accumulate: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Weights after the run, and the last value of each column of metrics.csv."""
+    config.data = replace(config.data, batch_size=batch)
+    config.trainer = replace(config.trainer, accumulate_grad_batches=accumulate)
+    config.run = RunConfig(name="chats", dir=str(folder))
+    run(config)
+    with (folder / "metrics.csv").open() as file:
+        values = {key: float(value) for row in csv.DictReader(file) for key, value in row.items() if value}
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"], values
+
+
+def test_eight_chats_at_once_or_one_by_one(chats: TrainConfig, tmp_path: Path) -> None:
+    weights, values = trained(chats, tmp_path / "8x1", 8, 1)
+    others, again = trained(chats, tmp_path / "1x8", 1, 8)
+    shapes, threes = trained(replace(chats), tmp_path / "2x4", 2, 4)
+    for name in ("train/loss", "train/ce", "train/kl", "val/ce", "val/kl", "val/loss"):
+        assert again[name] == pytest.approx(values[name], rel=1e-6, abs=1e-8) == threes[name]
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(shapes[name], weight, rtol=1e-6, atol=1e-7)
+
+
+def test_text_in_whole_batches_is_the_plain_mean(chats: TrainConfig, text_file: Path, tmp_path: Path) -> None:
+    """`train/loss` is the whole step's: it equals the mean of the accumulated batches' means where all are full."""
+    chats.data = DataConfig(train=str(text_file), sequence_length=32, valid_fraction=0.1)
+    _, values = trained(chats, tmp_path / "8x1", 8, 1)
+    _, again = trained(chats, tmp_path / "2x4", 2, 4)
+    assert again["train/loss"] == pytest.approx(values["train/loss"], rel=1e-6)
+    assert again["train/ce"] == pytest.approx(values["train/ce"], rel=1e-6)
