@@ -23,9 +23,16 @@ def run(config: TrainConfig) -> RunResult:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
     from qat.config.compose.saved import load_config
-    from qat.training.run import run as main_job
+    from qat.training.signals import Interrupted, listening
 
-    return main_job(load_config(config.resume) if config.resume and not config.model.path else config)
+    try:
+        with listening():  # from here on, as what is imported takes seconds
+            from qat.training.run import run as main_job
+
+            return main_job(load_config(config.resume) if config.resume and not config.model.path else config)
+    except Interrupted as ended:
+        print(f"qat.train: interrupted by signal {ended.number} before the run had a folder", file=sys.stderr)
+        raise
 
 
 def _task(composed: Any) -> None:
@@ -61,8 +68,8 @@ def _show(build: Any) -> None:
         _exit(first_lines(error))
     if result.perplexity:
         print_table(result)
-    if result.status.startswith("interrupted"):
-        sys.exit(130)
+    if result.signal is not None:
+        sys.exit(128 + result.signal)
 
 
 def _exit(error: object) -> NoReturn:

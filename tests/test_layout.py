@@ -44,7 +44,7 @@ LONG = {
 """Files that hold two concerns for now, with the lines that they may not exceed."""
 ONLY_IN = {
     "hydra": ("config.compose", "train", "training.plugins"),
-    "omegaconf": ("config.compose", "train", "training.steps"),
+    "omegaconf": ("config.compose", "train", "training.folder"),
     "lightning": ("training", "data"),
     "transformers": ("models", "formats", "data", "inference", "evaluation", "registration", "training", "bench", *VERBS),
     "gguf": ("models", "formats", "evaluation"),

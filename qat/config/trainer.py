@@ -32,7 +32,9 @@ class TrainerConfig:
     val_batches: int = 16
     """Batches of a validation while training."""
     checkpoint_every: int | None = None
-    """Optimizer steps between checkpoints; null: only at the end, and when interrupted."""
+    """Optimizer steps between checkpoints; null: only by minutes, at the end, and when interrupted."""
+    checkpoint_minutes: float | None = 10.0
+    """Minutes between checkpoints, so that a kill loses no more; null: only by steps, at the end, and when interrupted."""
     log_every_n_steps: int = 10
     """Steps between rows of metrics.csv."""
     samples: int = 2
@@ -53,5 +55,6 @@ class TrainerConfig:
             at_least(f"trainer.{key}", getattr(self, key), 1)
         for key in ("val_every", "checkpoint_every", "threads"):
             at_least(f"trainer.{key}", getattr(self, key), 1)
+        at_least("trainer.checkpoint_minutes", self.checkpoint_minutes, 0, open_end=True)
         at_least("trainer.samples", self.samples, 0)
         at_least("trainer.gradient_clip_val", self.gradient_clip_val, 0, open_end=True)

@@ -13,20 +13,20 @@ from qat.quantizers.packing import get_layout
 MIB = 2**20
 
 
-def lines(config: TrainConfig, base: nn.Module, student: nn.Module) -> list[str]:
-    """What a person wants to know before starting."""
+def lines(config: TrainConfig, base: nn.Module, student: nn.Module, teacher: nn.Module | None) -> list[str]:
+    """What a person wants to know before starting; `teacher` is the one that the losses ask for."""
     parameters = sum(p.numel() for p in student.parameters())
-    teacher = 4 * parameters if config.distill.kl else 0
+    taught = sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
     state, activations = 16 * parameters, activation_bytes(student, config.data.sequence_length) * config.data.batch_size
     linears, packed = linear_bytes(student, config.export.layout)
     tokens = token_count(config)
-    total = (state + teacher + activations) / MIB
+    total = (state + taught + activations) / MIB
     codes, whole = sum(layer.weight.numel() for _, layer in bitlinears(student)), full_precision_bf16(base)
     return [
         f"parameters      {parameters:,}, of which {codes:,} become codes",
         f"size            {whole / MIB:.1f} MiB in bf16; linear layers {linears / MIB:.2f} -> {packed / MIB:.2f} MiB",
         f"memory          about {total:,.0f} MiB a device: weights, gradients and Adam {state / MIB:,.0f},"
-        f" teacher {teacher / MIB:,.0f}, activations {activations / MIB:,.0f}",
+        f" teacher {taught / MIB:,.0f}, activations {activations / MIB:,.0f}",
         f"tokens          {tokens:,} in {config.trainer.max_steps:,} steps of {tokens // config.trainer.max_steps:,}",
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,14 @@ class RunResult:
     seconds_total: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     config_hash: str = ""
+    signal: int | None = None
+    """The signal that interrupted the run; not in JSON."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; sections that were not run are left out."""
         data = {key: value for key, value in asdict(self).items() if value not in (None, {}, "")}
         further = data.pop("further", {})
+        data.pop("signal", None)
         shares = recovered(self.perplexity)
         return {**data, **{f"perplexity_{name}": value for name, value in further.items()}, **shares}
 
@@ -57,7 +60,7 @@ class RunResult:
     def count(self, outcome: Any) -> None:
         """Note tokens and seconds of a `qat.training.fit.FitResult`."""
         self.tokens, self.seconds = outcome.tokens, outcome.seconds
-        self.tokens_per_second = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
+        self.tokens_per_second = outcome.tokens_per_second
 
     def verify(self, found: dict[str, Any]) -> None:
         """Add a comparison that held; `summary` holds lines for people."""
@@ -67,6 +70,17 @@ class RunResult:
     def save(self, folder: Path) -> None:
         """Write result.json whole or not at all."""
         write_text(folder / "result.json", self.to_json() + "\n")
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """The result.json of a run; None where there is none that can be read."""
+    try:
+        values = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        names = {one.name for one in fields(RunResult)} - {"further", "signal"}
+        further = {key.removeprefix("perplexity_"): value for key, value in values.items() if key.startswith("perplexity_")}
+        return RunResult(**{key: value for key, value in values.items() if key in names}, further=further)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def recovered(perplexity: dict[str, Any]) -> dict[str, float]:

@@ -3,63 +3,111 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qat.config import TrainerConfig
 from qat.losses import measured
-from qat.training.callbacks import Checkpoint, GracefulInterrupt, NonFiniteGuard, RandomState, Throughput, progress
-from qat.training.metrics_file import WriteRows, continued
+from qat.training.callbacks import Checkpoint, NonFiniteGuard, RandomState, StopAtStep, Throughput, progress
+from qat.training.callbacks.metrics_file import WriteRows, continued
+from qat.training.callbacks.stopping import Blame, words
+from qat.training.checkpoints import newest
 from qat.training.module import QATModule
+from qat.training.signals import Signals
 
 
-@dataclass
+@dataclass(frozen=True)
 class FitResult:
     """What a training did: optimizer `step` reached, `tokens` and `seconds` over all of it, resumed parts included."""
 
     step: int
     tokens: int
     seconds: float
-    interrupted: bool
+    signal: int | None = None
+    """The signal that interrupted it."""
+    stopped_by: str | None = None
+    """The callback that ended it before max_steps, and why."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The mean over all of the training."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def fit(
     module: QATModule,
     data: pl.LightningDataModule,
     config: TrainerConfig,
+    signals: Signals,
     *,
     name: str,
     folder: Path,
     loggers: list[Logger] | None = None,
     callbacks: list[pl.Callback] | None = None,
 ) -> FitResult:
-    """Train `module` to config.max_steps, from folder/checkpoints/last.ckpt where there is one.
+    """Train `module` to config.max_steps, from the newest checkpoint in folder/checkpoints where there is one.
 
     Raises:
-        ValueError: a damaged checkpoint; a precision that the device lacks; a loss or a weight that is not finite.
+        ValueError: a damaged checkpoint; a callback that cannot work; a loss or a weight that is not finite.
     """
-    check_hardware(config)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    resumed_step = read_step(checkpoint) if checkpoint.exists() else None
+    found = newest(folder / "checkpoints", say=True)
     every = min(config.log_every_n_steps, config.max_steps)
-    metrics = continued(folder / "metrics.csv", columns(module), resumed_step)
-    throughput, interrupt = Throughput(every), GracefulInterrupt()
-    saver = Checkpoint(checkpoint, config.checkpoint_every)
-    ours = [NonFiniteGuard(), throughput, RandomState(), interrupt, *(callbacks or []), WriteRows(metrics, every), saver]
-    if config.progress:
-        ours.append(progress(name))
-    trainer = build_trainer(config, ours, [metrics, *(loggers or [])])
-    with _quiet():
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if resumed_step is not None else None, weights_only=True)
+    metrics = continued(folder / "metrics.csv", columns(module), found.step if found else None)
+    throughput, stopped = Throughput(every), list[pl.Callback]()
+    asked = checked_callbacks(callbacks or [], config, folder)
+    theirs = [one for callback in asked for one in (callback, Blame(callback, stopped))]
+    ours = [progress(name)] if config.progress else []
+    saver = Checkpoint(folder / "checkpoints", config)
+    chain = [NonFiniteGuard(), throughput, RandomState(), *theirs, *ours, WriteRows(metrics, every), StopAtStep(signals), saver]
+    trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
+    with _quiet(), signals.wait_for_step(), misconfiguration():
+        trainer.fit(module, datamodule=data, ckpt_path=found.file if found else None, weights_only=True)
     for logger in loggers or []:
         _close(logger)
-    return FitResult(trainer.global_step, throughput.tokens, throughput.seconds, interrupt.interrupted)
+    early = stopped and signals.asked is None and trainer.global_step < config.max_steps
+    return FitResult(
+        trainer.global_step, throughput.tokens, throughput.seconds, signals.asked, words(stopped[0]) if early else None
+    )
+
+
+@contextmanager
+def misconfiguration() -> Iterator[None]:
+    """What lightning says of a callback or setting that cannot work, as ValueError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on metric"):
+            raise
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def checked_callbacks(callbacks: list[Any], config: TrainerConfig, folder: Path) -> list[pl.Callback]:
+    """The user's callbacks, with a place of their own for checkpoints that they write.
+
+    Raises:
+        ValueError: one is no callback, or waits for validations that are never made.
+    """
+    for callback in callbacks:
+        name = type(callback).__name__
+        if not isinstance(callback, pl.Callback):
+            raise ValueError(f"callbacks: {name} is no lightning callback")
+        if str(getattr(callback, "monitor", "")).startswith("val/") and config.val_every is None:
+            raise ValueError(f"callbacks: {name} watches {callback.monitor}, but there are no validations; set trainer.val_every")  # type: ignore[attr-defined]
+        if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(folder / "model_checkpoints")  # checkpoints/ holds those that a resume is exact from
+    return callbacks
 
 
 def _close(logger: Logger) -> None:
@@ -69,8 +117,12 @@ def _close(logger: Logger) -> None:
         finish()
 
 
-def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: list[Logger]) -> pl.Trainer:
-    """lightning's Trainer. Intervals of the config are optimizer steps, lightning's are batches."""
+def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path) -> pl.Trainer:
+    """lightning's Trainer. Intervals of the config are optimizer steps, lightning's are batches.
+
+    Under SLURM lightning would requeue by itself, from a checkpoint written in the middle of a step, and any later run would
+    go on from such a file in its root folder. So requeueing is off, and that folder is one that is never made.
+    """
     accumulate = config.accumulate_grad_batches
     with _quiet():
         return pl.Trainer(
@@ -90,7 +142,9 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
             log_every_n_steps=min(config.log_every_n_steps, config.max_steps),
             callbacks=callbacks,
             logger=loggers,
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
+            default_root_dir=folder / ".lightning",
+            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
             enable_model_summary=False,
             enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
             use_distributed_sampler=False,
@@ -109,20 +163,6 @@ def check_hardware(config: TrainerConfig) -> None:
         )
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator=gpu, but torch finds no CUDA GPU; use trainer=cpu, or a CUDA build of torch")
-
-
-def read_step(checkpoint: Path) -> int:
-    """The optimizer step of a checkpoint, read without executing anything that it may hold.
-
-    Raises:
-        ValueError: the file is damaged or is no checkpoint of qat.
-    """
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return int(content["global_step"])
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{checkpoint} is damaged or no checkpoint of qat: {reason}") from error
 
 
 def columns(module: QATModule) -> list[str]:

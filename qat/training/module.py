@@ -21,10 +21,10 @@ from qat.conversion.layers import bitlinears
 from qat.data.order import STEP_TOKENS
 from qat.losses import active, measured, needs
 from qat.losses.logits import predicted, predicting
+from qat.losses.means import Means
 from qat.losses.record import Pair, Seen
 from qat.nn.apart import Apart
 from qat.training import schedule
-from qat.training.means import Means
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 

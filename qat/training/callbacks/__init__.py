@@ -2,21 +2,21 @@
 
 from qat.training.callbacks.checkpoint import Checkpoint
 from qat.training.callbacks.guard import NonFiniteError, NonFiniteGuard
-from qat.training.callbacks.interrupt import GracefulInterrupt
 from qat.training.callbacks.progress import progress
 from qat.training.callbacks.rng import RandomState
 from qat.training.callbacks.samples import Samples
+from qat.training.callbacks.stopping import StopAtStep
 from qat.training.callbacks.throughput import Throughput
 from qat.training.callbacks.warmup import LambdaWarmup
 
 __all__ = [
     "Checkpoint",
-    "GracefulInterrupt",
     "LambdaWarmup",
     "NonFiniteError",
     "NonFiniteGuard",
     "RandomState",
     "Samples",
+    "StopAtStep",
     "Throughput",
     "progress",
 ]

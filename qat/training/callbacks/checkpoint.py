@@ -1,43 +1,55 @@
-"""checkpoints/last.ckpt, written whole or not at all, at optimizer-step boundaries only."""
+"""When checkpoints are written: at optimizer-step boundaries only, after the step's rows and its validation."""
 
 from __future__ import annotations
 
-import os
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from qat.config import TrainerConfig
+from qat.training.callbacks.boundary import step_ends
+from qat.training.checkpoints import save
+
 
 class Checkpoint(pl.Callback):
-    """Saves every `every` optimizer steps, at the last step, and where another callback has asked training to stop.
+    """Saves every checkpoint_every steps and checkpoint_minutes, at the last step, and where training has been asked to stop.
 
     lightning's ModelCheckpoint writes in place, so a full disk would destroy the last good file, and it does not save
-    when training is stopped early.
+    when training is stopped early. It stands last among the callbacks, to see what the others ask for.
     """
 
-    def __init__(self, file: Path, every: int | None) -> None:
-        self.file, self.every = file, every
+    def __init__(self, folder: Path, config: TrainerConfig) -> None:
+        self.folder, self.config = folder, config
+        self._due, self._step, self._time = False, 0, time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The clock runs from here, not from the loading of the model."""
+        self._step, self._time = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Between accumulated batches nothing is saved: gradients are no part of a checkpoint."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not step_ends(trainer, batch_idx):
             return
-        step = trainer.global_step
-        if trainer.should_stop or step == trainer.max_steps or (self.every is not None and step % self.every == 0):
-            save(trainer, self.file)
+        self._due = self._is_due(trainer.global_step, trainer.max_steps)
+        validated = self.config.val_every is not None and trainer.global_step % self.config.val_every == 0
+        if trainer.should_stop or (self._due and not validated):
+            self._save(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """A checkpoint that is due at a validation waits for it, as a resumed run would not make that validation again."""
+        if self._due or trainer.should_stop:
+            self._save(trainer)
 
-def save(trainer: pl.Trainer, file: Path) -> None:
-    """Write a checkpoint beside `file`, then rename it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    try:
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, file)
-    finally:
-        if trainer.is_global_zero:
-            temporary.unlink(missing_ok=True)
+    def _is_due(self, step: int, last: int) -> bool:
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        in_time = minutes is not None and time.monotonic() - self._time >= 60 * minutes
+        return step == last or in_time or (every is not None and step % every == 0)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step != self._step:
+            save(trainer, self.folder)
+        self._due, self._step, self._time = False, trainer.global_step, time.monotonic()

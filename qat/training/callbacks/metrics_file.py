@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 
-from qat.reporting.result import write_text
+from qat.storage import write_text
 from qat.training.callbacks.boundary import step_ends
 
 Row = dict[str, str]
@@ -23,7 +23,8 @@ FIRST = ["epoch", "step"]
 
 
 class MetricsFile(Logger):
-    """lightning's logger into `file`. A column that nobody announced is added by writing the file anew, whole or not at all."""
+    """lightning's logger into `file`. It is made with its first row. A column that nobody announced
+    is added by writing the file anew, whole or not at all."""
 
     def __init__(self, file: Path, columns: Iterable[str], rows: list[Row] | None = None) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class MetricsFile(Logger):
         names = {key for row in rows for key in row} | set(columns)
         self.columns = [*FIRST, *sorted(names - set(FIRST))]
         self._last: tuple[int, set[str]] = (0, set())
-        self._rewrite(rows)
+        file.unlink(missing_ok=True) if not rows else self._rewrite(rows)
 
     @property
     def name(self) -> str:
@@ -55,8 +56,8 @@ class MetricsFile(Logger):
         new = {key: value for key, value in metrics.items() if key not in known and key not in FIRST}
         if not new:
             return
-        if set(new) - set(self.columns):
-            rows = read_rows(self.file)[0]
+        if set(new) - set(self.columns) or not self.file.exists():
+            rows = read_rows(self.file)[0] if self.file.exists() else []
             self.columns += sorted(set(new) - set(self.columns))
             self._rewrite(rows)
         with self.file.open("a", encoding="utf-8", newline="") as file:

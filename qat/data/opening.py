@@ -1,0 +1,35 @@
+"""The data of a run: opened before the model is loaded, or sampled from the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qat.config import TrainConfig
+from qat.data import preview
+from qat.data.build import build_datamodule, text_tokens
+from qat.data.datamodule import QATData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, batches: int) -> QATData | None:
+    """The data, before the model is loaded: whatever is wrong with it is said at once. None where the model writes it itself.
+
+    A dry run prints what there is of it, and a sample with what is learned. `batches` is what a device takes in the whole run.
+    """
+    for text in config.eval.texts.values():
+        text_tokens(text, tokenizer, config.data, config.eval.max_tokens)
+    if config.data.kind == "selfgen":
+        return None
+    data = build_datamodule(config.data, tokenizer, seed=config.seed, total_batches=batches)
+    for line in data.notes:
+        print(line)
+    if config.dry_run:
+        print(*preview.lines(data, tokenizer, config.trainer.devices * config.trainer.num_nodes), sep="\n")
+    return data
+
+
+def sampled_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, base: PreTrainedModel, batches: int) -> QATData:
+    """The data that the full-precision model samples."""
+    return build_datamodule(config.data, tokenizer, teacher=base, seed=config.seed, total_batches=batches)

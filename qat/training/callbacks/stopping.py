@@ -1,0 +1,48 @@
+"""Training ends before its last step: only where an optimizer step ends, and with the name of who asked for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from qat.training.callbacks.boundary import step_ends
+from qat.training.signals import Signals
+
+
+class StopAtStep(pl.Callback):
+    """A stop that a signal or another callback asked for within an optimizer step waits for the step's end."""
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals, self._postponed = signals, False
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """lightning has put a handler of its own before ours by now, which would end the run in the middle of a step."""
+        self.signals.listen()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop where the optimizer has just stepped."""
+        if trainer.should_stop or self._postponed or self.signals.asked is not None:
+            trainer.should_stop = step_ends(trainer, batch_idx)
+            self._postponed = not trainer.should_stop
+
+
+class Blame(pl.Callback):
+    """Stands right behind `callback` and notes whether training was asked to stop there for the first time."""
+
+    def __init__(self, callback: pl.Callback, found: list[pl.Callback]) -> None:
+        self.callback, self.found = callback, found
+
+    def _look(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.should_stop and not self.found:
+            self.found.append(self.callback)
+
+    on_train_batch_start = on_train_batch_end = on_validation_end = on_train_epoch_end = _look  # type: ignore[assignment]
+
+
+def words(callback: pl.Callback) -> str:
+    """Who stopped the training, and why where it says so."""
+    why = " ".join(str(getattr(callback, "stopping_reason_message", None) or "").split())
+    return f"{type(callback).__name__}: {why}" if why else type(callback).__name__

@@ -1,0 +1,95 @@
+"""A run's folder: made for one run alone, and held by one process at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from qat.config import TrainConfig
+from qat.storage import write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+_TIME = "%Y-%m-%d_%H-%M-%S"
+_IS_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
+
+
+@contextmanager
+def opened(config: TrainConfig) -> Iterator[Path]:
+    """The folder of a new run, with its config.yaml, or that of the run to resume; locked until the end.
+
+    Raises:
+        ValueError: the folder already holds a run, or a run that is alive has it.
+    """
+    folder = Path(config.resume) if config.resume else made(config)
+    with locked(folder):
+        if not config.resume:
+            _check_unused(folder)
+            _write_config(config, folder)
+        yield folder
+
+
+def made(config: TrainConfig) -> Path:
+    """Make run.dir. One that is named by the second goes to the first who makes it, and the next one gets another name."""
+    wanted = Path(config.run.dir or f"runs/{config.run.name}/{time.strftime(_TIME)}")
+    if not _IS_TIME.fullmatch(wanted.name):
+        wanted.mkdir(parents=True, exist_ok=True)
+        return wanted
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def _check_unused(folder: Path) -> None:
+    if (folder / "config.yaml").exists() and ((folder / "metrics.csv").exists() or (folder / "checkpoints").exists()):
+        raise ValueError(f"{folder} already holds a run; continue it with resume={folder}, or choose another run.dir")
+
+
+def _write_config(config: TrainConfig, folder: Path) -> None:
+    if config.run.dir is not None:
+        config = replace(config, run=replace(config.run, dir=str(folder)))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder: a lock of the system's (flock), which goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = " ".join(file.read().split()) or "unknown"
+            raise ValueError(f"{folder} belongs to a run that is alive, process {holder}; wait for it, or stop it") from None
+        except OSError as error:
+            print(f"{folder}: locks do not work here ({error.strerror}), so nothing keeps a second run out of the folder")
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

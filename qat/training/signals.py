@@ -1,0 +1,87 @@
+"""SIGINT, SIGTERM and SIGHUP from the first moment of a run to its last: which exit code, and when it ends.
+
+While steps are trained the first signal waits for the end of the step, where a checkpoint is exact; anywhere else, and for the
+second one, it raises `Interrupted`. A run that a signal ended exits with 128 + its number, as shells expect it of any program.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+WORDS = b"\nStopping after this step and saving a checkpoint; once more stops at once.\n"
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run. Nobody need catch it: it exits with 128 + `number` and prints nothing."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class Signals:
+    """What signals asked for: `asked` is the first one's number while training waits for the end of its step."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._waits, self._process = False, os.getpid()
+
+    def listen(self) -> None:
+        """Take the handlers, again where a library has put its own in between; only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in NUMBERS:
+                signal.signal(number, self._handle)
+
+    @contextmanager
+    def wait_for_step(self) -> Iterator[None]:
+        """Within, the first signal is noted in `asked`."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return _of_child(number)
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+        if not self._waits or self.asked is not None:
+            raise Interrupted(self.asked or number)
+        self.asked = number
+        with suppress(OSError):
+            os.write(1, WORDS)  # print is not reentrant, and this may come within one
+
+
+def _of_child(number: int) -> None:
+    """A loader's process: Ctrl-C reaches it too and is its parent's to decide, anything else ends it."""
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _leave_terminal() -> None:
+    """The terminal is gone, and a print to it would be an error on the way out."""
+    for descriptor in (1, 2):
+        if os.isatty(descriptor):
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+@contextmanager
+def listening() -> Iterator[Signals]:
+    """Signals of a run; the handlers from before are given back."""
+    found, main = Signals(), threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    found.listen()
+    try:
+        yield found
+    finally:
+        for number, handler in before.items() if main else ():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -1,0 +1,108 @@
+"""The two trainings of a run: the student's, which may have a teacher, and the control's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from qat.config import DistillConfig, TrainConfig, TrainerConfig
+from qat.data import QATData
+from qat.losses import active, needs
+from qat.models import hub as models
+from qat.training.callbacks import LambdaWarmup, Samples
+from qat.training.fit import FitResult, fit
+from qat.training.module import OptimizerFactory, QATModule
+from qat.training.signals import Signals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Plugins = tuple[list[Any], list[Callback]]
+
+
+def total_batches(trainer: TrainerConfig) -> int:
+    """Batches on each device that a whole run takes."""
+    return trainer.max_steps * trainer.accumulate_grad_batches
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """Raise ValueError where a loss needs a teacher and none is allowed."""
+    for name in needs(config.distill, "teacher"):
+        if config.model.teacher == "off":
+            key = active(config.distill)[name].weight
+            raise ValueError(
+                f"distill.{key}={getattr(config.distill, key)} needs a teacher, but model.teacher=off; set one of them"
+            )
+
+
+def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel | None:
+    """The model whose distribution the student learns, or None where the loss does not ask for one."""
+    if not needs(config.distill, "teacher"):
+        return None
+    if config.model.teacher == "shared":
+        return base
+    teacher = models.load_model(config.model, config.model.teacher)
+    if teacher.config.vocab_size != base.config.vocab_size:
+        raise ValueError(
+            f"model.teacher={config.model.teacher} has {teacher.config.vocab_size} tokens in its vocabulary,"
+            f" but the student has {base.config.vocab_size}; logits can only be compared over one vocabulary"
+        )
+    return teacher
+
+
+def train_student(
+    config: TrainConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    data: QATData,
+    tokenizer: Any,
+    folder: Path,
+    optimizer: OptimizerFactory,
+    plugins: Plugins,
+    signals: Signals,
+) -> FitResult:
+    """Quantization-aware training of the converted student, in place; resumes from the folder's checkpoint."""
+    loggers, callbacks = plugins
+    callbacks = [*callbacks]
+    if config.optim.lambda_steps:
+        callbacks.append(LambdaWarmup(config.optim.lambda_steps))
+    if config.trainer.samples and config.trainer.val_every:
+        callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
+    module = _module(config, student, config.distill, optimizer, teacher)
+    outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
+    student.eval()
+    return outcome
+
+
+def train_control(
+    config: TrainConfig, base: PreTrainedModel, data: QATData, folder: Path, optimizer: OptimizerFactory, signals: Signals
+) -> FitResult:
+    """The full-precision model fine-tuned by cross-entropy on the same tokens at its own learning rate, in place."""
+    optim = replace(config.optim, lr=config.control.lr, latent_lr_multiplier=1.0, lambda_steps=0)
+    base.requires_grad_(True)
+    module = _module(replace(config, optim=optim), base, DistillConfig(ce=1.0, kl=0.0), optimizer, None)
+    outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")
+    base.eval()
+    return outcome
+
+
+def _module(
+    config: TrainConfig, model: PreTrainedModel, distill: DistillConfig, optimizer: OptimizerFactory, teacher: nn.Module | None
+) -> QATModule:
+    model.train()
+    if config.trainer.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    return QATModule(model, distill, config.optim, optimizer, config.trainer.max_steps, teacher, compile=config.trainer.compile)
+
+
+def _prompts(config: TrainConfig, data: QATData) -> torch.Tensor:
+    """The first tokens of held-out sequences."""
+    length, count = min(16, config.data.sequence_length // 2), config.trainer.samples
+    tokens = data.eval_tokens
+    starts = [i * config.data.sequence_length for i in range(count) if i * config.data.sequence_length + length <= len(tokens)]
+    return torch.stack([tokens[s : s + length] for s in starts])

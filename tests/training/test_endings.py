@@ -1,0 +1,258 @@
+"""However a run ends: the exit code, the status in result.json, and what lies in the folder to go on from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qat.config import DataConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
+from qat.config.compose.saved import load_config
+from qat.train import run
+from qat.training import checkpoints
+from qat.training.callbacks.metrics_file import continued, read_rows
+from qat.training.folder import locked, made
+from qat.training.signals import Interrupted, listening
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tiny_model: Path, text_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_model)),
+        data=DataConfig(train=str(text_file), sequence_length=32, batch_size=4, valid_fraction=0.1),
+        optim=OptimConfig(lr=5e-3),
+        trainer=TrainerConfig(max_steps=6, accelerator="cpu", progress=False, log_every_n_steps=1, threads=1),
+        export=ExportConfig(formats=[]),
+        run=RunConfig(name="tiny", dir=str(tmp_path / "run")),
+    )
+
+
+def command(config: TrainConfig, folder: Path, *more: str) -> list[str]:
+    settings = {"model.path": config.model.path, "data.train": config.data.train, "run.dir": folder, "export.formats": "[]"}
+    fixed = ["data.sequence_length=32", "data.batch_size=4", "trainer.log_every_n_steps=1", "trainer.threads=1"]
+    return [sys.executable, "-m", "qat.train", *(f"{key}={value}" for key, value in settings.items()), *fixed, *more]
+
+
+def started(arguments: list[str], awaited: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while not awaited.exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+def status(folder: Path) -> str:
+    return str(json.loads((folder / "result.json").read_text())["status"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_training_at_its_step(config: TrainConfig, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "r"
+    process = started(command(config, folder, "trainer.max_steps=30000"), folder / "metrics.csv")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "Traceback" not in output, output
+    step = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert status(folder) == f"interrupted at step {step}; continue with resume={folder}"
+
+
+@pytest.mark.parametrize("stage", ["full_precision", "packed"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_training(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, stage: str, number: signal.Signals
+) -> None:
+    from qat.training import stages
+
+    original = stages.Measure.__call__
+
+    def signalled(self: Any, name: str, model: Any) -> Any:
+        if name == stage:
+            os.kill(os.getpid(), number)
+        return original(self, name, model)
+
+    monkeypatch.setattr(stages.Measure, "__call__", signalled)
+    before = signal.getsignal(number)
+    result = run(config)
+    folder = Path(result.folder)
+    step = 6 if stage == "packed" else 0
+    assert result.signal == number and signal.getsignal(number) is before
+    assert status(folder) == f"interrupted at step {step}; continue with resume={folder}"
+    monkeypatch.undo()
+    assert run(load_config(str(folder))).status == "done"
+
+
+def test_a_second_signal_does_not_wait_for_the_step() -> None:
+    with pytest.raises(Interrupted) as ended, listening() as signals, signals.wait_for_step():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended.value.code == 143
+
+
+def test_a_live_run_is_not_resumed_nor_its_folder_taken(config: TrainConfig) -> None:
+    config.trainer = replace(config.trainer, max_steps=1)
+    folder = Path(run(config).folder)
+    holder = f"import time; from qat.training.folder import locked\nfrom pathlib import Path\nwith locked(Path({str(folder)!r})):"
+    holder += f"\n open({str(folder / 'held')!r}, 'w'); time.sleep(60)"
+    process = started([sys.executable, "-c", holder], folder / "held")
+    try:
+        for taken in (load_config(str(folder)), config):
+            with pytest.raises(ValueError, match=f"belongs to a run that is alive, process {process.pid} on"):
+                run(taken)
+    finally:
+        process.kill()
+        process.wait()
+    with locked(folder):
+        pass
+
+
+def test_two_runs_of_one_second_get_two_folders(config: TrainConfig, tmp_path: Path) -> None:
+    config.run = RunConfig(name="a", dir=str(tmp_path / "2026-01-01_00-00-00"))
+    assert [made(config).name for _ in range(3)] == [f"2026-01-01_00-00-00{end}" for end in ("", "-2", "-3")]
+
+
+def early(patience: int = 1) -> dict[str, Any]:
+    target = "lightning.pytorch.callbacks.EarlyStopping"
+    return {"es": {"_target_": target, "monitor": "val/ce", "patience": patience, "min_delta": 5}}
+
+
+def test_stopped_by_a_callback(config: TrainConfig) -> None:
+    config.trainer = replace(config.trainer, max_steps=40, val_every=2, val_batches=1, samples=0)
+    config.callbacks = {**early(), "mc": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": "val/ce"}}
+    result = run(config)
+    folder = Path(result.folder)
+    assert result.status.startswith("stopped at step 4 by EarlyStopping: Monitored metric val/ce did not improve")
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert result.perplexity["packed"] == result.perplexity["trained"] and (folder / "packed").is_dir()
+    assert list((folder / "model_checkpoints").glob("*.ckpt"))
+
+
+def test_a_callback_that_waits_for_validations_that_never_come(config: TrainConfig) -> None:
+    config.callbacks = early()
+    with pytest.raises(ValueError, match=r"EarlyStopping watches val/ce, but there are no validations; set trainer.val_every"):
+        run(config)
+
+
+def test_a_finished_run_says_so_and_max_steps_may_be_raised(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(config).folder
+    capsys.readouterr()
+    again = run(load_config(folder))
+    assert capsys.readouterr().out == f"{folder} is done, 6 of 6 steps; raise trainer.max_steps to train on\n"
+    assert again.status == "done" and again.perplexity["trained"] > 1
+    with pytest.raises(ValueError, match=r"trainer.max_steps=3 is below the step 6"):
+        run(load_config(folder, ["trainer.max_steps=3"]))
+    run(load_config(folder, ["trainer.max_steps=8"]))
+    assert [int(row["step"]) for row in read_rows(Path(folder) / "metrics.csv")[0]] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("change", [{"data.batch_size": 2}, {"trainer.accumulate_grad_batches": 3}, {"optim.lr": 0.5}])
+def test_overrides_of_a_resume_apply(config: TrainConfig, change: dict[str, Any]) -> None:
+    config.optim = replace(config.optim, schedule="constant")
+    folder = Path(run(config).folder)
+    run(load_config(str(folder), ["trainer.max_steps=8", *(f"{key}={value}" for key, value in change.items())]))
+    content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 8
+    size = 4 * 6 + 2 * 4 * change.get("trainer.accumulate_grad_batches", 1) * change.get("data.batch_size", 4) / 4
+    assert content["QATData"] == {"sequences": size, "step": 8}
+    assert content["optimizer_states"][0]["param_groups"][0]["lr"] == change.get("optim.lr", 5e-3)
+    assert [int(row["step"]) for row in read_rows(folder / "metrics.csv")[0]] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_minute_s_checkpoints(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setattr("qat.training.callbacks.checkpoint.save", lambda trainer, folder: saved.append(trainer.global_step))
+    config.trainer = replace(config.trainer, checkpoint_minutes=1e-9)
+    run(config)
+    assert saved == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path: Path) -> Path:
+    """last.ckpt of step 2 and previous.ckpt of step 1."""
+
+    class Trainer:
+        step = 0
+
+        def save_checkpoint(self, file: Path) -> None:
+            self.step += 1
+            torch.save({"global_step": self.step, "weights": torch.arange(1000.0)}, file)
+
+    trainer: Any = Trainer()
+    for _ in range(2):
+        checkpoints.save(trainer, tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def test_every_flipped_bit_is_noticed(two_checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoints.newest(two_checkpoints) == checkpoints.Found(two_checkpoints / "last.ckpt", 2)
+    whole = (two_checkpoints / "last.ckpt").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(whole) - checkpoints._COMMENT, (60,), generator=generator).tolist():
+        (two_checkpoints / "last.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert checkpoints.newest(two_checkpoints) == checkpoints.Found(two_checkpoints / "previous.ckpt", 1)
+    checkpoints.newest(two_checkpoints, say=True)
+    said = capsys.readouterr().out
+    assert "last.ckpt is damaged" in said and said.endswith("going on from previous.ckpt, step 1\n")
+
+
+def test_files_of_earlier_versions_are_checked_by_their_own_sums(tmp_path: Path) -> None:
+    torch.save({"global_step": 3, "weights": torch.arange(1000.0)}, tmp_path / "last.ckpt")
+    assert checkpoints.newest(tmp_path) == checkpoints.Found(tmp_path / "last.ckpt", 3)
+    content = bytearray((tmp_path / "last.ckpt").read_bytes())
+    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 777] ^= 1
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match="last.ckpt is damaged"):
+        checkpoints.newest(tmp_path)
+
+
+def test_a_foreign_checkpoint_of_a_cluster_is_not_taken(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = run(replace(config, trainer=replace(config.trainer, max_steps=2), run=RunConfig(name="o", dir=str(tmp_path / "o"))))
+    for place in (tmp_path, tmp_path / "run"):
+        place.mkdir(exist_ok=True)
+        (place / "hpc_ckpt_1.ckpt").write_bytes((Path(other.folder) / "checkpoints/last.ckpt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "x", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+    folder = Path(run(config).folder)
+    assert [int(row["step"]) for row in read_rows(folder / "metrics.csv")[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_that_do_not_parse_are_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("epoch,step,train/loss\n0,10,1.5\n0,20,x\n0,\0\n0,30,1.25\n0,40,1.\n0,5")
+    rows = continued(file, ["val/loss", "train/loss"], 30)
+    assert "metrics.csv: 3 rows do not parse and are dropped" in capsys.readouterr().out
+    rows.log_metrics({"train/loss": 1.0}, 40)
+    rows.log_metrics({"train/loss": 1.0, "lr": 0.5}, 40)
+    with file.open() as lines:
+        found = list(csv.DictReader(lines))
+    assert [(row["step"], row["train/loss"]) for row in found] == [("10", "1.5"), ("30", "1.25"), ("40", "1.0"), ("40", "")]
+    assert found[-1]["lr"] == "0.5" and list(found[0]) == ["epoch", "step", "train/loss", "val/loss", "lr"]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [("9 19 19", [10, 20, 20]), ("10 20", [10, 20]), ("0", [1]), ("1 2", [1, 2])])
+def test_rows_counted_from_0_by_earlier_versions(tmp_path: Path, steps: str, expected: list[int]) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("epoch,step,train/loss\n" + "".join(f"0,{step},1.5\n" for step in steps.split()))
+    for _ in range(2):  # a second resume does not count again
+        continued(file, ["train/loss"], 100)
+        assert [int(row["step"]) for row in read_rows(file)[0]] == expected
