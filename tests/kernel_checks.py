@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -55,15 +55,17 @@ def on_the_gpu(name: str, *arguments: Any) -> Any:
     return getattr(torch.ops.qat, name)(*arguments)
 
 
-def check_weight_codes(w: Tensor, t: Tensor, scale: Tensor, config: QuantConfig) -> None:
+def check_weight_codes(w: Tensor, t: Tensor, scale: Tensor, config: QuantConfig, parameters: Sequence[Tensor] = ()) -> None:
     """The scale is the reference's but for the order of the sum; the codes are those of this very scale."""
     o = WeightOptions(*weight_options(config))
-    rows, wanted, shape = latent.weight_scale(w, o)
-    assert scale.dtype == torch.float32 and scale.shape == shape and t.shape == w.shape and t.dtype == torch.int8
+    rows, wanted, shape = latent.weight_scale(w, o, parameters)
+    assert scale.dtype == torch.float32 and scale.shape == shape
+    assert t.dtype == torch.int8 and t.shape == (w.shape[0], w.shape[1] * o.components)
     rounding = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}[config.scale_dtype]  # a neighbour of the wanted one
-    torch.testing.assert_close(scale, wanted.reshape(shape), rtol=rounding, atol=0)
-    expected = resolve(config.quantizer.codes)(rows, scale.reshape(-1, 1)).to(torch.int8).reshape(w.shape)
-    same(t, expected)
+    torch.testing.assert_close(scale, latent.from_rows(wanted, shape), rtol=rounding, atol=0)
+    named = latent.by_name(config.quantizer, o, parameters)
+    expected = resolve(config.quantizer.codes)(rows, latent.as_rows(scale, o.components), **named).to(torch.int8)
+    same(t, torch.cat(list(expected.reshape(o.components, *w.shape)), 1))
 
 
 def check_packed_linear(

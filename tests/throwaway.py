@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from qat.quantizers import QUANTIZERS
 from qat.quantizers.record import Parameter, Quantizer, WeightOptions
 
 
@@ -65,3 +67,20 @@ THROWAWAY = {
     "quad": Quantizer(levels=(-3, -1, 1, 3), codes=_quad_codes, scales=("absmean",), backwards=("input", "bf16")),
 }
 """Codes of its own; a learned scale and a clipped gradient; a gradient annealed from outside; codes that no layout holds."""
+
+GROUP = 24
+CASES = [
+    {"weight": weight, "components": planes, "granularity": granularity, "group_size": GROUP if granularity == "group" else None}
+    for weight, row in {**QUANTIZERS, **THROWAWAY}.items()
+    for record in (row, *([row.sums] if row.sums else []))
+    for planes in record.planes
+    for granularity in record.granularities
+    if planes < 4
+]
+"""Keys of `quant` for every row of the table and of these, every sum of planes and granularity that it allows."""
+
+
+def put_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the end of the test the table has these rows too."""
+    for name, row in THROWAWAY.items():
+        monkeypatch.setitem(QUANTIZERS, name, row)

@@ -50,7 +50,7 @@ def weight_scale(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = ())
     if w.numel() == 0:
         return rows, w.new_full((shape[0] * shape[1] // o.components, o.components), o.eps, dtype=torch.float32), shape
     record = record_of(o)
-    value: Tensor = resolve(record.scale)(rows, o, **_named(record, o, parameters))
+    value: Tensor = resolve(record.scale)(rows, o, **by_name(record, o, parameters))
     return rows, round_scale(value.clamp_min(o.eps), o.scale_dtype), shape
 
 
@@ -67,7 +67,7 @@ def quantize_weight(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = 
     if w.numel() == 0:
         return w.new_zeros((n, o.components * k), dtype=torch.int8), from_rows(value, shape)
     record = record_of(o)
-    codes: Tensor = resolve(record.codes)(rows, value, **_named(record, o, parameters))
+    codes: Tensor = resolve(record.codes)(rows, value, **by_name(record, o, parameters))
     planes = codes.to(torch.int8).reshape(o.components, n, k)
     return planes.transpose(0, 1).reshape(n, o.components * k), from_rows(value, shape)
 
@@ -84,7 +84,7 @@ def gradient(
     rows = [scale_rows(value.float(), o.granularity, o.group_size) for value in (grad, w)]
     planes = t.unflatten(-1, (o.components, -1)).transpose(0, 1).reshape(o.components, *rows[0].shape)
     codes = planes[0] if o.components == 1 else planes
-    given = resolve(record.gradient)(*rows, codes.float(), as_rows(scale, o.components), **_named(record, o, parameters))
+    given = resolve(record.gradient)(*rows, codes.float(), as_rows(scale, o.components), **by_name(record, o, parameters))
     grad_rows, named = given
     grads = [
         _shaped(named[name], value) if one.trained else None
@@ -104,7 +104,7 @@ def initial_parameters(w: Tensor, o: WeightOptions) -> dict[str, Tensor]:
     return found
 
 
-def _named(record: Quantizer, o: WeightOptions, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+def by_name(record: Quantizer, o: WeightOptions, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """The parameters as the record's functions take them."""
     if len(parameters) != len(record.parameters):
         raise ValueError(

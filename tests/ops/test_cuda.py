@@ -26,10 +26,11 @@ from kernel_checks import (
     same,
     tokens,
 )
+from throwaway import CASES, put_in_the_table
 from torch import Tensor
 
 from qat.config import QuantConfig
-from qat.ops import cuda, reference
+from qat.ops import cuda, initial_parameters, reference
 from qat.ops.options import PackedOptions, training_options, weight_options
 from qat.quantizers import activations, components, packing
 from qat.quantizers.record import WeightOptions
@@ -156,6 +157,19 @@ def test_bitlinear(place, config, dtype):
     same(x_q, wanted)
     same(x_scale, 1 / divisor)
     same(y, reference.integer_linear(x_q, divisor, t, scale, bias, dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_bitlinear_of_the_whole_table(place, case, monkeypatch):
+    put_in_the_table(monkeypatch)
+    config, (device, op) = QuantConfig(**case), place
+    x, w, bias = tokens(5, 72), torch.randn(10, 72), torch.randn(10)
+    parameters = [value * 1.5 for value in initial_parameters(w, config).values()]
+    moved = [value.to(device) for value in (x, w, bias)], [value.to(device) for value in parameters]
+    y, _, _, t, scale = (value.cpu() for value in op("bitlinear", *moved[0], moved[1], *training_options(config)))
+    check_weight_codes(w, t, scale, config, parameters)
+    x_q, divisor = activations.activation_codes(x, "token", EPS)
+    same(y, reference.integer_linear(components.repeat(x_q, config.components), divisor, t, scale, bias, x.dtype))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_checks import same
-from throwaway import THROWAWAY
+from throwaway import CASES, GROUP, THROWAWAY, put_in_the_table
 from torch import Tensor
 
 import qat
@@ -22,32 +22,19 @@ from qat.quantizers.components import sum_components
 from qat.quantizers.record import Parameter, Quantizer, resolve
 from qat.quantizers.scales import scale_rows
 
-GROUP = 24
-ROWS = {**QUANTIZERS, **THROWAWAY}
-CASES = [
-    (weight, planes, granularity)
-    for weight, row in ROWS.items()
-    for record in [row, *([row.sums] if row.sums else [])]
-    for planes in record.planes
-    for granularity in record.granularities
-    if planes < 4
-]
 Config = Callable[..., QuantConfig]
 
 
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, row in THROWAWAY.items():
-        monkeypatch.setitem(QUANTIZERS, name, row)
+    put_in_the_table(monkeypatch)
     choice._say_once.cache_clear()
     yield
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case.values())))
 def config(request: pytest.FixtureRequest) -> QuantConfig:
-    weight, planes, granularity = request.param
-    group = GROUP if granularity == "group" else None
-    return QuantConfig(weight=weight, components=planes, granularity=granularity, group_size=group)
+    return QuantConfig(**request.param)
 
 
 def trained(config: QuantConfig, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -156,6 +143,19 @@ def test_a_replaced_row_is_noticed_by_the_kernels(monkeypatch: pytest.MonkeyPatc
     before = layer(x)
     monkeypatch.setitem(QUANTIZERS, "ternary", THROWAWAY["twn"])
     same(layer(x), a_layer(QuantConfig(kernels="reference"))(x))
+    assert not torch.equal(layer(x), before)
+
+
+def test_a_changed_parameter_is_noticed_by_the_kernels() -> None:
+    """The codes that a latent weight is kept with are of its parameters too."""
+    x, layer = torch.randn(3, 48), a_layer(QuantConfig(weight="learned"))
+    before = layer(x)
+    with torch.no_grad():
+        layer.step.mul_(3)
+    wanted = a_layer(QuantConfig(weight="learned", kernels="reference"))
+    with torch.no_grad():
+        wanted.step.mul_(3)
+    same(layer(x), wanted(x))
     assert not torch.equal(layer(x), before)
 
 
