@@ -15,7 +15,7 @@ from torch import Tensor
 
 import qat
 from qat import BitLinear, PackedBitLinear, QuantConfig, ops
-from qat.ops import choice, cpu
+from qat.ops import choice, cpu, reference
 from qat.ops.options import training_options
 from qat.quantizers import QUANTIZERS, latent
 from qat.quantizers.components import sum_components
@@ -210,3 +210,13 @@ def test_several_planes_are_summed() -> None:
     a, b = t[:, :48] * scale[:, :1], t[:, 48:] * scale[:, 1:]
     same(sum_components(torch.cat([a, b], 1), 2), a + b)
     assert qat.QuantConfig(components=2).quantizer.planes == (2, 3, 4)
+
+
+def test_sums_of_larger_codes_stay_exact() -> None:
+    """Beyond 2^24 float32 holds no odd numbers: the width at which sums need float64 depends on the largest code."""
+    k = 60_000
+    x, t = torch.full((1, k), 127.0), torch.full((1, k), 3, dtype=torch.int8)
+    x[0, 0] = 126
+    wanted = torch.tensor([[float(3 * (127 * k - 1))]])
+    one = torch.ones(1, 1)
+    same(reference.integer_linear(x, None, t, one, None, torch.float32, largest=3), wanted)
