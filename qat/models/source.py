@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from qat.config import ModelConfig
-from qat.formats.gguf import container as gguf_file
+from qat.formats.gguf import stock
 
 TRUST = "model.trust_remote_code=true (qat.train) or --trust-remote-code (the other verbs)"
 _INSTALL = {
@@ -94,4 +94,4 @@ def explain(what: str, source: str, error: BaseException) -> str:
 
 def stock_readable(source: str, *, weights: bool = True) -> AbstractContextManager[str]:
     """A damaged .gguf file is refused here: transformers' own messages on it say nothing."""
-    return gguf_file.stock_readable(source, weights=weights) if source.endswith(".gguf") else nullcontext(source)
+    return stock.stock_readable(source, weights=weights) if source.endswith(".gguf") else nullcontext(source)

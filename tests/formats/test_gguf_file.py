@@ -11,6 +11,7 @@ import torch
 from gguf_samples import byte_level, packed_model, random_rows, save
 
 from qat.formats.gguf import container as gguf_file
+from qat.formats.gguf import stock
 from qat.formats.gguf.blocks import BLOCKS, encode
 from qat.formats.tensors import packed_layers
 
@@ -25,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         tensors[name] = gguf_file.Tensor(t.shape, BLOCKS[name].number, encode(t, d, name).reshape(-1))
     tensors["norm"] = gguf_file.Tensor((4,), 0, np.arange(4, dtype=np.float32).view(np.uint8))
     metadata = {"a.list": ["x", "yy"], "a.numbers": [1, 2], "a.float": 0.5, "a.flag": True, "a.int": 7}
-    gguf_file.write(file, "llama", metadata, tensors)
+    stock.write(file, "llama", metadata, tensors)
     return file.read_bytes()
 
 
@@ -103,14 +104,14 @@ def test_q2_0_of_128_is_told_by_its_size(tmp_path: Path) -> None:
         {"w": gguf_file.Tensor((8, 256), 42, old)},
         {"w": gguf_file.Tensor((8, 256), 42, old), "z": gguf_file.Tensor((8,), 0, np.zeros(32, np.uint8))},
     ):
-        gguf_file.write(tmp_path / "old.gguf", "llama", {}, tensors)
+        stock.write(tmp_path / "old.gguf", "llama", {}, tensors)
         with pytest.raises(ValueError, match="tensor 'w' is Q2_0 with 128 weights a block"):
             gguf_file.read(tmp_path / "old.gguf")
 
 
 def test_code_3_names_the_tensor(tmp_path: Path) -> None:
     data = np.concatenate([np.array([1.0], np.float16).view(np.uint8), np.full(16, 0b11, np.uint8)])
-    gguf_file.write(tmp_path / "x.gguf", "llama", {}, {"w": gguf_file.Tensor((1, 64), 42, data)})
+    stock.write(tmp_path / "x.gguf", "llama", {}, {"w": gguf_file.Tensor((1, 64), 42, data)})
     with pytest.raises(ValueError, match="tensor 'w' holds code 3"):
         gguf_file.read(tmp_path / "x.gguf").float32("w")
 
@@ -145,7 +146,7 @@ def test_stock_transformers_gets_the_weights_back(
 
 def test_codes_are_checked_without_a_model(tmp_path: Path) -> None:
     data = np.concatenate([np.array([1.0], np.float16).view(np.uint8), np.full(16, 0b11, np.uint8)])
-    gguf_file.write(tmp_path / "x.gguf", "llama", {}, {"w": gguf_file.Tensor((1, 64), 42, data)})
+    stock.write(tmp_path / "x.gguf", "llama", {}, {"w": gguf_file.Tensor((1, 64), 42, data)})
     with pytest.raises(ValueError, match="tensor 'w' holds code 3"):
         gguf_file.read(tmp_path / "x.gguf").check_codes()
 

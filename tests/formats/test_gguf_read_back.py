@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from qat import QuantConfig
 from qat.formats.gguf import architectures as gguf_models
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import read_back as gguf_verify
+from qat.formats.gguf import stock
 from qat.formats.gguf import writing as gguf
 from qat.metrics.perplexity import windows
 
 
 def test_one_wrong_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = gguf_file.write
+    write = stock.write
 
     def faulty(file: Path, *rest: object) -> None:
         write(file, *rest)  # type: ignore[arg-type]
@@ -31,7 +33,7 @@ def test_one_wrong_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         data[at] ^= 1 if data[at] & 3 != 2 else 2
         file.write_bytes(bytes(data))
 
-    monkeypatch.setattr(gguf_file, "write", faulty)
+    monkeypatch.setattr(stock, "write", faulty)
     with pytest.raises(
         ValueError, match="tensor 'blk.1.attn_v.weight' holds code 3|tensor blk.1.attn_v.weight was not read back"
     ):
@@ -49,7 +51,7 @@ def test_the_stock_reader_agrees_on_types_that_it_knows(tmp_path: Path) -> None:
 @needs_llama_cpp
 def test_a_model_with_other_rows_is_found_by_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed_model()
-    wrong = gguf_models.Architecture("llama", ("silu",))  # without interleaving
+    wrong = replace(gguf_models.ARCHITECTURES["llama"], row_order=lambda *about: None)  # without interleaving
     monkeypatch.setitem(gguf_models.ARCHITECTURES, "llama", wrong)
     with pytest.raises(ValueError, match="another model from the file than was packed: logits by 4"):
         save(model, tmp_path / "x.gguf", check=lambda file: gguf.read_back(file, model, IDS[:64][None], WINDOWS))

@@ -219,6 +219,7 @@ def test_verify_finds_a_difference_behind_other_names_and_rows(tmp_path: Path) -
 
 def test_what_cannot_be_compared_with_a_gguf_file(tmp_path: Path) -> None:
     from qat.formats.gguf import container as gguf_file
+    from qat.formats.gguf import stock
     from qat.formats.gguf import writing as gguf
 
     gguf.save(packed_family("llama"), tmp_path / "llama.gguf")
@@ -227,7 +228,7 @@ def test_what_cannot_be_compared_with_a_gguf_file(tmp_path: Path) -> None:
     gguf.save(packed_family("llama"), tmp_path / "ours.gguf", type="i2_s_arm")
     whole = gguf_file.read(tmp_path / "ours.gguf")
     metadata = {k: v for k, v in whole.metadata.items() if k not in ("qat.i2_s", "general.architecture")}
-    gguf_file.write(tmp_path / "i2_s.gguf", "llama", metadata, whole.tensors)
+    stock.write(tmp_path / "i2_s.gguf", "llama", metadata, whole.tensors)
     packed.save(packed_family("llama", exclude="*.1.self_attn.q_proj"), tmp_path / "fewer")
     for one, two, message in (
         ("llama.gguf", "qwen2", "the GGUF file is a llama, but the packed folder of qat would be a qwen2 in GGUF"),

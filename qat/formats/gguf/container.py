@@ -1,4 +1,4 @@
-"""The GGUF container: a writer on the `gguf` package, and a strict reader that believes nothing a file says about itself.
+"""The GGUF container: a strict reader, which believes nothing that a file says about itself. `stock` writes files.
 
 Why our own reader: gguf 0.19 knows no Q2_0, and it takes lengths and offsets as they come. Here every length is checked against
 the file, tensors must follow one another without gap or overlap (as llama.cpp demands), and a tensor's type must fit its size.
@@ -6,10 +6,6 @@ the file, tensors must follow one another without gap or overlap (as llama.cpp d
 
 from __future__ import annotations
 
-import struct
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +15,11 @@ from numpy.typing import NDArray
 
 from qat.formats.gguf import i2s as gguf_i2s
 from qat.formats.gguf.blocks import BLOCKS, NAMES, OLD_Q2_0, decode, dequantize
+from qat.formats.gguf.cursor import Cursor
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 WRITER_KEY = "qat.version"
-_NEW = (BLOCKS["q1_0"].number, BLOCKS["q2_0"].number)  # which the gguf package cannot dequantize
-_FLOAT16 = 1
 _MOST_DIMENSIONS = 4
-_SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of the value type
-_STRING, _ARRAY = 8, 9
 
 
 class Tensor(NamedTuple):
@@ -90,63 +83,6 @@ def block_size(kind: int) -> tuple[int, int] | None:
     return sizes.get(kind)
 
 
-def write(file: Path, architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a file. Metadata: bool, int (uint32), float (float32), str, and lists of one of these (ints as int32)."""
-    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
-
-    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
-    writer = GGUFWriter(None, architecture)
-    for key, value in metadata.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            large = isinstance(value, int) and not 0 <= value < 2**32
-            writer.add_key_value(key, value, GGUFValueType.INT64 if large else kinds[type(value)])
-    known = {int(number) for number in GGMLQuantizationType}
-    for name, tensor in tensors.items():
-        number: Any = GGMLQuantizationType(tensor.kind) if tensor.kind in known else tensor.kind
-        # as int8, the writer does not look up the block sizes of types that it does not know
-        writer.add_tensor(name, tensor.data.reshape(-1).view(np.int8), tensor.shape, number)
-    try:
-        writer.write_header_to_file(file)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-
-
-@contextmanager
-def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
-    """The path of a file that stock transformers can read: this one, or a passing copy with Q2_0 and Q1_0 as float16.
-
-    float16 holds them exactly: they are 0 or plus and minus the block's float16 scale. Without `weights` the copy has no tensors:
-    enough for the tokenizer, and as quickly written for a model of any size.
-
-    Raises:
-        ValueError: the file is damaged, or holds I2_S.
-    """
-    found = read(file)
-    for name, tensor in found.tensors.items():
-        if tensor.kind == gguf_i2s.NUMBER:
-            raise ValueError(f"{file}: {name!r} is I2_S of bitnet.cpp, which neither transformers nor llama.cpp reads")
-    if not any(tensor.kind in _NEW for tensor in found.tensors.values()):
-        yield str(file)
-        return
-    plain = {
-        name: _half(tensor.shape, found.float32(name)) if tensor.kind in _NEW else tensor
-        for name, tensor in (found.tensors.items() if weights else ())
-    }
-    metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
-    with tempfile.TemporaryDirectory(prefix="qat-gguf-") as folder:
-        copy = Path(folder, f"{Path(folder).name}.gguf")  # transformers prefers a file of that name in the working directory
-        write(copy, found.metadata["general.architecture"], metadata, plain)
-        yield str(copy)
-
-
-def _half(shape: tuple[int, ...], values: NDArray[np.float32]) -> Tensor:
-    return Tensor(shape, _FLOAT16, values.astype(np.float16).reshape(-1).view(np.uint8))
-
-
 def kind_name(kind: int) -> str:
     """What llama.cpp, or bitnet.cpp, calls the type of that number."""
     from gguf import GGMLQuantizationType
@@ -174,7 +110,7 @@ def read(file: str | Path) -> GGUFFile:
 
 def parse(data: NDArray[np.uint8]) -> GGUFFile:
     """`read` for bytes in memory."""
-    cursor = _Cursor(data.data, 0)
+    cursor = Cursor(data.data, 0)
     if cursor.take(4, "magic") != MAGIC:
         raise ValueError("it does not begin with GGUF")
     version = cursor.scalar("I", "version")
@@ -198,7 +134,7 @@ class _Info(NamedTuple):
     offset: int
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+def _read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for _ in range(count):
         key = cursor.string("a key")
@@ -208,7 +144,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     return metadata
 
 
-def _read_infos(cursor: _Cursor, count: int) -> list[_Info]:
+def _read_infos(cursor: Cursor, count: int) -> list[_Info]:
     infos: dict[str, _Info] = {}
     for _ in range(count):
         name = cursor.string("a tensor's name")
@@ -275,53 +211,3 @@ def _refuse_old_q2_0(info: _Info, room: int, size: int, alignment: int) -> None:
 
 def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
-
-
-@dataclass
-class _Cursor:
-    """Reads on from `at`; each step is checked against the end."""
-
-    data: memoryview
-    at: int
-
-    def expect(self, size: int, what: str) -> None:
-        left = len(self.data) - self.at
-        if size > left:
-            raise ValueError(f"{what} needs {size} bytes, but {left} are left")
-
-    def take(self, size: int, what: str) -> bytes:
-        self.expect(size, what)
-        self.at += size
-        return bytes(self.data[self.at - size : self.at])
-
-    def scalar(self, code: str, what: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
-
-    def string(self, what: str) -> str:
-        text = self.take(self.scalar("Q", what), what)
-        try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{what} is not UTF-8") from error
-
-    def value(self, kind: int, key: str) -> Any:
-        if kind == _STRING:
-            return self.string(key)
-        if kind == _ARRAY:
-            return self.array(key)
-        return self.scalar(_code(kind, key), key)
-
-    def array(self, key: str) -> list[Any]:
-        kind, count = self.scalar("I", key), self.scalar("Q", key)
-        if kind == _STRING:
-            self.expect(count * 8, key)
-            return [self.string(key) for _ in range(count)]
-        code = _code(kind, key)
-        return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code), key)))
-
-
-def _code(kind: int, key: str) -> str:
-    code = _SCALARS[kind] if 0 <= kind < len(_SCALARS) else None
-    if code is None:
-        raise ValueError(f"{key} has the unknown value type {kind}")
-    return code

@@ -1,6 +1,6 @@
 """GGUF, one file for llama.cpp and what is built on it (Ollama, LM Studio): the model in its own architecture, and tokenizer.
 
-Types and bytes are in `gguf_tensors` and `gguf_blocks`, architectures in `gguf_models`, the comparison in `gguf_verify`. The
+Types and bytes are in `tensors` and `blocks`, models in `architectures`, the comparison in `read_back`. The
 file gets its name only after it was read back and every tensor was found equal to the model's codes times scales.
 """
 
@@ -17,6 +17,7 @@ from torch import nn
 from qat.formats.folder import new_file
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import i2s as gguf_i2s
+from qat.formats.gguf import stock
 from qat.formats.gguf import tensors as gguf_tensors
 from qat.formats.gguf.architectures import Architecture, architecture, settings
 from qat.formats.gguf.blocks import BLOCKS
@@ -104,7 +105,7 @@ def save(
     info: dict[str, Any] = {"file": str(file), "types": gguf_tensors.summary(choices), "scale_rounding": rounding}
     info |= {"padding": padding.note()} if padding.added else {}
     with new_file(target) as partial:
-        gguf_file.write(partial, found.name, metadata, tensors)
+        stock.write(partial, found.name, metadata, tensors)
         tensors.clear()
         info["verification"] = check_tensors(partial, gguf_tensors.sources(model, config, found, padding), type, floats)
         if tokenizer is not None:
