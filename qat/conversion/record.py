@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from qat.nn.packed import PackedBitLinear
 from qat.quantizers.packing import get_layout
 
 VERSION = 1
+NOT_PROBED = "not probed"
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Conversion:
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     layout: str | None = None
+    probe: dict[str, Any] | str = NOT_PROBED
+    """Of a conversion with a probe: layers called and trained, `cached` (true, or why not), layers whose packed form differs."""
 
     def to_json(self) -> str:
         """The record as a JSON object with its version."""
@@ -81,7 +85,11 @@ class Conversion:
         return layer.train(linear.training)
 
     def summary(self) -> str:
-        """One line a person reads: how many layers, and each one skipped with its reason."""
+        """One line a person reads: how many layers, each one skipped with its reason, and what the probe found amiss."""
+        return f"{self.coverage()}{self._probe_words()}"
+
+    def coverage(self) -> str:
+        """`summary` without the probe."""
         total = len(self.converted) + len(self.skipped)
         text = f"{len(self.converted)} of {total} linear layers converted"
         if not self.skipped:
@@ -91,3 +99,11 @@ class Conversion:
             by_reason.setdefault(reason, []).append(name)
         parts = [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} ({why})" for why, names in by_reason.items()]
         return f"{text}; skipped {'; '.join(parts)}"
+
+    def _probe_words(self) -> str:
+        if self.kind != "bitlinear":
+            return ""
+        if not isinstance(self.probe, dict):
+            return f"; {self.probe}"
+        unequal = self.probe["packed_unequal"]
+        return f"; packed, these compute something else: {', '.join(unequal)}" if unequal else ""

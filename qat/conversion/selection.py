@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -15,14 +15,11 @@ from functools import cache
 import torch
 from torch import nn
 
+from qat.conversion import roles
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
 
-HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
-ROUTERS = ("gate", "router", "shared_expert_gate")
 _OWN_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, BitLinear, PackedBitLinear)
-_HEAD_REASON = "output head, kept in full precision"
-_ROUTER_REASON = "MoE router, kept in full precision"
 
 
 def patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -53,8 +50,9 @@ class Selection:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"{key}={pattern!r} matches no module of {type(model).__name__}")
 
-    def names_exactly(self, name: str, reason: str) -> bool:
-        return reason in (_HEAD_REASON, _ROUTER_REASON) and name in self.include and not self.excludes(name)
+    def names_exactly(self, name: str) -> bool:
+        """Whether the user means this layer by its own name, without wildcards."""
+        return name in self.include and not self.excludes(name)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -71,6 +69,10 @@ class Context:
     modules: dict[str, nn.Module]
     owners: dict[int, str]
     head: nn.Module | None
+    counts: dict[int, str]
+    widest: int
+    towers: dict[str, str]
+    text: set[str]
 
     @classmethod
     def of(cls, model: nn.Module) -> Context:
@@ -82,21 +84,18 @@ class Context:
             for weight in module.parameters(recurse=False)
         }
         get_head = getattr(model, "get_output_embeddings", None)
-        return cls(modules, tied, get_head() if callable(get_head) else None)
+        head = get_head() if callable(get_head) else None
+        widest = max((min(m.weight.shape) for m in modules.values() if is_linear(m)), default=0)  # type: ignore[arg-type]
+        counts = roles.counts_of(getattr(model, "config", None))
+        return cls(modules, tied, head, counts, widest, roles.towers(model), roles.outside_text(model))
 
-    def skip_reason(self, name: str, module: nn.Module) -> str | None:
-        parent_name, _, leaf = name.rpartition(".")
-        parent = self.modules.get(parent_name)
+    def firm_reason(self, name: str, module: nn.Module) -> str | None:
+        """Why a layer cannot be converted, whatever the user says."""
+        parent = self.modules.get(name.rpartition(".")[0])
         if id(module.weight) in self.owners:
             return f"tied to {self.owners[id(module.weight)]}"
-        if module is self.head or any(part in HEADS for part in name.split(".")):
-            return _HEAD_REASON
-        if leaf in ROUTERS and hasattr(parent, "experts"):
-            return _ROUTER_REASON
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads this weight itself and never calls the layer"
-        if _reads_weight(parent, leaf):
-            return f"{type(parent).__name__} reads this weight itself"
         if "forward" in vars(module):
             return "its forward was replaced by another"
         if not is_conv1d(module) and type(module).forward is not nn.Linear.forward:
@@ -105,6 +104,27 @@ class Context:
             return "its weight is parametrized"
         if not isinstance(module.weight, nn.Parameter):
             return "its weight is computed from other parameters (weight_norm, prune)"
+        return roles.adapter_reason(name, self.modules)
+
+    def soft_reason(self, name: str, module: nn.Module) -> str | None:
+        """Why a layer should be left alone unless the user names it."""
+        if module is self.head or any(part in roles.HEADS for part in name.split(".")):
+            return roles.HEAD_REASON
+        return roles.foreign_reason(module) or roles.selector_reason(name, module, self.modules, self.counts, self.widest)
+
+    def reader_reason(self, name: str) -> str | None:
+        """By the source of the parent's forward: a branch for another device may read what the probe's did not."""
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self.modules.get(parent_name)
+        return f"{type(parent).__name__} reads this weight itself" if _reads_weight(parent, leaf) else None
+
+    def tower_reason(self, name: str) -> str | None:
+        """Without a probe, a text model's other towers stay: nobody knows whether the data will reach them."""
+        for tower, reads in self.towers.items():
+            if f"{name}.".startswith(f"{tower}."):
+                return f"part of a tower of another modality ({tower}: {reads}); a probe with such data, or its name, converts it"
+        if self.text and not any(f"{name}.".startswith(f"{one}.") for one in self.text):
+            return "joins modalities, outside the text model; a probe with such data, or its name, converts it"
         return None
 
 
@@ -162,14 +182,55 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def refuse_experts(model: nn.Module, selection: Selection) -> None:
+    """Raise ValueError, once for all of them, for matrices that are stacked in 3-D parameters and not excluded."""
+    found = list(_stacked(model, selection))
+    if not found:
+        return
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(weight.numel() for _, _, _, weight in found) / total
+    shown = _listed([f"{name}.{key} {list(weight.shape)}".lstrip(".") for name, _, key, weight in found])
+    first, _, key, weight = found[0]
+    hint = _exclusion(model, sorted({name for name, *_ in found}))
+    quoted = ", ".join(f'"{pattern}"' for pattern in hint)
+    one = hint[0] if len(hint) == 1 else list(hint)
+    raise ValueError(
+        f"{first or 'the model'} ({type(found[0][1]).__name__}) stores {weight.shape[0]} expert matrices as the one"
+        f" 3-D parameter {key!r} {list(weight.shape)}, which cannot become BitLinear layers; all of them: {shown};"
+        f" {share:.0%} of the model's weights. To leave these in full precision knowingly, pass"
+        f" 'model.exclude=[{quoted}]' on the command line, or in Python exclude={one!r}"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    """All of them; of many, those that differ in a layer's number as one: `layers.{0,1,2}.mlp.experts`."""
+    if len(names) <= 16:
+        return ", ".join(names)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
+        groups.setdefault(key, []).append(number[0] if number else "")
+    return ", ".join(key.replace("{}", f"{{{','.join(numbers)}}}") for key, numbers in groups.items())
+
+
+def _stacked(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     conv = nn.modules.conv._ConvNd
     for name, module in model.named_modules():
         if selection.skip_reason(name) or isinstance(module, (conv, nn.Bilinear)):
             continue
         for key, weight in module.named_parameters(recurse=False):
             if weight.ndim == 3 and min(weight.shape) > 1:
-                raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) stores {weight.shape[0]} expert matrices as the one"
-                    f" 3-D parameter {key!r} {list(weight.shape)}, which cannot become BitLinear layers;"
-                    f" to leave it in full precision knowingly, pass exclude='*{name.rpartition('.')[2]}'"
-                )
+                yield name, module, key, weight
+
+
+def _exclusion(model: nn.Module, names: list[str]) -> list[str]:
+    """Patterns that leave out these modules and no layer that could be converted; their names where no pattern does."""
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    found: list[str] = []
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        pattern = f"*.{leaf}" if "." in name else name
+        spares = not any(_matches(linear, (pattern,)) and not _matches(linear, tuple(names)) for linear in linears)
+        if (chosen := pattern if spares else name) not in found:
+            found.append(chosen)
+    return found

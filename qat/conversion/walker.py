@@ -8,11 +8,13 @@ precision is the trap of this field (GPT-2's Conv1D, 3-D expert weights, torch's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from qat.config import QuantConfig
+from qat.conversion.probe import Findings, observe
 from qat.conversion.record import Conversion
 from qat.conversion.selection import Context, Selection, is_linear, other_matrices, patterns, refuse_experts, refuse_quantized
 from qat.conversion.swap import as_linear, disable_fused_encoder, swap
@@ -40,6 +42,7 @@ def convert(
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    probe: Any = None,
 ) -> Conversion:
     """Replace the linear layers of `model` by BitLinear, in place.
 
@@ -47,13 +50,17 @@ def convert(
         model: any module; itself a linear layer too. GPT-2's Conv1D counts as one.
         config: how to quantize; default b1.58.
         include: shell patterns of module names, which stand for everything inside, too. Default: all but output heads,
-            tied weights and MoE routers. A head or a router is converted when a pattern without wildcards names it.
+            tied weights, selectors (routers, gates) and what the probe finds idle. Such a layer is converted when a pattern
+            without wildcards names it, unless the conversion would be wrong (another one reads its weight).
         exclude: the same for modules to leave alone; wins over `include`.
+        probe: a batch like those that the model will be trained on (a dict of its arguments, a tuple, or a tensor), run once
+            forward and backward, to see which layers are called and trained and who reads their weights. Without it the
+            record says `not probed`, and towers of another modality than text stay in full precision.
 
     Raises:
         ValueError: a pattern matches no module; no layer is left to convert; the model is already quantized; a weight
-            is not finite; a group size does not fit; expert weights stored as one 3-D parameter, which no walker could
-            convert (exclude them knowingly).
+            is not finite; a group size does not fit; expert weights stored as 3-D parameters, which no walker could
+            convert (exclude them knowingly); the model cannot run the probe.
     """
     config = config or QuantConfig()
     selection = Selection(patterns(include), patterns(exclude))
@@ -61,28 +68,59 @@ def convert(
     selection.refuse_typos(model)
     refuse_experts(model, selection)
     record = Conversion("bitlinear", config)
-    layers: dict[str, nn.Module] = {}
-    seen: dict[int, str] = {}
-    transposed: dict[int, nn.Parameter] = {}
+    found = _candidates(model, record)
     context = Context.of(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not is_linear(module):
-            record.skipped.update({} if id(module) in seen else other_matrices(name, module))
-            continue
-        if id(module) in seen:
-            record.skipped[name] = f"the same module as {seen[id(module)]}"
-            continue
-        seen[id(module)] = name
-        reason = context.skip_reason(name, module) or selection.skip_reason(name)
-        if reason and not selection.names_exactly(name, reason):
+    findings = None if probe is None else observe(model, _observable(found, context), probe)
+    layers: dict[str, nn.Module] = {}
+    transposed: dict[int, nn.Parameter] = {}
+    for name, module in found.items():
+        reason = _reason(name, module, context, findings, selection)
+        if reason is not None:
             record.skipped[name] = reason
             continue
         layers[name] = _convert_layer(name, module, config, transposed)
         record.converted.append(name)
     _refuse_empty(model, record, "nothing to convert")
+    if findings is not None:
+        findings.compare_packed(layers)
+        record.probe = findings.to_dict()
     swap(model, layers)
     disable_fused_encoder(model)
     return record
+
+
+def _candidates(model: nn.Module, record: Conversion) -> dict[str, nn.Module]:
+    """The linear layers, each once; the record gets a reason for its other names and for matrices that are no layer's."""
+    found: dict[str, nn.Module] = {}
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not is_linear(module):
+            record.skipped.update({} if id(module) in seen else other_matrices(name, module))
+        elif id(module) in seen:
+            record.skipped[name] = f"the same module as {seen[id(module)]}"
+        else:
+            seen[id(module)] = name
+            found[name] = module
+    return found
+
+
+def _observable(found: dict[str, nn.Module], context: Context) -> dict[str, nn.Module]:
+    return {name: module for name, module in found.items() if context.firm_reason(name, module) is None}
+
+
+def _reason(name: str, module: nn.Module, context: Context, findings: Findings | None, selection: Selection) -> str | None:
+    """Why a layer is not converted; None where it is."""
+    firm = context.firm_reason(name, module) or (findings and findings.firm_reason(name))
+    if firm:
+        return firm
+    if findings is None:
+        firm = context.reader_reason(name)
+        soft = context.soft_reason(name, module) or context.tower_reason(name)
+    else:
+        soft = context.soft_reason(name, module) or findings.soft_reason(name) or context.reader_reason(name)
+    if firm or (soft and not selection.names_exactly(name)):
+        return firm or soft
+    return selection.skip_reason(name)
 
 
 def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
@@ -153,10 +191,12 @@ def _convert_layer(name: str, module: nn.Module, config: QuantConfig, transposed
 
 
 def _refuse_nonfinite(name: str, weight: torch.Tensor) -> None:
-    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+    if weight.is_meta or not weight.numel():
+        return
+    if not all(bool(torch.isfinite(end)) for end in weight.aminmax()):  # NaN is both ends; isfinite takes ten times as long
         raise ValueError(f"{name or 'the model'}.weight holds NaN or infinite values")
 
 
 def _refuse_empty(model: nn.Module, record: Conversion, what: str) -> None:
     if not record.converted:
-        raise ValueError(f"{what}: {record.summary()} in {type(model).__name__}; check include and exclude")
+        raise ValueError(f"{what}: {record.coverage()} in {type(model).__name__}; check include and exclude")

@@ -20,7 +20,7 @@ def test_all_but_the_head_is_converted_and_said() -> None:
     record = qat.convert(model)
     assert record.converted == BLOCKS == [name for name, _ in bitlinears(model)]
     assert record.skipped == {"lm_head": "output head, kept in full precision"}
-    assert record.summary() == "4 of 5 linear layers converted; skipped lm_head (output head, kept in full precision)"
+    assert record.summary() == "4 of 5 linear layers converted; skipped lm_head (output head, kept in full precision); not probed"
 
 
 @pytest.mark.parametrize(
