@@ -88,6 +88,10 @@ class Conversion:
         """One line a person reads: how many layers, each one skipped with its reason, and what the probe found amiss."""
         return f"{self.coverage()}{self._probe_words()}"
 
+    def facts(self) -> dict[str, Any]:
+        """For the result of a run."""
+        return {"converted": self.converted, "skipped": self.skipped, "summary": self.summary(), "probe": self.probe}
+
     def coverage(self) -> str:
         """`summary` without the probe."""
         total = len(self.converted) + len(self.skipped)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from qat.config import TrainConfig
 from qat.data import preview
 from qat.data.build import build_datamodule, text_tokens
 from qat.data.datamodule import QATData
+from qat.models.hub import context_length, embedding_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -33,3 +36,14 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, batches: 
 def sampled_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, base: PreTrainedModel, batches: int) -> QATData:
     """The data that the full-precision model samples."""
     return build_datamodule(config.data, tokenizer, teacher=base, seed=config.seed, total_batches=batches)
+
+
+PROBE_TOKENS = 32
+
+
+def probe_batch(data: QATData | None, base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What conversion probes the model with, input_ids int64 [1, T]: training's first tokens, or any where it writes its own."""
+    if data is not None:
+        return {"input_ids": data.train[0]["input_ids"][None, :PROBE_TOKENS]}
+    length = min(PROBE_TOKENS, context_length(base) or PROBE_TOKENS)
+    return {"input_ids": torch.randint(embedding_rows(base), (1, length), generator=torch.Generator().manual_seed(0))}

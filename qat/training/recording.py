@@ -25,7 +25,7 @@ from qat.training.signals import Interrupted
 def new_result(config: TrainConfig, folder: Path, base: nn.Module, record: Conversion) -> RunResult:
     """A result with everything that is known before training."""
     result = RunResult(recipe=config.run.name, folder=str(folder))
-    result.conversion = {"converted": record.converted, "skipped": record.skipped, "summary": record.summary()}
+    result.conversion = record.facts()
     result.bytes = {"full_precision_bf16": full_precision_bf16(base)}
     result.versions = versions()
     result.config_hash = config_hash(config)

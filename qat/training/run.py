@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qat.config import TrainConfig
 from qat.conversion import walker as conversion
 from qat.conversion.record import Conversion
-from qat.data.opening import open_data, sampled_data
+from qat.data.opening import open_data, probe_batch, sampled_data
 from qat.formats.dtypes import round_floats
 from qat.models import hub as models
 from qat.reporting import estimate
@@ -74,7 +74,8 @@ def _run(config: TrainConfig, signals: Signals) -> RunResult:
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
     student = copy.deepcopy(base)
-    record = conversion.convert(student, config.quant, include=config.model.include or None, exclude=config.model.exclude or None)
+    include, exclude = config.model.include or None, config.model.exclude or None
+    record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe_batch(data, base))
     print(f"{config.model.path}: {record.summary()}")
     if config.dry_run:
         return dry_run(config, base, student, record)
@@ -119,5 +120,5 @@ def dry_run(config: TrainConfig, base: PreTrainedModel, student: PreTrainedModel
     for line in estimate.lines(config, base, student, load_teacher(config, base)):
         print(line)
     result = RunResult(status="dry run", recipe=config.run.name, versions=versions(), config_hash=config_hash(config))
-    result.conversion = {"converted": record.converted, "skipped": record.skipped, "summary": record.summary()}
+    result.conversion = record.facts()
     return result
