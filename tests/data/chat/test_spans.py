@@ -108,3 +108,17 @@ def test_named_templates_are_chosen_by_tools() -> None:
     tokenizer = bytewise("")
     tokenizer.chat_template = {"default": CHATML, "tool_use": MARKED}
     assert learned(say("a", "b"), tokenizer) == "b$"
+
+
+def test_calls_of_tools_are_learned_where_the_template_writes_them() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "w", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "sun"}]
+    messages.append({"role": "assistant", "content": "Sun."})
+    written = "m.content + (m.tool_calls[0].function | tojson if m.tool_calls else '')"
+    assert learned(messages, bytewise(CHATML.replace("m.content", written))) == '{"name": "w", "arguments": {}}$|Sun.$'
+    with pytest.raises(
+        ValueError, match="message 2 of the roles user, assistant, tool, assistant has tool_calls, which .* not render"
+    ):
+        encode(messages, bytewise(CHATML))
+    messages[1]["weight"] = 0
+    assert learned(messages, bytewise(CHATML)) == "Sun.$"
