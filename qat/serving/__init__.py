@@ -1,0 +1,1 @@
+"""A server for packed models: transformers' own, behind a guard that checks, bounds and cancels."""
