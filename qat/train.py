@@ -58,7 +58,7 @@ def _show(build: Any) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from qat.config.compose.errors import first_lines
-    from qat.reporting.result import print_table
+    from qat.reporting.table import print_table
 
     try:
         result = run(build())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,85 +12,81 @@ from qat.conversion.record import Conversion
 from qat.formats import FORMATS, get_format
 from qat.formats.packed import folder as packed
 from qat.formats.tensors import packed_layers
-from qat.metrics.perplexity import Window
 from qat.models import hub as models
-from qat.reporting.result import RunResult
 from qat.training.stages import Measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def save_packed(
-    config: TrainConfig, model: PreTrainedModel, record: Conversion, folder: Path, tokenizer: Any, result: RunResult
-) -> None:
-    """Write <run>/packed and note its sizes, whole file and linear layers alone."""
+def save_packed(config: TrainConfig, model: PreTrainedModel, record: Conversion, folder: Path, tokenizer: Any) -> dict[str, int]:
+    """Write <run>/packed; its sizes in bytes, whole file and linear layers alone."""
     card = {**models.describe_source(config.model), "recipe": config.run.name}
     packed.save(model, folder / "packed", record, tokenizer, extra={"card": card}, floats=config.export.floats)
     linears_bf16 = sum(2 * layer.in_features * layer.out_features for layer in packed_layers(model).values())
-    result.bytes |= {**packed.sizes(folder / "packed"), "linears_bf16": linears_bf16}
+    return {**packed.sizes(folder / "packed"), "linears_bf16": linears_bf16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One format: written and read back, or `skipped` with the reason why it cannot hold the model."""
+
+    name: str
+    skipped: str | None = None
+    perplexity: dict[str, float] = field(default_factory=dict)
+    """Text -> perplexity as its stock reader gives it; empty where the format is no stage of the result."""
+    bytes: int | None = None
+    """Of an export that is one file."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    """What was compared, for people."""
 
 
 def export_all(
-    config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
-) -> None:
-    """Write and verify every format of export.formats; one that cannot hold the model is named with the reason.
+    config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, measure: Measure, stages: Mapping[str, float]
+) -> list[Exported]:
+    """Write and verify every format of export.formats. `stages` are the perplexities so far, for the model cards.
 
     Raises:
         ValueError: what the stock reader gives differs from what was packed.
     """
-    result.export = {"done": [], "skipped": {}}
-    for name in config.export.formats:
-        reason = _export(name, config, model, folder, tokenizer, result, measure)
-        if reason is None:
-            result.export["done"].append(name)
-        else:
-            result.export["skipped"][name] = reason
+    return [_export(name, config, model, folder, tokenizer, measure, stages) for name in config.export.formats]
 
 
 def _export(
-    name: str, config: TrainConfig, model: PreTrainedModel, folder: Path, tokenizer: Any, result: RunResult, measure: Measure
-) -> str | None:
-    """Write one format into the run's folder, or return why it cannot hold the model."""
+    name: str,
+    config: TrainConfig,
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: Any,
+    measure: Measure,
+    stages: Mapping[str, float],
+) -> Exported:
     target, code = FORMATS[name], get_format(name)
     options = target.of_run(config.export)
     if reason := code.unsupported(model, tokenizer, **options):
-        return reason
-    further = {text: _windows(measure, text) for text in measure.texts if text} if target.is_a_stage else {}
-    more, batches = {"further": further} if further else {}, _windows(measure)
+        return Exported(name, skipped=reason)
+    further = {text: scored for text, scored in measure.windows.items() if text} if target.is_a_stage else {}
+    more = {"further": further} if further else {}
     info = code.save(
         model,
         folder / target.in_run,
         tokenizer,
         **options,
-        card=lambda found: {**_card(config), "results": _card_results(result, found)},
-        check=lambda written: code.read_back(written, model, measure.probe(), batches, **more),
+        card=lambda found: {**_card(config), "results": _card_results(measure, stages, found)},
+        check=lambda written: code.read_back(written, model, measure.probe(), measure.windows[""], **more),
     )
     found, (facts, lines) = info["verification"], code.recorded(info)
-    if target.is_a_stage:
-        result.perplexity.setdefault("exported", found["perplexity"])
-        for text, value in found.get("further", {}).items():
-            result.further[text].setdefault("exported", value)
-    if target.suffix:
-        result.bytes[name] = info["bytes"]
-    result.verify({name: facts, "summary": lines})
-    return None
+    values = {"": found["perplexity"], **found.get("further", {})} if target.is_a_stage else {}
+    return Exported(name, None, values, info["bytes"] if target.suffix else None, facts, lines)
 
 
 def _card(config: TrainConfig) -> dict[str, Any]:
     return {**models.describe_source(config.model), "recipe": config.run.name, "name": config.run.name}
 
 
-def _windows(measure: Measure, text: str = "") -> list[Window]:
-    return measure.windows[text]
-
-
-def _card_results(result: RunResult, found: dict[str, Any]) -> dict[str, Any]:
-    values = {**result.perplexity, **({"exported": found["perplexity"]} if "perplexity" in found else {})}
+def _card_results(measure: Measure, stages: Mapping[str, float], found: dict[str, Any]) -> dict[str, Any]:
+    values = {**stages, **({"exported": found["perplexity"]} if "perplexity" in found else {})}
     kept = ("full_precision", "converted", "trained", "packed", "exported")
-    stages = {key: round(values[key], 4) for key in kept if key in values}
-    return {f"perplexity, {key.replace('_', ' ')}": value for key, value in stages.items()} | {
-        "text": values["text"],
-        "context": values["context"],
-        "stride": values["stride"],
-    }
+    shown = {f"perplexity, {key.replace('_', ' ')}": round(values[key], 4) for key in kept if key in values}
+    return {**shown, "text": measure.about[""].text, "context": measure.context, "stride": measure.stride}

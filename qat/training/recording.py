@@ -1,4 +1,4 @@
-"""result.json from a run's first moment to its last, whatever ends it."""
+"""What the steps of a run found, and result.json, made of it from the first moment to the last, whatever ends the run."""
 
 from __future__ import annotations
 
@@ -7,40 +7,99 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 import qat
 from qat.config import TrainConfig
 from qat.conversion.record import Conversion
-from qat.formats.tensors import full_precision_bf16
-from qat.reporting.result import RunResult
+from qat.reporting.result import Perplexity, RunResult
 from qat.training.checkpoints import newest
+from qat.training.exports import Exported
+from qat.training.fit import FitResult
 from qat.training.signals import Interrupted
 
 
-def new_result(config: TrainConfig, folder: Path, base: nn.Module, record: Conversion) -> RunResult:
-    """A result with everything that is known before training."""
-    result = RunResult(recipe=config.run.name, folder=str(folder))
-    result.conversion = record.facts()
-    result.bytes = {"full_precision_bf16": full_precision_bf16(base)}
-    result.versions = versions()
-    result.config_hash = config_hash(config)
-    return result
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run; a step that was not made has left nothing."""
+
+    config: TrainConfig
+    conversion: Conversion
+    folder: str = ""
+    status: str = "running"
+    texts: dict[str, Perplexity] = field(default_factory=dict)
+    """Text -> what is measured on it; '' is the recipe's own."""
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Stage -> text -> perplexity."""
+    training: FitResult | None = None
+    logit_difference: float | None = None
+    """Between trained and packed model."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    exports: list[Exported] | None = None
+    control: FitResult | None = None
+    seconds: float | None = None
+    signal: int | None = None
+
+
+def assembled(facts: Facts) -> RunResult:
+    """The result of a run: all of it is put together here."""
+    values = {name: replace(about, stages=_stages(facts, name)) for name, about in facts.texts.items()}
+    done = facts.training
+    return RunResult(
+        status=facts.status,
+        recipe=facts.config.run.name,
+        folder=facts.folder,
+        perplexity=values.pop("", Perplexity()),
+        further=values,
+        conversion=facts.conversion.facts(),
+        export=_exports(facts.exports),
+        verification=_verification(facts),
+        bytes={**facts.bytes, **{one.name: one.bytes for one in facts.exports or [] if one.bytes is not None}},
+        tokens=done.tokens if done else None,
+        seconds=done.seconds if done else None,
+        tokens_per_second=done.tokens_per_second if done else None,
+        control=_control(facts),
+        seconds_total=facts.seconds,
+        versions=versions(),
+        config_hash=config_hash(facts.config),
+        signal=facts.signal,
+    )
+
+
+def _stages(facts: Facts, text: str) -> dict[str, float]:
+    found = {stage: values[text] for stage, values in facts.stages.items() if text in values}
+    exported = [one.perplexity[text] for one in facts.exports or [] if text in one.perplexity]
+    return {**found, "exported": exported[0]} if exported else found
+
+
+def _exports(exports: list[Exported] | None) -> dict[str, Any]:
+    if exports is None:
+        return {}
+    skipped = {one.name: one.skipped for one in exports if one.skipped is not None}
+    return {"done": [one.name for one in exports if one.skipped is None], "skipped": skipped}
+
+
+def _verification(facts: Facts) -> dict[str, Any]:
+    if facts.logit_difference is None:
+        return {}
+    done = [one for one in facts.exports or [] if one.skipped is None]
+    lines = ["packed = trained to the bit (logits and perplexity)", *(line for one in done for line in one.lines)]
+    return {"packed_max_logit_difference": facts.logit_difference, "summary": lines, **{one.name: one.facts for one in done}}
+
+
+def _control(facts: Facts) -> dict[str, Any]:
+    done = facts.control
+    return {"tokens": done.tokens, "seconds": done.seconds, "lr": facts.config.control.lr} if done else {}
 
 
 def versions() -> dict[str, str]:
     """What a number depends on."""
     packages = {name: version(name) for name in ("torch", "lightning", "transformers", "numpy")}
-    return {
-        "qat": qat.__version__,
-        "python": platform.python_version(),
-        **packages,
-        "machine": platform.processor() or platform.machine(),
-    }
+    machine = platform.processor() or platform.machine()
+    return {"qat": qat.__version__, "python": platform.python_version(), **packages, "machine": machine}
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -51,25 +110,51 @@ def config_hash(config: TrainConfig) -> str:
     return hashlib.sha256(repr(sorted(plain.items())).encode()).hexdigest()[:16]
 
 
+class Book:
+    """The facts of a run that is going on; each addition is in result.json at once."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.save()
+
+    @property
+    def result(self) -> RunResult:
+        """The facts so far, assembled."""
+        return assembled(self.facts)
+
+    def add(self, **found: Any) -> None:
+        """Note what a step returned, by the names of `Facts`."""
+        self.facts = replace(self.facts, **found)
+        self.save()
+
+    def measured(self, stage: str, values: dict[str, float]) -> None:
+        """Note and print the perplexities of a stage."""
+        self.add(stages={**self.facts.stages, stage: values})
+        print(f"perplexity {stage.replace('_', ' ')}: {values['']:.3f}", flush=True)
+
+    def interrupted(self, signal: int, where: str = "") -> None:
+        """Say that a signal ended the run, and at which step it will go on."""
+        found = newest(Path(self.facts.folder) / "checkpoints")
+        step = found.step if found else 0
+        self.add(signal=signal, status=f"interrupted {where}at step {step}; continue with resume={self.facts.folder}")
+        if not self.facts.stages:  # nor is there a table that would say it
+            print(f"run        {self.facts.folder} ({self.facts.status})", flush=True)
+
+    def save(self) -> None:
+        """Write result.json."""
+        self.result.save(Path(self.facts.folder))
+
+
 @contextmanager
-def recording(result: RunResult, folder: Path) -> Iterator[None]:
+def recording(facts: Facts) -> Iterator[Book]:
     """Keep result.json readable: it says `failed: ...` when an error ends the run, and how to go on when a signal does."""
-    start = time.perf_counter()
-    result.save(folder)
+    start, book = time.perf_counter(), Book(facts)
     try:
-        yield
+        yield book
     except Interrupted as signal:
-        interrupted(result, folder, signal.number)
+        book.interrupted(signal.number)
     except BaseException as error:
-        result.status = f"failed: {error or type(error).__name__}"
+        book.add(status=f"failed: {error or type(error).__name__}")
         raise
     finally:
-        result.seconds_total = time.perf_counter() - start
-        result.save(folder)
-
-
-def interrupted(result: RunResult, folder: Path, signal: int, where: str = "") -> None:
-    """Say that a signal ended the run, and at which step it will go on."""
-    found = newest(folder / "checkpoints")
-    result.signal = signal
-    result.status = f"interrupted {where}at step {found.step if found else 0}; continue with resume={folder}"
+        book.add(seconds=time.perf_counter() - start)

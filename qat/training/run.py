@@ -1,19 +1,26 @@
-"""The main job, from a pretrained model to verified, packed, exported weights, readable from top to bottom."""
+"""The main job, from a pretrained model to verified, packed, exported weights: prepare, train, finish.
+
+Steps return facts; `qat.training.recording` makes the result of them.
+"""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat.config import TrainConfig
 from qat.conversion import walker as conversion
 from qat.conversion.record import Conversion
+from qat.data import QATData
 from qat.data.opening import open_data, probe_batch, sampled_data
 from qat.formats.dtypes import round_floats
+from qat.formats.tensors import full_precision_bf16
 from qat.models import hub as models
 from qat.reporting import estimate
 from qat.reporting.result import RunResult, read_result
@@ -22,7 +29,7 @@ from qat.training.checkpoints import newest
 from qat.training.exports import export_all, save_packed
 from qat.training.folder import locked, opened
 from qat.training.plugins import optimizer_factory, plugins
-from qat.training.recording import config_hash, interrupted, new_result, recording, versions
+from qat.training.recording import Book, Facts, assembled, config_hash, recording
 from qat.training.signals import Signals, listening
 from qat.training.stages import Measure, same_outputs
 from qat.training.trainings import check_teacher, load_teacher, total_batches, train_control, train_student
@@ -37,7 +44,16 @@ def run(config: TrainConfig) -> RunResult:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
     with listening() as signals:
-        return finished(config) or _run(config, signals)
+        if (result := finished(config)) is not None:
+            return result
+        job = prepare(config)
+        if config.dry_run:
+            return dry_run(job)
+        with opened(config) as folder, recording(Facts(config, job.record, str(folder))) as book:
+            measure = start(job, book)
+            if train(job, book, signals) is None:
+                finish(job, book, measure, signals)
+        return book.result
 
 
 def finished(config: TrainConfig) -> RunResult | None:
@@ -59,7 +75,24 @@ def finished(config: TrainConfig) -> RunResult | None:
     return result
 
 
-def _run(config: TrainConfig, signals: Signals) -> RunResult:
+@dataclass
+class Job:
+    """What a run works with."""
+
+    config: TrainConfig
+    base: PreTrainedModel
+    """The model in full precision."""
+    student: PreTrainedModel
+    """Its converted copy, which is trained."""
+    record: Conversion
+    tokenizer: PreTrainedTokenizerFast
+    optimizer: Any
+    data: QATData | None
+    """None until the model has sampled it."""
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Check everything that can be checked, then load the model and convert a copy of it."""
     config.check()
     check_teacher(config)
     fit.check_hardware(config.trainer)
@@ -67,7 +100,6 @@ def _run(config: TrainConfig, signals: Signals) -> RunResult:
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
-
     tokenizer = models.load_tokenizer(config.model)
     data = open_data(config, tokenizer, total_batches(config.trainer))
     base = models.load_model(config.model)
@@ -77,48 +109,56 @@ def _run(config: TrainConfig, signals: Signals) -> RunResult:
     include, exclude = config.model.include or None, config.model.exclude or None
     record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe_batch(data, base))
     print(f"{config.model.path}: {record.summary()}")
-    if config.dry_run:
-        return dry_run(config, base, student, record)
-
-    with opened(config) as folder, recording(result := new_result(config, folder, base, record), folder):
-        teacher = load_teacher(config, base)
-        data = data or sampled_data(config, tokenizer, base, total_batches(config.trainer))
-        measure = Measure.of(config, data, tokenizer, result)
-        measure("full_precision", base)
-        measure("converted", student)
-
-        extras = plugins(config, folder)
-        outcome = train_student(config, student, teacher, data, tokenizer, folder, optimizer, extras, signals)
-        result.count(outcome)
-        if outcome.signal is not None:
-            interrupted(result, folder, outcome.signal)
-            return result
-        round_floats(student, config.export.floats)  # to what will be stored, so that it is what is measured
-        measure("trained", student)
-
-        packed = measure.place(copy.deepcopy(student))  # packed where it was trained, which decides the last bit of a scale
-        packing = conversion.pack(packed, layout=config.export.layout)
-        packing.skipped = record.skipped
-        measure("packed", packed)
-        result.verify(same_outputs(student, packed, measure))
-        save_packed(config, packed, packing, folder, tokenizer, result)
-        export_all(config, packed, folder, tokenizer, result, measure)
-
-        if config.control.enabled:
-            control = train_control(config, base, data.afresh(), folder, optimizer, signals)
-            if control.signal is not None:
-                interrupted(result, folder, control.signal, "in the control run ")
-                return result
-            result.control = {"tokens": control.tokens, "seconds": control.seconds, "lr": config.control.lr}
-            measure("control", base)
-        result.status = f"stopped at step {outcome.step} by {outcome.stopped_by}" if outcome.stopped_by else "done"
-    return result
+    return Job(config, base, student, record, tokenizer, optimizer, data)
 
 
-def dry_run(config: TrainConfig, base: PreTrainedModel, student: PreTrainedModel, record: Conversion) -> RunResult:
+def start(job: Job, book: Book) -> Measure:
+    """Sample the data where the model writes it, and measure the model before and after its conversion."""
+    if job.data is None:
+        job.data = sampled_data(job.config, job.tokenizer, job.base, total_batches(job.config.trainer))
+    measure = Measure.of(job.config, job.data, job.tokenizer)
+    book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
+    book.measured("full_precision", measure(job.base))
+    book.measured("converted", measure(job.student))
+    return measure
+
+
+def train(job: Job, book: Book, signals: Signals) -> int | None:
+    """Train the student; the signal that interrupted it, None where it may be finished."""
+    assert job.data is not None
+    teacher, folder = load_teacher(job.config, job.base), Path(book.facts.folder)
+    extras = plugins(job.config, folder)
+    done = train_student(job.config, job.student, teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
+    book.add(training=done)
+    if done.signal is not None:
+        book.interrupted(done.signal)
+    return done.signal
+
+
+def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
+    """Measure what was trained, pack it, prove that the packed model is the same, export it, and train the control."""
+    assert job.data is not None and book.facts.training is not None
+    config, folder, done = job.config, Path(book.facts.folder), book.facts.training
+    round_floats(job.student, config.export.floats)  # to what will be stored, so that it is what is measured
+    book.measured("trained", measure(job.student))
+    packed = measure.place(copy.deepcopy(job.student))  # packed where it was trained, which decides the last bit of a scale
+    packing = conversion.pack(packed, layout=config.export.layout)
+    packing.skipped = job.record.skipped
+    book.measured("packed", measure(packed))
+    book.add(logit_difference=same_outputs(job.student, packed, measure, book.facts.stages))
+    book.add(bytes={**book.facts.bytes, **save_packed(config, packed, packing, folder, job.tokenizer)})
+    book.add(exports=export_all(config, packed, folder, job.tokenizer, measure, book.result.perplexity))
+    if config.control.enabled:
+        control = train_control(config, job.base, job.data.afresh(), folder, job.optimizer, signals)
+        if control.signal is not None:
+            return book.interrupted(control.signal, "in the control run ")
+        book.add(control=control)
+        book.measured("control", measure(job.base))
+    book.add(status=f"stopped at step {done.step} by {done.stopped_by}" if done.stopped_by else "done")
+
+
+def dry_run(job: Job) -> RunResult:
     """Print coverage, memory and tokens of the run that is not made."""
-    for line in estimate.lines(config, base, student, load_teacher(config, base)):
+    for line in estimate.lines(job.config, job.base, job.student, load_teacher(job.config, job.base)):
         print(line)
-    result = RunResult(status="dry run", recipe=config.run.name, versions=versions(), config_hash=config_hash(config))
-    result.conversion = record.facts()
-    return result
+    return assembled(Facts(job.config, job.record, status="dry run"))

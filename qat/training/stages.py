@@ -3,63 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.config import TrainConfig
+from qat.data import text_tokens
 from qat.metrics.perplexity import Window, exp_mean, log_likelihood, windows
-from qat.reporting.result import RunResult
+from qat.reporting.result import Perplexity
 
 if TYPE_CHECKING:
     from qat.data import QATData
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measure:
-    """Call it with a stage and a model; the perplexities land in `result`."""
+    """Call it with a model: text -> perplexity. The recipe's own evaluation text has the name ''."""
 
-    texts: dict[str, Tensor]
-    """Name -> tokens int64 [T]. The recipe's own evaluation text has the name ''."""
+    about: dict[str, Perplexity]
+    """Text -> what is measured on it, without any stage."""
     windows: dict[str, list[Window]]
-    """Name -> what is scored of them; of chats the assistant's words."""
+    """Text -> what is scored of it; of chats the assistant's words."""
+    first: Tensor
+    """The first window of the evaluation text, int64 [1, context]."""
     context: int
     stride: int
-    batch_size: int
     device: torch.device
-    result: RunResult
 
     @classmethod
-    def of(cls, config: TrainConfig, data: QATData, tokenizer: Any, result: RunResult) -> Measure:
+    def of(cls, config: TrainConfig, data: QATData, tokenizer: Any) -> Measure:
         """The texts of a run's configuration, cut to eval.max_tokens."""
-        from qat.data import text_tokens
-
         limit = config.eval.max_tokens
         context = config.eval.context or config.data.sequence_length
         stride = config.eval.stride or context
-        texts = {"": data.eval_tokens[:limit]}
-        texts |= {name: text_tokens(source, tokenizer, config.data, limit) for name, source in config.eval.texts.items()}
-        about = {"context": context, "stride": stride}
-        shape = context, stride, config.eval.batch_size
+        shape, tokens = (context, stride, config.eval.batch_size), data.eval_tokens[:limit]
         scored = {"": data.eval_windows(*shape, limit)}
-        scored |= {name: list(windows(tokens, *shape)) for name, tokens in texts.items() if name}
-        count = sum(ids[:, start:].numel() for ids, start in scored[""]) if config.data.kind == "chat" else len(texts[""])
-        result.perplexity = {"text": data.eval_name, "tokens": count, **about}
-        result.further = {name: {"text": name, "tokens": len(texts[name]), **about} for name in config.eval.texts}
+        count = sum(ids[:, start:].numel() for ids, start in scored[""]) if config.data.kind == "chat" else len(tokens)
+        about = {"": Perplexity(data.eval_name, count, context, stride)}
+        for name, source in config.eval.texts.items():
+            further = text_tokens(source, tokenizer, config.data, limit)
+            scored[name] = list(windows(further, *shape))
+            about[name] = Perplexity(name, len(further), context, stride)
         on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        return cls(texts, scored, context, stride, config.eval.batch_size, torch.device("cuda" if on_gpu else "cpu"), result)
+        return cls(about, scored, tokens[:context][None], context, stride, torch.device("cuda" if on_gpu else "cpu"))
 
-    def __call__(self, stage: str, model: nn.Module) -> None:
-        """Measure `model` on every text; it is left in eval mode on the CPU."""
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """The perplexity of `model` on every text; it is left in eval mode on the CPU."""
         self.place(model)
-        for name, scored in self.windows.items():
-            value = exp_mean(*log_likelihood(model, scored))
-            (self.result.further[name] if name else self.result.perplexity)[stage] = value
+        found = {name: exp_mean(*log_likelihood(model, scored)) for name, scored in self.windows.items()}
         model.cpu()
-        self.result.save(Path(self.result.folder))
-        print(f"perplexity {stage.replace('_', ' ')}: {self.result.perplexity[stage]:.3f}", flush=True)
+        return found
 
     def place(self, model: Any) -> Any:
         """The model, in eval mode, on the device that measures."""
@@ -73,11 +67,14 @@ class Measure:
 
     def probe(self) -> Tensor:
         """The first window of the evaluation text, int64 [1, context]."""
-        return self.texts[""][: self.context][None]
+        return self.first
 
 
-def same_outputs(trained: nn.Module, packed: nn.Module, measure: Measure) -> dict[str, Any]:
-    """Compare trained latent and packed model; both run the same integer arithmetic, so they must agree to the bit.
+def same_outputs(trained: nn.Module, packed: nn.Module, measure: Measure, values: dict[str, dict[str, float]]) -> float:
+    """How far the logits of trained latent and packed model are apart, which is 0: both run the same integer arithmetic.
+
+    Args:
+        values: stage -> text -> perplexity, of the stages `trained` and `packed`.
 
     Raises:
         ValueError: logits of the probe window or perplexities differ.
@@ -85,10 +82,9 @@ def same_outputs(trained: nn.Module, packed: nn.Module, measure: Measure) -> dic
     with torch.inference_mode():
         a, b = (measure.logits(model) for model in (trained, packed))
     difference = (a - b).abs().max().item()
-    values = measure.result.perplexity
     if difference != 0 or values["trained"] != values["packed"]:
         raise ValueError(
-            f"packed and trained model differ: logits by up to {difference:.3g}, perplexity {values['packed']} against"
-            f" {values['trained']}; please report this with the run's config.yaml"
+            f"packed and trained model differ: logits by up to {difference:.3g}, perplexity {values['packed']['']} against"
+            f" {values['trained']['']}; please report this with the run's config.yaml"
         )
-    return {"packed_max_logit_difference": difference, "summary": ["packed = trained to the bit (logits and perplexity)"]}
+    return difference

@@ -70,25 +70,29 @@ def test_a_signal_ends_a_training_at_its_step(config: TrainConfig, tmp_path: Pat
     assert status(folder) == f"interrupted at step {step}; continue with resume={folder}"
 
 
-@pytest.mark.parametrize("stage", ["full_precision", "packed"])
+@pytest.mark.parametrize("measurement", [1, 4])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_outside_of_training(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, stage: str, number: signal.Signals
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, measurement: int, number: signal.Signals
 ) -> None:
+    """While the full-precision model is measured, and the packed one."""
     from qat.training import stages
 
     original = stages.Measure.__call__
 
-    def signalled(self: Any, name: str, model: Any) -> Any:
-        if name == stage:
+    calls = []
+
+    def signalled(self: Any, model: Any) -> Any:
+        calls.append(model)
+        if len(calls) == measurement:
             os.kill(os.getpid(), number)
-        return original(self, name, model)
+        return original(self, model)
 
     monkeypatch.setattr(stages.Measure, "__call__", signalled)
     before = signal.getsignal(number)
     result = run(config)
     folder = Path(result.folder)
-    step = 6 if stage == "packed" else 0
+    step = 6 if measurement == 4 else 0
     assert result.signal == number and signal.getsignal(number) is before
     assert status(folder) == f"interrupted at step {step}; continue with resume={folder}"
     monkeypatch.undo()

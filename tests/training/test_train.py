@@ -31,7 +31,8 @@ from qat.config import (
     TrainerConfig,
 )
 from qat.config.compose.saved import load_config
-from qat.reporting.result import print_table, recovered
+from qat.reporting.result import recovered
+from qat.reporting.table import print_table
 from qat.train import main, run
 
 ROOT = Path(__file__).resolve().parents[2]

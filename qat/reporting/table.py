@@ -1,0 +1,76 @@
+"""The table that a person reads at the end of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qat.reporting.result import RunResult, recovered
+
+STAGES = {
+    "full_precision": "full precision",
+    "control": "control, fine-tuned",
+    "converted": "converted, not trained",
+    "trained": "after QAT",
+    "packed": "packed",
+    "exported": "read back from the export",
+}
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def print_table(result: RunResult) -> None:
+    """The table that a person reads at the end of a run."""
+    console = Console(highlight=False)
+    about = result.perplexity
+    console.print(f"{result.recipe}: perplexity, context {about.context}, stride {about.stride}")
+    console.print(_perplexity_table(result))
+    for line in _lines(result):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _perplexity_table(result: RunResult) -> Any:
+    about = result.perplexity
+    table = Table()
+    table.add_column("model", no_wrap=True)
+    texts = {one.text: one for one in (about, *result.further.values())}
+    for name, values in texts.items():
+        table.add_column(f"{name}\n{values.tokens:,} tokens", justify="right")
+    for key, label in STAGES.items():
+        if key in about:
+            table.add_row(label, *(f"{values[key]:,.3f}" if key in values else "" for values in texts.values()))
+    return table
+
+
+def _lines(result: RunResult) -> list[str]:
+    lines = []
+    shares = recovered(result.perplexity)
+    if "recovered_share" in shares:
+        lines.append(
+            f"recovered  {shares['recovered_share']:.1%} of the log-perplexity lost by conversion on {result.perplexity.text};"
+        )
+        lines[-1] += f" ln(trained / full precision) = {shares['log_ratio_trained']:.3f}"
+    if "packed_model" in result.bytes:
+        lines.append(_size_line(result.bytes))
+    if result.tokens:
+        assert result.seconds is not None and result.tokens_per_second is not None
+        lines.append(f"training   {result.tokens:,} tokens in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s")
+    if "summary" in result.conversion:
+        lines.append(f"layers     {result.conversion['summary']}")
+    lines += [f"verified   {text}" for text in result.verification.get("summary", [])]
+    lines += [f"exported   {name}" for name in result.export.get("done", [])]
+    lines += [f"skipped    export {name}: {reason}" for name, reason in result.export.get("skipped", {}).items()]
+    return [*lines, f"run        {result.folder} ({result.status})"]
+
+
+def _size_line(size: dict[str, int]) -> str:
+    whole, packed = size["full_precision_bf16"], size["packed_model"]
+    line = f"size       whole model {_megabytes(whole)} in bf16, {_megabytes(packed)} packed ({whole / packed:.1f}x)"
+    if "linears_bf16" in size:
+        before, after = size["linears_bf16"], size["packed_linears"]
+        line += f"; its linear layers {_megabytes(before)} -> {_megabytes(after)} ({before / after:.1f}x)"
+    return line
