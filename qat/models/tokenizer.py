@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qat.config import ModelConfig
 from qat.formats import upstream
 from qat.formats.gguf import container as gguf_file
+from qat.formats.gguf import splits
 from qat.formats.gguf import tokenizer as gguf_tokenizer
 from qat.models.glass import load_glass_tokenizer
 from qat.models.source import arguments_for, explain, resolve, stock_readable
@@ -73,7 +74,7 @@ def _split_as_named(tokenizer: Any, metadata: Mapping[str, Any], source: str) ->
     pre, level = metadata.get("tokenizer.ggml.pre"), "ByteLevel" in str(backend.pre_tokenizer)
     if pre is None or metadata.get("tokenizer.ggml.model") != "gpt2" or not level:
         return tokenizer
-    if not gguf_tokenizer.set_split(tokenizer, str(pre)):
+    if not splits.set_split(tokenizer, str(pre)):
         print(
             f"qat: {source} names the text split {pre!r}, which qat does not know: the tokens may differ from llama.cpp's",
             file=sys.stderr,

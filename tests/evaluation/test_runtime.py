@@ -19,7 +19,7 @@ from qat import evaluate
 from qat.config import DataConfig, ModelConfig
 from qat.data import text_tokens
 from qat.evaluation import llamacpp as runtime
-from qat.formats.gguf import tokenizer as gguf_tokenizer
+from qat.formats.gguf import splits
 from qat.formats.llamacpp import ggml
 from qat.formats.llamacpp import questions as llamacpp
 from qat.metrics.agreement import agreement
@@ -49,7 +49,7 @@ def greedy_tokenizer() -> Any:
 def write(file: Path, pre: str, architecture: str = "LlamaConfig") -> Any:
     """A random packed model with a tokenizer of that text split; the tokenizer."""
     tokenizer = greedy_tokenizer()
-    gguf_tokenizer.set_split(tokenizer, pre)
+    splits.set_split(tokenizer, pre)
     config = getattr(transformers, architecture)(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
@@ -148,7 +148,7 @@ def test_a_file_s_tokens_are_those_of_its_own_split(tmp_path: Path, pre: str, ar
         assert [found(text).input_ids for text in TEXTS] == llamacpp.tokenize(tmp_path / "x.gguf", TEXTS)
     others = {name: greedy_tokenizer() for name in ("gpt-2", "smollm", "llama-bpe", "qwen2") if name != pre}
     for name, other in others.items():
-        gguf_tokenizer.set_split(other, name)
+        splits.set_split(other, name)
         assert ids != [other(text, add_special_tokens=False).input_ids for text in TEXTS], name
 
 

@@ -17,8 +17,9 @@ from qat import QuantConfig
 from qat.formats.gguf import architectures as gguf_models
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import read_back as gguf_verify
-from qat.formats.gguf import stock
+from qat.formats.gguf import stock, writing
 from qat.formats.gguf import writing as gguf
+from qat.formats.gguf.tokenizer import vocabulary
 from qat.metrics.perplexity import windows
 
 
@@ -58,13 +59,14 @@ def test_a_model_with_other_rows_is_found_by_llama_cpp(tmp_path: Path, monkeypat
 
 
 @needs_llama_cpp
-def test_llama_cpp_splits_texts_alike_and_a_wrong_split_is_found(tmp_path: Path) -> None:
+def test_llama_cpp_splits_texts_alike_and_a_wrong_split_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import pre_tokenizers
 
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     model, tokenizer = packed_model(changes={"vocab_size": 261, "eos_token_id": 260}), byte_level(digits)
     info = save(model, tmp_path / "x.gguf", tokenizer=tokenizer)
-    assert info["verification"]["texts"] == len(gguf_verify.TEXTS)  # type: ignore[index]
+    assert info["verification"]["texts"] > len(gguf_verify.TEXTS)  # type: ignore[index]
+    monkeypatch.setattr(writing, "vocabulary", lambda *about: {**vocabulary(*about[:2]), "tokenizer.ggml.pre": "gpt-2"})
     with pytest.raises(ValueError, match="llama.cpp would read 'In 2024, 12345 people"):
         save(model, tmp_path / "x.gguf", tokenizer=tokenizer, pre_tokenizer="gpt-2")
 

@@ -32,6 +32,7 @@ from qat.formats.gguf import i2s as gguf_i2s
 from qat.formats.gguf import tensors as gguf_tensors
 from qat.formats.gguf.activations import as_llama_cpp
 from qat.formats.gguf.blocks import dequantize
+from qat.formats.gguf.splits import surrounded
 from qat.formats.gguf.tensors import I2S, Source
 from qat.formats.llamacpp import ggml
 from qat.formats.llamacpp import questions as llamacpp
@@ -119,8 +120,10 @@ def check_tokenizer(file: Path, tokenizer: Any, kind: str) -> dict[str, Any]:
     """
     if llamacpp.version() is None or kind in I2S:
         return {}
-    wanted = {text: tokenizer(text).input_ids for text in TEXTS}
-    known = [text for text in TEXTS if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in wanted[text]]
+    level = "ByteLevel" in str(tokenizer.backend_tokenizer.pre_tokenizer)
+    texts = [*TEXTS, *surrounded()] if level else list(TEXTS)  # where texts are split, all that a split treats apart
+    wanted = {text: tokenizer(text).input_ids for text in texts}
+    known = [text for text in texts if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in wanted[text]]
     for text, ids in zip(known, llamacpp.tokenize(file, known), strict=True):
         if ids != wanted[text]:
             raise ValueError(

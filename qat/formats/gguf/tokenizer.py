@@ -6,37 +6,25 @@ Three of llama.cpp's tokenizers can be the one that a BPE tokenizer.json describ
     llama   spaces are U+2581, unknown characters fall back to bytes; no merges but scores: minus the merge's rank
     gpt2, with the `pre` sarvam-moe   spaces are U+2581, no bytes: llama.cpp drops characters that the vocabulary does not know
 
-Whether it tokenizes alike is not believed but tried: see `qat.formats.gguf.read_back`. And the way back: `set_split` gives a
-tokenizer that was read from a file the text split that the file names, of which transformers reads nothing.
+Whether it tokenizes alike is not believed but tried: see `qat.formats.gguf.read_back`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+from qat.formats.gguf.splits import split_name
 
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
 _NO_BYTES = "sarvam-moe"  # of the two that work without bytes, the one that does not force a bos token on every text
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {  # the regular expression of a Split in tokenizer.json -> llama.cpp's name for it
-    _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
-    _CONTRACTIONS + _WORDS + r"\p{N}" + _REST: "qwen2",
-}
-_ALIASES = {  # our name -> what else llama.cpp calls the same split (tried with llama-cpp-python 0.3.36)
-    "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en",
-              "gigachat", "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "granite-docling"),
-    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-    "qwen2": ("deepseek-r1-qwen", "kormo", "stablelm2", "hunyuan", "megrez"),
-}  # fmt: skip
 WHOLE = "tokenizer.huggingface.json"
 """GGUF's key for a whole tokenizer.json."""
-_NAMED = {name: ours for ours, others in _ALIASES.items() for name in (ours, *others)}
 
 
 def vocabulary(tokenizer: Any, rows: int, pre: str | None = None) -> dict[str, Any]:
@@ -70,12 +58,24 @@ def vocabulary(tokenizer: Any, rows: int, pre: str | None = None) -> dict[str, A
         values["scores"] = _scores(tokens, merges)
     else:
         values["merges"] = [" ".join(pair) for pair in merges]
-        values["pre"] = pre or (_split_name(state["pre_tokenizer"]) if level else _NO_BYTES)
-    template = getattr(tokenizer, "chat_template", None)
+        values["pre"] = split_name(tokenizer, pre) if level else pre or _NO_BYTES
     found = {_PREFIX + key: value for key, value in values.items()}
     if kind == "gpt2" and not level:
         found[WHOLE] = tokenizer.backend_tokenizer.to_str()  # transformers builds none from the rest
-    return {**found, "tokenizer.chat_template": template} if isinstance(template, str) and template else found
+    return {**found, **_chat_templates(getattr(tokenizer, "chat_template", None))}
+
+
+def _chat_templates(given: Any) -> dict[str, Any]:
+    """One template, or several by name: those that are not the default have keys of their own and are listed."""
+    named = given if isinstance(given, dict) else {"default": given} if given else {}
+    keys = {name: re.sub(r"[^A-Za-z0-9]", "_", name) for name in named}  # as the gguf package writes names
+    for name, template in named.items():
+        if not isinstance(template, str) or list(keys.values()).count(keys[name]) > 1 or not name:
+            raise ValueError(f"the chat template {name!r} is no text, or its name is another's in GGUF ({keys[name]!r})")
+    others = sorted(key for key in keys.values() if key != "default")
+    found: dict[str, Any] = {f"{_TEMPLATE}.{keys[name]}": text for name, text in named.items() if keys[name] != "default"}
+    found |= {f"{_TEMPLATE}s": others} if others else {}
+    return {**found, **({_TEMPLATE: named["default"]} if "default" in named else {})}
 
 
 def _kind(state: dict[str, Any]) -> tuple[str, bool]:
@@ -148,38 +148,3 @@ def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
     return [
         -float(ranks[token]) if token in ranks else (0.0 if len(token) == 1 or _is_byte(token) else never) for token in tokens
     ]
-
-
-def _split_name(pre_tokenizer: Any) -> str:
-    """llama.cpp's name of the text split in tokenizer.json."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    splits, last = steps[:-1], steps[-1]
-    if last["type"] == "ByteLevel" and last.get("use_regex", True):
-        if not splits:
-            return "gpt-2"
-        if len(splits) == 1 and splits[0] == {"type": "Digits", "individual_digits": True}:
-            return "smollm"
-    elif len(splits) == 1 and splits[0]["type"] == "Split" and splits[0]["behavior"] == "Isolated":
-        name = _SPLITS.get(splits[0]["pattern"].get("Regex", ""))
-        if name:
-            return name
-    raise ValueError(f"the text split {json.dumps(pre_tokenizer)} is not recognized; name llama.cpp's own by --pre-tokenizer")
-
-
-def set_split(tokenizer: Any, pre: str) -> bool:
-    """Make a byte-level tokenizer split texts as llama.cpp does under the name `pre`; False where we do not know the name."""
-    from tokenizers import Regex, pre_tokenizers
-
-    name = _NAMED.get(pre)
-    if name is None:
-        return False
-    patterns = {ours: pattern for pattern, ours in _SPLITS.items()}
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm" else []
-    if name in patterns:
-        steps = [pre_tokenizers.Split(Regex(patterns[name]), "isolated")]
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in patterns)
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, level]) if steps else level
-    if name == "llama-bpe":
-        backend.model.ignore_merges = True  # a piece that is a token stays one, whatever the merges say
-    return True
