@@ -21,10 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qat.formats.dtypes import remember
+from qat.formats.folder import one_line
+from qat.models.checkpoint import refuse_dropped
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPACE = "▁"
+_MOST_BYTES = 1 << 32
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 
 # transformers' name within a layer -> glassllm's within a block; all but the norms are transposed
@@ -44,30 +49,72 @@ _LAYER = {
 def load_glass_model(path: str | Path) -> LlamaForCausalLM:
     """A float32 LlamaForCausalLM from a glassllm .npz file.
 
-    Raises ValueError where the file is not a whole glassllm checkpoint.
+    Raises ValueError where the file is not a whole glassllm checkpoint, or holds arrays for which the model has no place.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings, arrays = _read(Path(path))
-    config = LlamaConfig(**_llama_settings(settings), dtype="float32")
-    model = LlamaForCausalLM(config)
     try:
-        weights = _convert(settings, arrays)
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        model.load_state_dict(weights)
+        _check_settings(settings, arrays)
+        weights, names = _convert(settings, arrays), _names(settings)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole glassllm checkpoint: {error}") from error
+    refuse_dropped(arrays.keys() - names.values(), "its Llama", str(path))
+    model = LlamaForCausalLM(LlamaConfig(**_llama_settings(settings), dtype="float32"))
+    try:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a whole glassllm checkpoint: {one_line(error)}") from error
     model.tie_weights()
+    remember(model, {ours: arrays[theirs].dtype for ours, theirs in names.items()})
     return model.eval()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The settings, and the arrays as they are stored."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > _MOST_BYTES:
+            raise ValueError(f"its arrays would be {size} bytes, above {_MOST_BYTES}")
         with np.load(path, allow_pickle=False) as file:
             settings = json.loads(str(file["__config__"]))
-            return settings, {name: file[name].astype(np.float32) for name in file.files if name != "__config__"}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a glassllm .npz file: {error}") from error
+            return dict(settings), {name: _floats(name, file[name]) for name in file.files if name != "__config__"}
+    except Exception as error:  # zlib, struct and zipfile have classes of their own for damage
+        raise ValueError(f"{path} is not a glassllm .npz file: {one_line(error) or type(error).__name__}") from error
+
+
+def _floats(name: str, array: np.ndarray) -> torch.Tensor:
+    if array.dtype.kind != "f":
+        raise ValueError(f"the array {name} is {array.dtype}, not floating point")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _check_settings(settings: dict[str, Any], arrays: dict[str, torch.Tensor]) -> None:
+    """Before a model of the settings' size is built: damaged ones would take hours, or all memory."""
+    for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_len"):
+        value = settings[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}={str(value)[:60]} is no number above 0")
+    for key in ("rope_base", "eps"):
+        if isinstance(settings[key], bool) or not isinstance(settings[key], int | float) or not 0 < settings[key] < 1e12:
+            raise ValueError(f"{key}={str(settings[key])[:60]} is no number above 0")
+    width, heads = settings["d_model"], settings["n_heads"]
+    if width % heads or width // heads % 2 or heads % settings["n_kv_heads"]:
+        raise ValueError(f"d_model={width} does not fit n_heads={heads} and n_kv_heads={settings['n_kv_heads']}")
+    if settings["n_layers"] > len(arrays):
+        raise ValueError(f"n_layers={settings['n_layers']}, but there are {len(arrays)} arrays")
+    if list(arrays["E"].shape) != [settings["vocab_size"], width]:
+        raise ValueError(f"E is {list(arrays['E'].shape)}, but the settings ask for {[settings['vocab_size'], width]}")
+
+
+def _names(settings: dict[str, Any]) -> dict[str, str]:
+    """transformers' name -> glassllm's, of every weight."""
+    names = {"model.embed_tokens.weight": "E", "model.norm.weight": "norm_f.gamma"}
+    for layer in range(settings["n_layers"]):
+        names |= {f"model.layers.{layer}.{ours}.weight": f"blocks.{layer}.{theirs}" for ours, theirs in _LAYER.items()}
+    return names
 
 
 def _llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -88,16 +135,17 @@ def _llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _convert(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def _convert(settings: dict[str, Any], arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     head = settings["d_model"] // settings["n_heads"]
-    weights = {"model.embed_tokens.weight": arrays["E"], "model.norm.weight": arrays["norm_f.gamma"]}
-    for layer in range(settings["n_layers"]):
-        for ours, theirs in _LAYER.items():
-            value = arrays[f"blocks.{layer}.{theirs}"].T  # .T leaves the norms' vectors as they are
-            if ours.endswith(("q_proj", "k_proj")):
-                value = halves_from_pairs(value, head)
-            weights[f"model.layers.{layer}.{ours}.weight"] = value
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in weights.items()}
+    weights = {}
+    for ours, theirs in _names(settings).items():
+        value = arrays[theirs].float().numpy()
+        if ".layers." in ours:
+            value = value.T  # which leaves the norms' vectors as they are
+        if ours.endswith(("q_proj.weight", "k_proj.weight")):
+            value = halves_from_pairs(value, head)
+        weights[ours] = torch.from_numpy(np.ascontiguousarray(value))
+    return weights
 
 
 def halves_from_pairs(weight: np.ndarray, head: int) -> np.ndarray:
@@ -112,11 +160,11 @@ def load_glass_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     file = Path(path).with_suffix(".tokenizer.json")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        backend = _backend(data["alphabet"], [(left, right) for left, right in data["merges"]])
-    except Exception as error:  # RecursionError for deep nesting; tokenizers raises Exception itself
-        raise ValueError(
-            f"{file}, the tokenizer that belongs to {path}, cannot be read: {str(error) or type(error).__name__}"
-        ) from error
+        alphabet, merges = [str(one) for one in data["alphabet"]], [(str(left), str(right)) for left, right in data["merges"]]
+        backend = _backend(alphabet, merges)
+    except Exception as error:  # tokenizers raises Exception itself
+        why = one_line(error) or type(error).__name__
+        raise ValueError(f"{file}, the tokenizer that belongs to {path}, cannot be read: {why}") from error
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
     )
