@@ -7,6 +7,7 @@ What a contribution touches are the file with the functions, the row in `qat/qua
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tiny import SIZES, packed_model
 from torch import Tensor
 from transformers import LlamaConfig
 
-from qat import BitLinear, QuantConfig
+from qat import BitLinear, PackedBitLinear, QuantConfig
 from qat.config import DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
 from qat.config.compose.saved import load_config
 from qat.conversion.layers import packed_layers
@@ -149,3 +150,18 @@ def test_codes_that_nothing_holds_are_refused_before_training(config: TrainConfi
 def test_a_gguf_holds_its_codes() -> None:
     model = packed_model(LlamaConfig(**{**SIZES, "hidden_size": 256, "intermediate_size": 256}), weight="signed")
     assert get_format("gguf").unsupported(model) is None
+
+
+def test_the_guides_quantizer_works_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/guides/quantizers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    rows: dict[str, Quantizer] = {}
+    exec(code, {"QUANTIZERS": rows, "Quantizer": Quantizer, "Parameter": Parameter})
+    monkeypatch.setitem(QUANTIZERS, "learned", rows["learned"])
+    layer, x = BitLinear(16, 8, config=QuantConfig(weight="learned")), torch.randn(5, 16)
+    y = layer(x)
+    y.square().sum().backward()
+    assert layer.step.grad is not None and bool(layer.step.grad.any())
+    clipped = layer.weight.abs() > layer.step
+    assert 0 < clipped.sum() < clipped.numel() and not layer.weight.grad[clipped].any() and layer.weight.grad[~clipped].any()
+    assert torch.equal(PackedBitLinear.from_bitlinear(layer)(x), y)
