@@ -89,6 +89,7 @@ def _first_rows(layer: BitLinear) -> BitLinear:
     part.weight = nn.Parameter(layer.weight.detach()[:ROWS], False)
     part.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach()[:ROWS], False)
     part.rms_norm = copy.deepcopy(layer.rms_norm)
+    part.reset_quantizer()
     return part
 
 

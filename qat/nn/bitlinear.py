@@ -45,7 +45,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._configure(config or QuantConfig())
         self.rms_norm = input_norm(in_features, self.config.rms_norm_eps, device, dtype)
-        self._add_parameters(self.weight)
+        self.reset_quantizer()
 
     def _configure(self, config: QuantConfig) -> None:
         ops.check_config(config)
@@ -54,10 +54,10 @@ class BitLinear(nn.Linear):
         self.lam: Tensor | None = None
         self.parameter_names = tuple(config.quantizer.parameters)
 
-    def _add_parameters(self, weight: Tensor) -> None:
-        """The quantizer's parameters, and its buffers, as they start for this weight."""
+    def reset_quantizer(self) -> None:
+        """Make the quantizer's parameters, and its buffers, what they start with for the weight as it is."""
         record = self.config.quantizer.parameters
-        for name, value in ops.initial_parameters(weight, self.config).items() if record else ():
+        for name, value in ops.initial_parameters(self.weight, self.config).items() if record else ():
             if record[name].trained:
                 self.register_parameter(name, nn.Parameter(value))
             else:
@@ -77,7 +77,7 @@ class BitLinear(nn.Linear):
         layer = cls(linear.in_features, linear.out_features, False, config, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.rms_norm = input_norm(linear.in_features, layer.config.rms_norm_eps, linear.weight.device, linear.weight.dtype)
-        layer._add_parameters(linear.weight)
+        layer.reset_quantizer()
         return layer.train(linear.training)
 
     def set_lambda(self, value: float) -> None:

@@ -179,8 +179,15 @@ def fake_quantize(w: Tensor, config: QuantConfig = _DEFAULT, parameters: Sequenc
 
 def _parameters(w: Tensor, config: QuantConfig, given: Sequence[Tensor] | None) -> list[Tensor]:
     if given is not None:
+        _check_parameters(w, given)
         return list(given)
     return list(initial_parameters(w, config).values()) if config.quantizer.parameters else []
+
+
+def _check_parameters(w: Tensor, given: Sequence[Tensor]) -> None:
+    for i, value in enumerate(given):
+        if value.device != w.device:
+            raise ValueError(f"parameters[{i}] is on {value.device}, but the weight is on {w.device}")
 
 
 def initial_parameters(w: Tensor, config: QuantConfig) -> dict[str, Tensor]:

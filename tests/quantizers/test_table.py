@@ -53,7 +53,7 @@ def a_layer(config: QuantConfig) -> BitLinear:
     with torch.no_grad():
         layer.weight.copy_(torch.randn(10, 2 * GROUP, generator=generator) / 30)
         layer.bias.copy_(torch.randn(10, generator=generator))
-        layer._add_parameters(layer.weight)
+        layer.reset_quantizer()
     return layer
 
 
@@ -196,6 +196,12 @@ def test_a_row_that_contradicts_itself_is_refused() -> None:
 def test_the_wrong_number_of_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"quant.weight=learned has the parameters step, but 0 came"):
         latent.quantize_weight(torch.randn(2, 4), latent.WeightOptions("learned", "absmean", "tensor", None, 1, "float32", 1e-5))
+
+
+def test_parameters_on_another_device_are_refused() -> None:
+    layer = a_layer(QuantConfig(weight="learned"))
+    with pytest.raises(ValueError, match=r"parameters\[0\] is on meta, but the weight is on cpu"):
+        ops.quantize_weight(layer.weight, layer.config, [layer.step.to("meta")])
 
 
 def test_the_table_is_read_without_torch() -> None:
