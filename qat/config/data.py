@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qat.config.checks import at_least, choose, fraction
+from qat.config.checks import TOKENS, at_least, check_types, choose, fraction
+
+MOST_SEQUENCES = 2**20
+"""Of one batch."""
+MOST_WORKERS = 1024
 
 
 @dataclass
@@ -23,11 +27,12 @@ class SelfgenConfig:
     """Sequences sampled at once."""
 
     def __post_init__(self) -> None:
-        at_least("data.selfgen.tokens", self.tokens, 1)
-        at_least("data.selfgen.valid_tokens", self.valid_tokens, 1)
-        at_least("data.selfgen.temperature", self.temperature, 0, open_end=True)
+        check_types("data.selfgen", self)
+        at_least("data.selfgen.tokens", self.tokens, 1, most=TOKENS)
+        at_least("data.selfgen.valid_tokens", self.valid_tokens, 1, most=TOKENS)
+        at_least("data.selfgen.temperature", self.temperature, 1e-4, most=1e4)
         at_least("data.selfgen.top_k", self.top_k, 1)
-        at_least("data.selfgen.batch_size", self.batch_size, 1)
+        at_least("data.selfgen.batch_size", self.batch_size, 1, most=MOST_SEQUENCES)
 
 
 @dataclass
@@ -65,12 +70,13 @@ class DataConfig:
     selfgen: SelfgenConfig = field(default_factory=SelfgenConfig)
 
     def __post_init__(self) -> None:
+        check_types("data", self)
         choose("data.kind", self.kind, ("text", "chat", "selfgen"))
         fraction("data.valid_fraction", self.valid_fraction)
         at_least("data.sequence_length", self.sequence_length, 2)
-        at_least("data.batch_size", self.batch_size, 1)
-        at_least("data.max_tokens", self.max_tokens, 1)
-        at_least("data.workers", self.workers, 0)
+        at_least("data.batch_size", self.batch_size, 1, most=MOST_SEQUENCES)
+        at_least("data.max_tokens", self.max_tokens, 1, most=TOKENS)
+        at_least("data.workers", self.workers, 0, most=MOST_WORKERS)
         if self.kind == "selfgen" and (self.train or self.valid):
             key = "train" if self.train else "valid"
             raise ValueError(f"data.{key}={getattr(self, key)!r} does not fit data=selfgen, which samples its own; use data=text")

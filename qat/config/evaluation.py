@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qat.config.checks import at_least
+from qat.config.checks import TOKENS, at_least, check_types
 
 
 @dataclass
@@ -23,10 +23,11 @@ class EvalConfig:
     """Further texts, name -> file or `pydoc_data.topics` (English text that ships with Python)."""
 
     def __post_init__(self) -> None:
+        check_types("eval", self)
         at_least("eval.context", self.context, 2)
         at_least("eval.stride", self.stride, 1)
-        at_least("eval.batch_size", self.batch_size, 1)
-        at_least("eval.max_tokens", self.max_tokens, 2)
+        at_least("eval.batch_size", self.batch_size, 1, most=2**20)
+        at_least("eval.max_tokens", self.max_tokens, 2, most=TOKENS)
         if self.context and self.stride and self.stride > self.context:
             raise ValueError(f"eval.stride={self.stride} is above eval.context={self.context}, so tokens would be left out")
 
@@ -41,4 +42,5 @@ class ControlConfig:
     """Its own peak learning rate."""
 
     def __post_init__(self) -> None:
-        at_least("control.lr", self.lr, 0, open_end=True)
+        check_types("control", self)
+        at_least("control.lr", self.lr, 0, open_end=True, most=1e4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qat.config.checks import choose
+from qat.config.checks import check_types, choose
 from qat.targets import FLOATS, FORMATS
 
 
@@ -29,6 +29,7 @@ class ExportConfig:
     """Kind of the .pt2 file: `exported`, or `compiled` for this machine's CPU (needs g++)."""
 
     def __post_init__(self) -> None:
+        check_types("export", self)
         choose("export.layout", self.layout, ("2bit", "base3"))
         choose("export.floats", self.floats, FLOATS)
         for name in self.formats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qat.config.checks import at_least
+from qat.config.checks import at_least, check_types
 
 
 @dataclass
@@ -19,8 +19,9 @@ class DistillConfig:
     """tau of the divergence."""
 
     def __post_init__(self) -> None:
-        at_least("distill.ce", self.ce, 0)
-        at_least("distill.kl", self.kl, 0)
-        at_least("distill.temperature", self.temperature, 0, open_end=True)
+        check_types("distill", self)
+        at_least("distill.ce", self.ce, 0, most=1e6)
+        at_least("distill.kl", self.kl, 0, most=1e6)
+        at_least("distill.temperature", self.temperature, 1e-4, most=1e4)
         if self.ce == 0 and self.kl == 0:
             raise ValueError("distill.ce=0 and distill.kl=0 leave no loss; set one above 0")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qat.config.checks import check_types
+
 
 @dataclass
 class ModelConfig:
@@ -21,3 +23,6 @@ class ModelConfig:
     """Shell patterns of layers to leave in full precision."""
     trust_remote_code: bool = False
     """Passed to transformers."""
+
+    def __post_init__(self) -> None:
+        check_types("model", self, may_be_empty=("path",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qat.config.checks import at_least, choose
+from qat.config.checks import at_least, check_types, choose
 
 
 @dataclass
@@ -30,12 +30,13 @@ class OptimConfig:
     """Steps over which quantization is blended in, W + lambda (Q(W) - W) with lambda 0 -> 1; 0: at once."""
 
     def __post_init__(self) -> None:
-        if "_target_" not in self.optimizer:
+        check_types("optim", self)
+        if not isinstance(self.optimizer.get("_target_"), str) or not self.optimizer["_target_"]:
             raise ValueError("optim.optimizer needs a _target_, for example torch.optim.AdamW")
         choose("optim.schedule", self.schedule, ("cosine", "linear", "constant", "two_stage"))
-        at_least("optim.lr", self.lr, 0, open_end=True)
-        at_least("optim.latent_lr_multiplier", self.latent_lr_multiplier, 0)
-        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.lr", self.lr, 0, open_end=True, most=1e4)
+        at_least("optim.latent_lr_multiplier", self.latent_lr_multiplier, 0, most=1e6)
+        at_least("optim.weight_decay", self.weight_decay, 0, most=1e4)
         at_least("optim.warmup_steps", self.warmup_steps, 0)
         at_least("optim.lambda_steps", self.lambda_steps, 0)
         if not 0 <= self.final_lr_fraction <= 1:

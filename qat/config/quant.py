@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qat.config.checks import at_least, choose
+from qat.config.checks import EPSILON, at_least, check_types, choose
 from qat.quantizers import QUANTIZERS, find, summable
 from qat.quantizers.record import BACKWARDS, GRANULARITIES, STATISTICS, Quantizer
 
@@ -39,6 +39,7 @@ class QuantConfig:
     """The backward matmuls' precision: `input` is the gradient's own; `bf16` and `int8` are faster and less exact."""
 
     def __post_init__(self) -> None:
+        check_types("quant", self)
         choose("quant.weight", self.weight, tuple(QUANTIZERS))
         choose("quant.scale", self.scale, STATISTICS)
         choose("quant.granularity", self.granularity, GRANULARITIES)
@@ -47,9 +48,9 @@ class QuantConfig:
         choose("quant.scale_dtype", self.scale_dtype, ("float32", "bfloat16", "float16"))
         choose("quant.kernels", self.kernels, ("auto", "compiled", "reference"))
         choose("quant.backward", self.backward, BACKWARDS)
-        at_least("quant.eps", self.eps, 0, open_end=True)
+        at_least("quant.eps", self.eps, EPSILON, most=1)
         choose("quant.components", self.components, (1, 2, 3, 4))
-        at_least("quant.rms_norm_eps", self.rms_norm_eps, 0, open_end=True)
+        at_least("quant.rms_norm_eps", self.rms_norm_eps, EPSILON, most=1)
         if self.act_bits is None and self.backward != "input":
             raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
         if self.act_bits is None and self.kernels == "compiled":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qat.config.checks import at_least, check_types
 from qat.config.data import DataConfig
 from qat.config.evaluation import ControlConfig, EvalConfig
 from qat.config.export import ExportConfig
@@ -27,8 +29,10 @@ class RunConfig:
     """Its folder; null: runs/<name>/<time>."""
 
     def __post_init__(self) -> None:
-        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
-            raise ValueError(f"run.name={self.name!r} is not allowed; it must be a plain name, without folders (use run.dir)")
+        check_types("run", self)
+        if self.name in (".", "..") or Path(self.name).name != self.name or len(os.fsencode(self.name)) > 200:
+            allowed = "a plain name of at most 200 bytes, without folders (use run.dir)"
+            raise ValueError(f"run.name={self.name!r} is not allowed; it must be {allowed}")
         if self.dir is not None:
             refuse_file_name(Path(self.dir))
 
@@ -57,6 +61,12 @@ class TrainConfig:
     """Folder of a run to continue."""
     dry_run: bool = False
     """Load, convert, print coverage, memory and tokens, and stop."""
+    trust_targets: bool = False
+    """On resume: let the run's config.yaml name any `_target_`, which can run any code. It counts on the command line only."""
+
+    def __post_init__(self) -> None:
+        check_types("", self)
+        at_least("seed", self.seed, 0, most=2**32 - 1)
 
     def check(self) -> None:
         """Raise ValueError where sections contradict each other or a value that a run needs is missing."""
@@ -66,6 +76,8 @@ class TrainConfig:
             )
         if reason := self.quant.quantizer.unfit("ternary"):
             raise ValueError(f"quant.weight={self.quant.weight} does not fit a run, which ends packed: {reason}")
+        self._check_machine()
+        self._check_targets()
         if self.distill.kl > 0 and self.model.teacher == "off":
             raise ValueError(f"distill.kl={self.distill.kl} needs a teacher, but model.teacher=off; set one of them")
         if self.optim.lambda_steps > self.trainer.max_steps:
@@ -81,3 +93,17 @@ class TrainConfig:
             raise ValueError(
                 f"data.train is missing; data={self.data.kind} needs a .txt, .jsonl or .parquet file or a hub data set"
             )
+
+    def _check_machine(self) -> None:
+        """More threads or workers than a machine takes end in a crash of libgomp or a swamp of processes."""
+        cores = os.cpu_count() or 1
+        why = f", which is four for each of this machine's {cores} cores and never less than 64"
+        at_least("trainer.threads", self.trainer.threads, 1, most=max(64, 4 * cores), why=why)
+        at_least("data.workers", self.data.workers, 0, most=max(64, 4 * cores), why=why)
+
+    def _check_targets(self) -> None:
+        for section in ("callbacks", "logger"):
+            for name, node in getattr(self, section).items():
+                target = node.get("_target_") if isinstance(node, dict) else None
+                if not isinstance(target, str) or not target:
+                    raise ValueError(f"{section}.{name} needs a _target_, the path of a class, and its arguments; it is {node!r}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qat.config.checks import at_least, choose
+from qat.config.checks import at_least, check_types, choose
+
+MOST_THREADS = 1024
 
 
 @dataclass
@@ -49,12 +51,14 @@ class TrainerConfig:
     """Show the progress: a bar in a terminal, some lines elsewhere."""
 
     def __post_init__(self) -> None:
+        check_types("trainer", self)
         choose("trainer.accelerator", self.accelerator, ("cpu", "gpu", "auto"))
         choose("trainer.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
         for key in ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps", "val_batches"):
             at_least(f"trainer.{key}", getattr(self, key), 1)
-        for key in ("val_every", "checkpoint_every", "threads"):
+        for key in ("val_every", "checkpoint_every"):
             at_least(f"trainer.{key}", getattr(self, key), 1)
-        at_least("trainer.checkpoint_minutes", self.checkpoint_minutes, 0, open_end=True)
-        at_least("trainer.samples", self.samples, 0)
-        at_least("trainer.gradient_clip_val", self.gradient_clip_val, 0, open_end=True)
+        at_least("trainer.checkpoint_minutes", self.checkpoint_minutes, 0, open_end=True, most=1e6)
+        at_least("trainer.threads", self.threads, 1, most=MOST_THREADS)
+        at_least("trainer.samples", self.samples, 0, most=10_000)
+        at_least("trainer.gradient_clip_val", self.gradient_clip_val, 0, open_end=True, most=1e30)
