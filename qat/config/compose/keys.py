@@ -52,6 +52,7 @@ def _check_key(key: str) -> None:
             near = get_close_matches(part, names, n=1)
             hint = f"; did you mean {'.'.join([*walked, near[0]])}" if near else ""
             allowed = ", ".join([*names, "recipe"] if not walked else names)
-            raise ValueError(f"there is no key {key!r}{hint}. Allowed{f' in {where}' if where else ''}: {allowed}")
+            known = f"Allowed{f' in {where}' if where else ''}: {allowed}" if names else f"{where} has no keys below it"
+            raise ValueError(f"there is no key {key!r}{hint}. {known}")
         node = getattr(node, part)
         walked.append(part)
