@@ -10,7 +10,7 @@ CUDA_ARCHS ?= 80 90a
 # The oldest and the newest supported transformers. Another Python: make test PYTHON=python3.13 VENV=.venv313
 VERSIONS ?= transformers==5.20.0 transformers==5.24.0
 
-.PHONY: quickstart test versions lint docs sanitize cuda-check bench llama-cpp help clean
+.PHONY: quickstart test versions lint docs sanitize overrides cuda-check bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint         ruff, mypy, hadolint, and the docs' site built"
 	@echo "make docs         the pages made from the code, and the site on localhost:8000"
 	@echo "make sanitize     the CPU op tests on kernels built with AddressSanitizer and UBSan"
+	@echo "make overrides    wrong values for every key of the configuration (about 10 minutes); the suite has a sample"
 	@echo "make cuda-check   the CUDA kernels compiled, linked and loaded by nvcc, for CUDA_ARCHS; needs no GPU"
 	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
 	@echo "make llama-cpp    llama.cpp for Python, compiled once (6 minutes on 2 cores): GGUF exports are then run in it"
@@ -52,6 +53,9 @@ docs: $(READY)
 # A report ends the process: pytest may not keep what it writes to the terminal.
 sanitize: $(READY)
 	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/ops/test_kernels.py tests/ops/test_cpu_decode.py -k "not fullgraph" --capture=sys
+
+overrides: $(READY)
+	QAT_ALL_OVERRIDES=1 $(BIN)/python -m pytest -q tests/config/test_overrides.py
 
 cuda-check: $(READY)
 	$(BIN)/python -m qat.ops.build --check --cuda-arch $(CUDA_ARCHS)

@@ -43,7 +43,7 @@ LONG = {}
 """Files that hold two concerns for now, with the lines that they may not exceed."""
 ONLY_IN = {
     "hydra": ("config.compose", "train", "training.plugins"),
-    "omegaconf": ("config.compose", "train", "training.folder"),
+    "omegaconf": ("config.compose",),
     "lightning": ("training", "data"),
     "transformers": (
         "models",

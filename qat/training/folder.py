@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from qat.config import TrainConfig
-from qat.storage import write_text
+from qat.config.compose.resume import record
+from qat.config.compose.saved import save_config
+from qat.training.checkpoints import newest
 
 try:
     import fcntl
@@ -29,14 +29,17 @@ _IS_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 
 @contextmanager
 def opened(config: TrainConfig) -> Iterator[Path]:
-    """The folder of a new run, with its config.yaml, or that of the run to resume; locked until the end.
+    """The folder of a new run, with its config.yaml, or that of the run to resume, with what changes; locked to the end.
 
     Raises:
         ValueError: the folder already holds a run, or a run that is alive has it.
     """
     folder = Path(config.resume) if config.resume else made(config)
     with locked(folder):
-        if not config.resume:
+        if config.resume:
+            found = newest(folder / "checkpoints")
+            record(config, found.step if found else 0)
+        else:
             _check_unused(folder)
             _write_config(config, folder)
         yield folder
@@ -67,7 +70,7 @@ def _check_unused(folder: Path) -> None:
 def _write_config(config: TrainConfig, folder: Path) -> None:
     if config.run.dir is not None:
         config = replace(config, run=replace(config.run, dir=str(folder)))
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    save_config(config, folder)
 
 
 @contextmanager

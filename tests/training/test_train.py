@@ -399,5 +399,5 @@ def test_compiled_training_packs_the_eager_student(config: TrainConfig) -> None:
 
 def test_damaged_config_of_a_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("foo: [1")
-    with pytest.raises(ValueError, match=r"config.yaml or an override is damaged"):
+    with pytest.raises(ValueError, match=r"config.yaml is damaged: while parsing"):
         load_config(str(tmp_path))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NoReturn
 
-from qat.config.compose.keys import options
+from qat.config.compose.keys import check_keys, options
 
-FLAGS = "--help, --dry-run, -m (one run for each of key=a,b), --cfg job, --info"
+FLAGS = "--help, --dry-run, -m (one run for each of key=a,b), --cfg job, --info, --config-dir DIR"
 """Of those that Hydra has, the ones that serve here."""
 
 HELP = """Fine-tune a pretrained model as a ternary or binary BitLinear model.
@@ -26,18 +27,73 @@ def help_text() -> str:
     return HELP + "\n".join(f"  {group + '=':<11}{', '.join(names)}" for group, names in options().items())
 
 
-def check_flags(arguments: list[str]) -> None:
-    """Raise ValueError for a flag that Hydra does not have, or has otherwise: its own answer is a page of usage."""
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if not flags:
+@dataclass(frozen=True)
+class Command:
+    """A command line: its settings, and the flags that stood before, between or after them."""
+
+    settings: list[str]
+    multirun: bool = False
+    config_dir: str | None = None
+    flags: tuple[str, ...] = ()
+    """Flags that Hydra itself serves, such as --cfg job."""
+
+    @property
+    def resume(self) -> str | None:
+        """The folder of the run to continue."""
+        found = [setting.partition("=")[2] for setting in self.settings if setting.startswith("resume=")]
+        return found[-1].strip("'\"") if found and found[-1] not in ("resume=", "null") else None
+
+    @property
+    def by_hydra(self) -> bool:
+        """Whether Hydra's own main is asked for: its flags, or its settings (another sweeper or launcher)."""
+        return bool(self.flags) or any(setting.lstrip("+~").startswith(("hydra.", "hydra/")) for setting in self.settings)
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command line in parts, its keys checked.
+
+    Raises:
+        ValueError: a flag or a key that is none, or flags that do not go with each other.
+    """
+    arguments = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
+    command = _without_flags(arguments) if any(argument.startswith("-") for argument in arguments) else Command(arguments)
+    for setting in command.settings:
+        if "=" not in setting.lstrip("+")[1:] and not setting.startswith("~"):
+            raise ValueError(f"{setting!r} is no setting; settings are key=value (python -m qat.train --help)")
+    check_keys(command.settings)
+    _check_resume(command)
+    return command
+
+
+def _check_resume(command: Command) -> None:
+    if command.resume is None:
         return
+    flags = ["-m"] * command.multirun + ["--config-dir"] * bool(command.config_dir) + list(command.flags)
+    if flags:
+        why = "which continues one run; allowed beside it are settings as key=value"
+        raise ValueError(f"{flags[0]} does not go with resume=, {why}")
+
+
+def _without_flags(arguments: list[str]) -> Command:
+    """Hydra's own parser says what is a flag; its answer to a wrong one is a page of usage, ours a line."""
     from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
-        settings = [flag.lstrip("-") for flag in flags if "=" in flag]
+        settings = [flag.lstrip("-") for flag in arguments if flag.startswith("-") and "=" in flag]
         hint = f"; settings have no dashes: {settings[0]}" if settings else ""
         raise ValueError(f"{message}{hint}. Allowed: {FLAGS}, and settings as key=value (python -m qat.train --help)")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(arguments)
+    found = parser.parse_intermixed_args(arguments)
+    flags = list(arguments)
+    for setting in found.overrides:
+        flags.remove(setting)
+    rest = [flag for flag in flags if flag not in ("-m", "--multirun")] if found.multirun else flags
+    if found.config_dir and _only_config_dir(rest):
+        rest = []
+    return Command(list(found.overrides), bool(found.multirun), found.config_dir, tuple(rest))
+
+
+def _only_config_dir(flags: list[str]) -> bool:
+    return len(flags) <= 2 and flags[0].partition("=")[0] in ("--config-dir", "-cd")

@@ -1,20 +1,146 @@
-"""From arguments to a composed configuration."""
+"""From settings to a `TrainConfig`: one run, or the jobs of a sweep. Every refusal is one line."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.config.compose.errors import first_lines
+from qat.config.compose.keys import config_folder
+from qat.config.compose.register import register
+from qat.config.run import TrainConfig
 
 
-def check_composition(folder: str, arguments: list[str]) -> None:
-    """Compose once before Hydra does: its own report of a wrong choice or type is a page. Sweeps are left to it."""
-    if any(argument.startswith("-") for argument in arguments):
-        return
+@dataclass
+class Job:
+    """One job of a sweep: its number, what it alone says, and its configuration, or why it has none."""
+
+    number: int
+    words: str
+    config: TrainConfig | None = None
+    error: str = ""
+
+    def build(self) -> TrainConfig:
+        """The configuration.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.config is None:
+            raise ValueError(self.error)
+        return self.config
+
+
+def compose_run(settings: Sequence[str], config_dir: str | None = None) -> TrainConfig:
+    """The configuration of one run.
+
+    Raises:
+        ValueError: a setting or a file that cannot be composed.
+    """
+    register(settings, config_dir)
+    return as_config(compose_config("train", settings, config_dir))
+
+
+def compose_jobs(settings: Sequence[str], config_dir: str | None = None) -> list[Job]:
+    """The jobs of a sweep, the product of all values with commas; one that cannot be composed says why.
+
+    All are composed before one is run, at one time of day, so that they share a folder and a mistake shows at once.
+
+    Raises:
+        ValueError: settings that are none.
+    """
+    register(settings, config_dir)
+    with one_line():
+        overrides = OverridesParser.create().parse_overrides(list(settings))
+        (batch,) = BasicSweeper.split_arguments(overrides, None)
+    swept = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+    first: DictConfig | None = None
+    jobs = []
+    for number, one in enumerate(batch):
+        job = Job(number, " ".join(setting for setting in one if setting.partition("=")[0] in swept))
+        try:
+            composed = compose_config("train", [*one, f"hydra.job.num={number}"], config_dir)
+            if first is not None:
+                OmegaConf.copy_cache(first, composed)
+            job.config = as_config(composed, number)
+            first = composed if first is None else first
+        except ValueError as error:
+            job.error = str(error)
+        jobs.append(job)
+    return jobs
+
+
+def as_config(composed: DictConfig, number: int | None = None) -> TrainConfig:
+    """The typed configuration of what Hydra composed; each job of a sweep has its folder, run.dir/NUMBER.
+
+    Raises:
+        ValueError: an interpolation or a value that cannot be.
+    """
+    with one_line(), _hydra_config(composed):
+        plain = composed.copy()
+        OmegaConf.copy_cache(composed, plain)
+        with open_dict(plain):
+            plain.pop("hydra", None)
+        config: TrainConfig = OmegaConf.to_object(plain)  # type: ignore[assignment]
+        OmegaConf.copy_cache(plain, composed)
+    return _numbered(config, number)
+
+
+def job_config(composed: DictConfig) -> TrainConfig:
+    """The typed configuration of a job that Hydra's own main runs.
+
+    Raises:
+        ValueError: an interpolation or a value that cannot be.
+    """
+    with one_line():
+        config: TrainConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    job = HydraConfig.get()
+    return _numbered(config, job.job.num if job.mode == RunMode.MULTIRUN else None)
+
+
+def _numbered(config: TrainConfig, number: int | None) -> TrainConfig:
+    if number is not None and config.run.dir:
+        config.run.dir = str(Path(config.run.dir) / str(number))
+    return config
+
+
+def compose_config(name: str, settings: Sequence[str], config_dir: str | None) -> DictConfig:
+    search = [f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()!r}]"] if config_dir else []
+    with one_line(), initialize_config_dir(str(config_folder("conf")), version_base="1.3"):
+        return compose(name, [*settings, *search], return_hydra_config=True)
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Hydra's, OmegaConf's and YAML's errors as a ValueError of one line."""
     try:
-        with initialize_config_dir(folder, version_base="1.3"):
-            compose("train", arguments, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+        yield
+    except OverrideParseException as error:
+        quoted = """; text with blanks, brackets or = goes in quotes: key="'text'\""""
+        raise ValueError(f"{error.override!r} cannot be read: {first_lines(error)}{quoted}") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(first_lines(error)) from error
+
+
+@contextmanager
+def _hydra_config(composed: Any) -> Iterator[None]:
+    """`${hydra:...}` resolved from this composition."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before

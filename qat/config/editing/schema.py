@@ -97,7 +97,7 @@ def _complaint(section: type, name: str, kinds: list[str], wrap: Callable[[Any],
 
 def _limit(complaint: str) -> dict[str, float]:
     """`must be at least 1`, `must be above 0`, as JSON schema says it."""
-    found = re.search(r"must be (at least|above|in) (-?[\d.]+)(?: (?:and below|to) ([\d.]+))?", complaint)
+    found = re.search(r"must be (at least|above|in) (-?[\d.]+(?:e-?\d+)?)(?: (?:and below|to) ([\d.]+))?", complaint)
     if not found:
         return {}
     upper = {} if found[3] is None else {"maximum" if found[1] == "in" else "exclusiveMaximum": float(found[3])}
