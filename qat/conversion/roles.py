@@ -46,7 +46,8 @@ def selector_reason(
         what = own.get(n // times) or counts.get(n // times)
         if what and n % times == 0 and n * NARROW <= k:
             return f"a selector or gate, kept in full precision ({n} outputs, {f'{times} x ' if times > 1 else ''}{what})"
-    if min(n, k) <= TINY and widest >= WIDE:
+    in_line = "." not in name and isinstance(modules.get(""), nn.Sequential)  # all that the model computes passes through it
+    if min(n, k) <= TINY and widest >= WIDE and not in_line:
         return f"a gate or mixing matrix, kept in full precision ([{n}, {k}])"
     return None
 

@@ -171,3 +171,9 @@ def test_the_command_line_takes_the_advice() -> None:
     quoted = str(refused.value).partition("pass ")[2].partition(" on the")[0]
     (override,) = OverridesParser.create().parse_overrides(shlex.split(quoted))
     assert override.key_or_group == "model.exclude" and [str(v).strip('"') for v in override.value()] == ["*.experts"]
+
+
+def test_a_layer_that_all_passes_through_is_no_gate() -> None:
+    """In a model that is a Sequential nothing runs beside its layers."""
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
+    assert qat.convert(model).converted == ["0", "2"]
