@@ -30,9 +30,10 @@ def test_the_name_is_still_there(name: str) -> None:
         pytest.skip(f"{parts[0]} is not installed")
     found: Any = importlib.import_module(parts[0])
     for i, part in enumerate(parts[1:], 2):
-        if not hasattr(found, part):
-            importlib.import_module(".".join(parts[:i]))
-        found = getattr(found, part)
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            found = importlib.import_module(".".join(parts[:i]))
 
 
 def _private(file: Path) -> Iterator[str]:
