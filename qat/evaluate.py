@@ -117,7 +117,7 @@ def evaluate(
     chosen = runtime.choose_reader(path, reader, asked.needs_pytorch(head))
     found = runtime.load(path) if chosen == "llama.cpp" else load(path, trust_remote_code=trust_remote_code)
     if head != "full":
-        from qat.inference.tiles import quantize_head
+        from qat.inference.digits import quantize_head
 
         quantize_head(found.model, head)
     result: dict[str, Any] = {"reader": chosen} if chosen else {}

@@ -183,18 +183,17 @@ def room_for(model: Any, prompt: int, max_new_tokens: int) -> int:
 
 def ready(path: str, head: str = "full", trust_remote_code: bool = False) -> tuple[Loaded, str]:
     """Load `path` and prepare it for generation; and what was done to it, in words."""
-    from qat.inference import heads
-    from qat.inference import tiles as inference
+    from qat.inference import digits, heads, tiles
 
     found = load(path, trust_remote_code=trust_remote_code)
     found.model.requires_grad_(False)
-    fused = inference.tile(found.model)
+    tiled = tiles.tile_checked(found.model)
     if head == "full":
         stored = heads.stream_head(found.model)
     else:
-        inference.quantize_head(found.model, head)
+        digits.quantize_head(found.model, head)
         stored = f"{head} head"
-    return found, "; ".join([found.kind, *([f"{fused} packed layers tiled, some as one"] if fused else []), stored])
+    return found, "; ".join([found.kind, *([tiled] if tiled else []), stored])
 
 
 def generate(
@@ -242,7 +241,10 @@ def generate(
     streamer = TextStreamer(found.tokenizer, skip_special_tokens=True)
     stop = stop_tokens(found.model, found.tokenizer)
     done = Continuation(len(ids))
-    for done in continue_tokens(Decoder(found.model, len(ids) + count), ids, count, stop, sampler(sampling)):
+    decoder = Decoder(found.model, len(ids) + count)
+    if decoder.why:
+        print(f"qat: {decoder.why}; every token reads the whole text again", file=sys.stderr, flush=True)
+    for done in continue_tokens(decoder, ids, count, stop, sampler(sampling)):
         streamer.put(torch.tensor(done.tokens[-1:]))
     streamer.end()
     print(f"qat: {done.summary()}; {torch.get_num_threads()} threads, {memory()}", file=sys.stderr)

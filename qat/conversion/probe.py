@@ -205,8 +205,9 @@ def _targets(output: Any) -> list[Tensor]:
 
 
 STEPS, TOKENS = 2, 16
+FLOAT = 1e-5  # of the logits' size: float32 alone
 SHARE = 0.2  # of what forgetting everything would change
-ROUNDING = 0.02  # of the logits' size; int8 activations round so much between one pass and another
+ROUNDING, NEARER = 0.02, 0.5  # of the logits' size, as int8 activations round, where the step is twice as far from forgetting
 
 
 def cached_step(model: Any, ids: Tensor | None) -> bool | str:
@@ -239,5 +240,7 @@ def cached_step(model: Any, ids: Tensor | None) -> bool | str:
 def same_step(step: Tensor, whole: Tensor, forgot: Tensor) -> bool:
     """Whether logits [V] of a step are those of one pass, by the measure of what a model without memory would answer."""
     step, whole, forgot = step.float(), whole.float(), forgot.float()
-    error = (step - whole).norm()
-    return bool(error <= ROUNDING * (whole - whole.mean()).norm() or error <= SHARE * (forgot - whole).norm())
+    error, size = (step - whole).norm(), (whole - whole.mean()).norm()
+    if error <= FLOAT * size or error <= SHARE * (forgot - whole).norm():
+        return True
+    return bool(error <= ROUNDING * size and error <= NEARER * (step - forgot).norm())

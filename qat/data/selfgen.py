@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -79,12 +80,17 @@ def sample(
     """Yield int64 arrays [B * length], B <= `config.batch_size`, until `count` sequences are sampled."""
     from tqdm.auto import tqdm
 
+    from qat.inference.decode import why_uncached
+
     was_training = teacher.training
     teacher.eval()
+    why = why_uncached(teacher)
+    if why:
+        print(f"qat: {why}; every token reads its whole sequence again", file=sys.stderr)
     with tqdm(total=count * length, desc="sampling", unit="tok", unit_scale=True, disable=None if progress else True) as bar:
         for done in range(0, count, config.batch_size):
             first = first_tokens(tokenizer, min(config.batch_size, count - done), random)
-            ids = _grow(teacher, first, length, config, random, bar)
+            ids = _grow(teacher, first, length, config, random, bar, not why)
             yield ids.numpy().reshape(-1)
     teacher.train(was_training)
 
@@ -102,18 +108,27 @@ def first_tokens(tokenizer: PreTrainedTokenizerFast, count: int, random: torch.G
 
 @torch.inference_mode()
 def _grow(
-    teacher: PreTrainedModel, first: torch.Tensor, length: int, config: SelfgenConfig, random: torch.Generator, bar: Any
+    teacher: PreTrainedModel,
+    first: torch.Tensor,
+    length: int,
+    config: SelfgenConfig,
+    random: torch.Generator,
+    bar: Any,
+    cached: bool,
 ) -> torch.Tensor:
-    """Sequences [B, length] from their first tokens [B]."""
+    """Sequences [B, length] from their first tokens [B], over a cache or by whole passes."""
     from qat.inference.kvcache import buffered_cache
 
     device = next(teacher.parameters()).device
     ids = torch.empty(len(first), length, dtype=torch.int64, device=device)
     ids[:, 0] = first
-    cache = buffered_cache(teacher, length)
+    cache = buffered_cache(teacher, length) if cached else None
     for position in range(1, length):
-        last = ids[:, position - 1 : position]
-        logits = teacher(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
+        if cached:
+            last = ids[:, position - 1 : position]
+            logits = teacher(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
+        else:
+            logits = teacher(input_ids=ids[:, :position], use_cache=False).logits[:, -1]
         uniform = torch.rand(len(first), 1, generator=random).to(device)
         ids[:, position] = draw(logits.float(), uniform, config.temperature, config.top_k)
         bar.update(len(first))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qat.conversion.probe import same_step
 from qat.inference.kvcache import BufferedLayer, buffered_cache
 from qat.inference.tiles import Leader, TiledLinear
 
@@ -22,16 +23,25 @@ _GROWING_ROPE = ("dynamic", "longrope")  # their angles depend on the length
 
 
 class Decoder:
-    """A causal language model of transformers, and what it has read so far; at most `room` tokens."""
+    """A causal language model of transformers, and what it has read so far; at most `room` tokens.
+
+    A model whose step over a cache is not its full forward (`why` says so) reads the whole text for each token: slow, but right.
+    """
 
     def __init__(self, model: Any, room: int) -> None:
-        self.model = model
-        self.cache = buffered_cache(model, room)
-        self.native = native(model, self.cache.layers, room)
+        self.model, self.why = model, why_uncached(model)
+        self.ids: list[Tensor] = []
+        self.native: Native | None = None
+        if not self.why:
+            self.cache = buffered_cache(model, room)
+            self.native = native(model, self.cache.layers, room)
 
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
         """Logits [V] after the further tokens int64 [T]."""
+        if self.why:
+            self.ids.append(ids)
+            return self.model(input_ids=torch.cat(self.ids)[None], use_cache=False).logits[0, -1]
         if self.native is not None and len(ids) == 1:
             return self._step(self.native, ids)
         output: Any = self.model(input_ids=ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -42,6 +52,28 @@ class Decoder:
         hidden = native(core.embed_tokens(ids), self.cache.get_seq_length())
         native.advance(self.cache.layers)
         return self.model.lm_head(core.norm(hidden))[0]
+
+
+_TRIED = 8  # tokens, of which the last two are read one by one
+
+
+@torch.inference_mode()
+def why_uncached(model: Any) -> str:
+    """Why tokens cannot be read one by one over `buffered_cache`, in words; "" where that gives the logits of one pass.
+
+    Tried, not looked up: state-space and recurrent models take the cache of attention among keywords that they ignore, and
+    continue from one token. `model` is in eval mode.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, _TRIED), generator=generator).to(model.device)
+    try:
+        cache = buffered_cache(model, _TRIED)
+        for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
+            step = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    except Exception as error:  # whatever the model raises
+        return f"{type(model).__name__} does not run over a cache: {str(error).partition(chr(10))[0]}"
+    whole, forgot = (model(input_ids=part, use_cache=False).logits[0, -1] for part in (ids, ids[:, -1:]))
+    return "" if same_step(step, whole, forgot) else f"{type(model).__name__} gives other logits over a cache than in one pass"
 
 
 class Native(NamedTuple):

@@ -27,6 +27,7 @@ class RowLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
@@ -45,6 +46,7 @@ class HalfEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
         self.register_buffer("weight", weight)
 
     def forward(self, ids: Tensor) -> Tensor:

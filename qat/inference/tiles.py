@@ -1,17 +1,13 @@
-"""Make a packed model fast at one token: fewer calls, and a head that does not outweigh all the rest.
+"""Make a packed model fast at one token: fewer calls.
 
 A linear layer of a small model takes microseconds, so what surrounds the arithmetic matters:
 
 * packed layers become `TiledLinear`: the tiles that the compiled kernel reads, and nothing else to check or look up;
 * projections that share an input (q, k, v; gate, up) become one: rows of codes are concatenated, scales are given per row, the
   input is quantized once. Every row keeps its own codes and scale, so the numbers stay the same to the bit;
-* the output head, which no recipe quantizes, may be stored in 6 or 8 bits, as several ternary digits a weight, so that the same
-  kernels run it. That changes the logits: `python -m qat.evaluate --head` says by how much.
 
 Rejected: rewriting attention and MLP modules to call the fused layer, as they differ from architecture to architecture; a
-`Leader` that computes all and `Follower`s that hand out their parts need no change in them. torch's own weight-only kernels for
-the head: on a Zen 4 CPU `_weight_int8pack_mm` took longer than the float32 matrix in float32, and in bfloat16 as long as the
-bfloat16 one.
+`Leader` that computes all and `Follower`s that hand out its parts need no change in them.
 """
 
 from __future__ import annotations
@@ -22,17 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.config import QuantConfig
-from qat.inference.heads import stream_head
 from qat.nn.packed import PackedBitLinear
-from qat.ops import cpu, pack_ternary
+from qat.nn.withheld import WithheldWeight
+from qat.ops import cpu
 from qat.quantizers.components import repeat
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Children of one module that read the same tensor, in the order in which they are called."""
+"""Children of one module that usually read the same tensor; where they do not, each call computes anew."""
 
 
-class TiledLinear(nn.Module):
+class LinearLike(nn.Module):
+    """What a model may ask of an nn.Linear, of a layer that took its place: a weight without values, and its size."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    name: str
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device; reading values raises ValueError."""
+        return WithheldWeight((self.out_features, self.in_features), self.dtype, torch.device("cpu"), self.name)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class TiledLinear(LinearLike):
     """PackedBitLinear layers [N_i, K] as one [sum N_i, K] on the compiled CPU kernels, for inference: it has no gradient.
 
     x [..., K] -> [..., sum N_i] in x's dtype, the layers' outputs side by side, equal to the bit.
@@ -58,6 +70,7 @@ class TiledLinear(nn.Module):
         self.sizes = (self.out_features, first.width, first.weight_scale.shape[1], base3)
         self.per_tensor, self.eps = first.config.act_granularity == "tensor", first.config.eps
         self.rms_norm, self.components = first.rms_norm, first.config.components
+        self.dtype, self.name = first.dtype, first.name
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -65,9 +78,6 @@ class TiledLinear(nn.Module):
             x = self.rms_norm(x)
         x = repeat(x, self.components)
         return torch.ops.qat.cpu_linear(x, self.tiles, self.scale, self.bias, *self.sizes, self.per_tensor, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def _joined_bias(layers: Sequence[PackedBitLinear]) -> Tensor | None:
@@ -83,66 +93,132 @@ def fits_with(first: PackedBitLinear, other: PackedBitLinear) -> bool:
     return (first.in_features, first.layout, first.config) == (other.in_features, other.layout, other.config)
 
 
-class Leader(nn.Module):
-    """The first of several projections of one input: computes all of them, keeps what the followers will be asked for."""
+class Leader(LinearLike):
+    """The first of several projections, usually of one input: whichever is called first has all of them computed.
+
+    What the others will be asked for is kept for as long as they are asked with the same tensor, in any order. A call with
+    another tensor, or with one that was written to, computes anew.
+    """
 
     def __init__(self, layers: Sequence[PackedBitLinear]) -> None:
         super().__init__()
         self.linear = TiledLinear(layers)
         self.sizes = [layer.out_features for layer in layers]
+        self.in_features, self.out_features = self.linear.in_features, self.sizes[0]
+        self.dtype, self.name = layers[0].dtype, layers[0].name
         self.input: Tensor | None = None
-        self.outputs: tuple[Tensor | None, ...] = ()
+        self.version: int | None = None
+        self.outputs: list[Tensor | None] = []
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.bias_of(0)
+
+    def bias_of(self, index: int) -> Tensor | None:
+        """Float32 [N_index] of one of the layers, or None."""
+        return None if self.linear.bias is None else self.linear.bias.split(self.sizes)[index]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> the first layer's [..., N_0]."""
-        first, *rest = self.linear(x).split(self.sizes, -1)
-        self.input, self.outputs = x, tuple(rest)
-        return first
+        return self.part(0, x)
 
-
-class Follower(nn.Module):
-    """A projection that its leader has computed already. RuntimeError if it is called on another input, or first."""
-
-    def __init__(self, leader: Leader, index: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "leader", leader)  # not a child: it is one already, elsewhere
-        self.index = index
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The input that the leader saw -> this layer's [..., N_i]."""
-        leader: Leader = self.leader  # type: ignore[assignment]
-        if x is not leader.input:
-            raise RuntimeError("fused projections were called on different inputs; run this model unfused")
-        output = leader.outputs[self.index]
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N_index]."""
+        version = None if x.is_inference() else x._version
+        if x is not self.input or version != self.version or self.outputs[index] is None:
+            self.input, self.version, self.outputs = x, version, list(self.linear(x).split(self.sizes, -1))
+        output, self.outputs[index] = self.outputs[index], None
+        if all(rest is None for rest in self.outputs):
+            self.input = None
         assert output is not None
-        if self.index == len(leader.outputs) - 1:
-            leader.input, leader.outputs = None, ()
         return output
 
 
-def tile(model: nn.Module) -> int:
+class Follower(LinearLike):
+    """One of the projections that a leader computes."""
+
+    def __init__(self, leader: Leader, index: int, layer: PackedBitLinear) -> None:
+        super().__init__()
+        object.__setattr__(self, "leader", leader)  # not a child: it is one already, elsewhere
+        self.index = index
+        self.in_features, self.out_features, self.dtype, self.name = (
+            layer.in_features,
+            layer.out_features,
+            layer.dtype,
+            layer.name,
+        )
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.leader.bias_of(self.index)  # type: ignore[operator, union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> this layer's [..., N_i]."""
+        leader: Leader = self.leader  # type: ignore[assignment]
+        return leader.part(self.index, x)
+
+
+Undo = list[tuple[nn.Module, str, nn.Module]]
+
+
+def tile(model: nn.Module, *, fuse: bool = True, undo: Undo | None = None) -> int:
     """Replace PackedBitLinear layers by TiledLinear, in place, fused where they share an input; how many it replaced.
 
-    0 where the compiled CPU kernels do not serve: the layers stay as they are, and run in pure torch.
+    0 where the compiled CPU kernels do not serve: the layers stay as they are, and run in pure torch. What was replaced is
+    appended to `undo`. Use `tile_checked` for a model that can be run: it takes back what changes a number.
     """
-    count = 0
+    replaced: Undo = [] if undo is None else undo
+    before = len(replaced)
     for parent in list(model.modules()):
-        for names in SHARED_INPUT:
+        for names in SHARED_INPUT if fuse else ():
             layers = [getattr(parent, name, None) for name in names]
-            if all(_tileable(layer) for layer in layers) and all(fits_with(layers[0], layer) for layer in layers):  # type: ignore[arg-type]
+            if all(tileable(layer) for layer in layers) and all(fits_with(layers[0], layer) for layer in layers):  # type: ignore[arg-type]
                 leader = Leader(layers)  # type: ignore[arg-type]
-                setattr(parent, names[0], leader)
-                for index, name in enumerate(names[1:]):
-                    setattr(parent, name, Follower(leader, index))
-                count += len(names)
+                _replace(parent, names[0], leader, replaced)
+                for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
+                    if index:
+                        _replace(parent, name, Follower(leader, index, layer), replaced)  # type: ignore[arg-type]
         for name, child in list(parent.named_children()):
-            if _tileable(child):
-                setattr(parent, name, TiledLinear([child]))  # type: ignore[list-item]
-                count += 1
-    return count
+            if tileable(child):
+                _replace(parent, name, TiledLinear([child]), replaced)  # type: ignore[list-item]
+    return len(replaced) - before
 
 
-def _tileable(layer: Any) -> bool:
+def _replace(parent: nn.Module, name: str, new: nn.Module, undo: Undo) -> None:
+    undo.append((parent, name, getattr(parent, name)))
+    setattr(parent, name, new)
+
+
+@torch.inference_mode()
+def tile_checked(model: Any, tokens: int = 4) -> str:
+    """`tile`, tried once against the model as it was, to the bit; what was done, in words, "" for nothing.
+
+    Where fused projections give other logits or fail, as in a model that changes their input between them, each layer is tiled
+    alone; where that fails, too, all stay as they are.
+    """
+    ids = torch.arange(tokens)[None] % model.get_input_embeddings().weight.shape[0]
+    before = model(input_ids=ids).logits
+    reasons: list[str] = []
+    for fuse, words in ((True, "tiled, some as one"), (False, "tiled, each alone")):
+        undo: Undo = []
+        count = tile(model, fuse=fuse, undo=undo)
+        why = _difference(model, ids, before)
+        if why is None:
+            return f"{count} packed layers {words}{''.join(reasons)}" if count else ""
+        reasons = [f" ({why})"]
+        for parent, name, old in reversed(undo):
+            setattr(parent, name, old)
+    return f"packed layers as they are{''.join(reasons)}"
+
+
+def _difference(model: Any, ids: Tensor, before: Tensor) -> str | None:
+    try:
+        return None if torch.equal(model(input_ids=ids).logits, before) else "this model fused gives other logits"
+    except Exception as error:  # whatever the model raises
+        return f"this model does not run fused: {str(error).partition(chr(10))[0]}"
+
+
+def tileable(layer: Any) -> bool:
     return (
         isinstance(layer, PackedBitLinear)
         and layer.packed.is_cpu
@@ -151,71 +227,3 @@ def _tileable(layer: Any) -> bool:
         and layer.width <= cpu.MAX_WIDTH
         and cpu.compiled()
     )
-
-
-class DigitLinear(nn.Module):
-    """A linear layer whose weights are `digits` balanced ternary digits, so that the ternary kernels run it.
-
-    w ~ step * sum_p 3^p t_p with t_p in {-1, 0, 1}: the integers from -(3^digits - 1) / 2 to +(3^digits - 1) / 2, one step a row.
-    The digits lie side by side along K as groups with the scales 3^p * step, and the input, in int8 as everywhere, is repeated.
-    4 digits have 81 levels in 6.4 bits a weight, 5 have 243 in 8 (base-3 layout). x [..., K] -> [..., N].
-    """
-
-    def __init__(self, linear: nn.Linear, digits: int) -> None:
-        super().__init__()
-        n, k = linear.weight.shape
-        config = QuantConfig(granularity="group", group_size=k)
-        layer = PackedBitLinear(digits * k, n, False, config, "base3", device="meta")
-        with torch.no_grad():
-            layer.packed, layer.weight_scale = torch.empty_like(layer.packed, device="cpu"), torch.empty(n, digits)
-            for first in range(0, n, _CHUNK):
-                rows = slice(first, first + _CHUNK)
-                layer.packed[rows], layer.weight_scale[rows] = _packed_digits(linear.weight[rows].float(), digits)
-            layer.bias = None if linear.bias is None else linear.bias.detach().clone()
-        self.digits = digits
-        self.linear = TiledLinear([layer]) if _tileable(layer) else layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(repeat(x, self.digits))
-
-
-_CHUNK = 256  # rows at once: a large vocabulary's digits would take gigabytes
-
-
-def _packed_digits(weight: Tensor, digits: int) -> tuple[Tensor, Tensor]:
-    codes, scale = ternary_digits(weight, digits)
-    return pack_ternary(codes, "base3"), scale
-
-
-def ternary_digits(weight: Tensor, digits: int) -> tuple[Tensor, Tensor]:
-    """int8 digits [N, digits * K], least significant first, and their scales float32 [N, digits] of a matrix [N, K]."""
-    step = (weight.abs().amax(1, keepdim=True) / (3**digits // 2)).clamp_min(torch.finfo(torch.float32).tiny)
-    rest, planes = (weight / step).round().to(torch.int32), []
-    for _ in range(digits):
-        plane = (rest + 1).remainder(3) - 1
-        planes.append(plane.to(torch.int8))
-        rest = (rest - plane) // 3
-    return torch.cat(planes, 1), step * 3.0 ** torch.arange(digits)
-
-
-HEADS = {"6bit": 4, "8bit": 5}
-"""Name -> ternary digits a weight."""
-
-
-def quantize_head(model: Any, kind: str) -> None:
-    """Replace the output head of a transformers model by a smaller one, in place. A tied embedding keeps its values.
-
-    Raises:
-        ValueError: unknown kind, a model without a linear head, or bf16 without compiled CPU kernels.
-    """
-    if kind != "bf16" and kind not in HEADS:
-        raise ValueError(f"--head {kind} is not known; choose one of full, bf16, {', '.join(HEADS)}")
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear output head to be stored in {kind}")
-    if kind == "bf16":
-        stream_head(model, half=True)
-        if model.get_output_embeddings() is head:
-            raise ValueError("--head bf16 needs the compiled CPU kernels and a float32 model; choose --head full")
-        return
-    model.set_output_embeddings(DigitLinear(head, HEADS[kind]))
