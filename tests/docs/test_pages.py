@@ -57,3 +57,12 @@ def test_no_private_name_is_missing_from_the_page() -> None:
         name for name in used if not any(known.startswith(name) or name.endswith(known) or known == name for known in UPSTREAM)
     }
     assert missing == set()
+
+
+def test_the_files_of_the_trips_are_there() -> None:
+    text = (ROOT / "docs/contributing.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:qat|tests|csrc|conf|docs)/[\w/.]+)`", text)
+    assert len(named) > 15
+    places = [ROOT / name for name in named]
+    missing = [place for place in places if not (place.exists() or (place.stem in ("NEW", "FAMILY") and place.parent.is_dir()))]
+    assert missing == []
