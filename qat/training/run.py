@@ -28,7 +28,7 @@ from qat.training import fit
 from qat.training.checkpoints import newest
 from qat.training.exports import export_all, save_packed
 from qat.training.folder import locked, opened
-from qat.training.plugins import optimizer_factory, plugins
+from qat.training.plugins import check_plugins, optimizer_factory, plugins
 from qat.training.recording import Book, Facts, assembled, config_hash, recording
 from qat.training.signals import Signals, listening
 from qat.training.stages import Measure, same_outputs
@@ -97,6 +97,7 @@ def prepare(config: TrainConfig) -> Job:
     check_teacher(config)
     fit.check_hardware(config.trainer)
     optimizer = optimizer_factory(config)
+    check_plugins(config)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
