@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from qat.config import DataConfig, ExportConfig, ModelConfig, OptimConfig, RunCo
 from qat.config.compose.saved import load_config
 from qat.train import run
 from qat.training import checkpoints
+from qat.training.callbacks import Throughput
 from qat.training.callbacks.metrics_file import continued, read_rows
 from qat.training.folder import locked, made
 from qat.training.signals import Interrupted, listening
@@ -163,17 +165,46 @@ def test_a_finished_run_says_so_and_max_steps_may_be_raised(config: TrainConfig,
     assert [int(row["step"]) for row in read_rows(Path(folder) / "metrics.csv")[0]] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("change", [{"data.batch_size": 2}, {"trainer.accumulate_grad_batches": 3}, {"optim.lr": 0.5}])
+@pytest.mark.parametrize("change", [{"data.batch_size": 2}, {"trainer.accumulate_grad_batches": 4}, {"optim.lr": 0.5}])
 def test_overrides_of_a_resume_apply(config: TrainConfig, change: dict[str, Any]) -> None:
+    """From the first step on, with as many batches a step as are asked for, though 6 steps are no multiple of 4 batches."""
     config.optim = replace(config.optim, schedule="constant")
+    config.callbacks = {"rates": {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}}
     folder = Path(run(config).folder)
-    run(load_config(str(folder), ["trainer.max_steps=8", *(f"{key}={value}" for key, value in change.items())]))
+    result = run(load_config(str(folder), ["trainer.max_steps=8", *(f"{key}={value}" for key, value in change.items())]))
     content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    assert content["global_step"] == 8
-    size = 4 * 6 + 2 * 4 * change.get("trainer.accumulate_grad_batches", 1) * change.get("data.batch_size", 4) / 4
-    assert content["QATData"] == {"sequences": size, "step": 8}
-    assert content["optimizer_states"][0]["param_groups"][0]["lr"] == change.get("optim.lr", 5e-3)
-    assert [int(row["step"]) for row in read_rows(folder / "metrics.csv")[0]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    sequences = 4 * 6 + 2 * change.get("trainer.accumulate_grad_batches", 1) * change.get("data.batch_size", 4)
+    assert content["global_step"] == 8 and content["QATData"] == {"sequences": sequences, "step": 8}
+    assert result.tokens == sequences * 32
+    rows = read_rows(folder / "metrics.csv")[0]
+    assert [int(row["step"]) for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    rates = {float(row[key]) for row in rows for key in row if key.startswith("lr-") and int(row["step"]) >= 6}
+    assert rates == {change.get("optim.lr", 5e-3)}
+
+
+def test_a_signal_while_the_model_is_loaded(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qat.models.hub.load_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        run(config)
+    assert ended.value.code == 130 and not Path(str(config.run.dir)).exists()
+    assert capsys.readouterr().err == "qat.train: interrupted by signal 2 before the run had a folder\n"
+
+
+def test_the_rate_is_that_of_the_steps_since_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 8 tokens take 1 s each at first and 4 s after the first row."""
+    clock, logged = [0.0], []
+    monkeypatch.setattr("qat.training.callbacks.throughput.time.perf_counter", lambda: clock[0])
+    rate, trainer = Throughput(every=2), SimpleNamespace(global_step=0, accumulate_grad_batches=1, world_size=1)
+    module = SimpleNamespace(log=lambda name, value, **_: logged.append(value) if name.startswith("train/") else None)
+    rate.on_train_start(trainer, module)  # type: ignore[arg-type]
+    for step, seconds in enumerate([1, 1, 4, 4]):
+        rate.on_train_batch_start(trainer, module, {}, step)  # type: ignore[arg-type]
+        clock[0] += seconds
+        trainer.global_step += 1
+        rate.on_train_batch_end(trainer, module, None, {"input_ids": torch.zeros(2, 4)}, step)  # type: ignore[arg-type]
+    assert logged == [8.0, 8.0, 2.0, 2.0] and (rate.tokens, rate.seconds) == (32, 10.0)
 
 
 def test_a_minute_s_checkpoints(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
