@@ -17,12 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
+    "tests/nn",  # first: nothing is traced any more once tests/inference has generated
     "tests/test_verbs.py",
     "tests/formats/test_quantizer.py",
     "tests/formats/test_bitnet.py",
     "tests/inference/test_generate.py",
     "tests/models/test_models.py",
-    "tests/nn",
 ]
 """Where private or young names of torch, transformers and lightning are leaned on."""
 
