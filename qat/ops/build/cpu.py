@@ -21,6 +21,8 @@ from qat.ops.build.store import (
     content_key,
     digest,
     failure,
+    finish,
+    fresh,
     is_done,
     locked,
     matching,
@@ -79,8 +81,7 @@ def _ninja_on_path() -> Iterator[None]:
 def _compile_and_load(folder: Path, version: str) -> None:
     from torch.utils import cpp_extension
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    fresh(folder)
     print("qat: compiling the CPU kernels, once (about half a minute) ...", file=sys.stderr, flush=True)
     files = [str(file) for file in sources() if file.suffix == ".cpp"]
     link = ["-fsanitize=address,undefined"] if sanitizing() else []
@@ -91,7 +92,7 @@ def _compile_and_load(folder: Path, version: str) -> None:
             )
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         raise failure(folder / "build.log", str(error)) from error
-    (folder / "done").write_text(version)
+    finish(folder, version)
 
 
 def _build(folder: Path, library: Path, version: str) -> None:

@@ -27,6 +27,8 @@ from qat.ops.build.store import (
     content_key,
     digest,
     failure,
+    finish,
+    fresh,
     is_done,
     locked,
     matching,
@@ -123,8 +125,7 @@ def _run(command: list[str]) -> tuple[int, str]:
 def _compile(folder: Path, found: tuple[str, str], archs: list[str]) -> None:
     """Compile and link into `folder`; what the compilers said is in its build.log."""
     nvcc, version = found
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    fresh(folder)
     named = ", ".join(f"sm_{arch}" for arch in archs)
     print(f"qat: compiling the CUDA kernels for {named}, once (a few minutes) ...", file=sys.stderr, flush=True)
     files = [file for file in sources() if file.suffix in (".cpp", ".cu")]
@@ -141,7 +142,7 @@ def _compile(folder: Path, found: tuple[str, str], archs: list[str]) -> None:
     (folder / "build.log").write_text(output)
     for file in objects:
         file.unlink()
-    (folder / "done").write_text(version)
+    finish(folder, version)
 
 
 def _place(archs: list[str], found: tuple[str, str] | None) -> Path | None:

@@ -3,18 +3,27 @@
 A library lies in $QAT_BUILD_DIR (~/.cache/qat/build) in a folder named after everything that went into it, so nothing
 stale is ever loaded. A file lock of the operating system guards a build: it ends with the process that holds it
 (torch's own lock file outlives a killed build for ever), and a folder counts only once its `done` file is there.
+
+A library runs as whoever loads it, so only what nobody else could have put there is loaded: folders and files that belong to
+this user or to root and that no other may write. A place that others may write is left alone, and another one is taken.
 """
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import os
 import platform
 import re
+import shutil
+import stat
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -39,8 +48,65 @@ def matching(folder: Path, *patterns: str) -> list[Path]:
 
 
 def build_root() -> Path:
-    """Where built libraries are kept."""
-    return Path(os.environ.get("QAT_BUILD_DIR") or Path.home() / ".cache" / "qat" / "build")
+    """Where built libraries are kept: $QAT_BUILD_DIR, or a place of this user's own where others may write that."""
+    wanted = Path(os.environ.get("QAT_BUILD_DIR") or _own_root())
+    why = _open_way(wanted) or _open(wanted)
+    return wanted if why is None else _elsewhere(wanted, why)
+
+
+def _own_root() -> Path:
+    return Path.home() / ".cache" / "qat" / "build"
+
+
+@lru_cache
+def _elsewhere(wanted: Path, why: str) -> Path:
+    """The user's own place, or where that is open, too, one for this process alone."""
+    place = _own_root()
+    if place == wanted or _open_way(place) or _open(place):
+        place = Path(tempfile.mkdtemp(prefix="qat-build-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    print(f"qat: no kernels are loaded from {wanted}: {why}; {place} is used instead", file=sys.stderr, flush=True)
+    return place
+
+
+def _open(path: Path) -> str | None:
+    """Why others could have written what is at `path`; None where they could not, or nothing is there."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    if about.st_uid not in (0, os.getuid()):
+        return f"{path} belongs to another user"
+    return f"{path} can be written by others" if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
+
+
+def _open_way(path: Path) -> str | None:
+    """Why others could put another folder in the place of `path`: a folder above where all may rename what they like."""
+    for folder in path.absolute().parents:
+        try:
+            mode = folder.stat().st_mode
+        except OSError:
+            continue
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"{folder} can be written by others"
+    return None
+
+
+def fresh(folder: Path) -> None:
+    """Make an empty folder of this user's alone, in place of whatever is there."""
+    if folder.exists():
+        aside = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+        folder.rename(aside / folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
+    folder.mkdir(mode=0o755, parents=True)
+    folder.chmod(0o755)
+
+
+def finish(folder: Path, version: str) -> None:
+    """Say that the library in the folder is finished, and let nobody else write it, whatever the umask was."""
+    (folder / "done").write_text(version)
+    for file in folder.rglob("*"):
+        file.chmod(file.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
 def digest(*parts: str | bytes) -> str:
@@ -61,8 +127,18 @@ def version_line(compiler: str, line: int) -> str:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the folder holds a finished library."""
-    return (folder / "done").exists()
+    """Whether the folder holds a finished library that nobody else could have written."""
+    if not (folder / "done").exists():
+        return False
+    why = next((why for path in (folder, *folder.iterdir()) if (why := _open(path))), None)
+    if why is not None:
+        _say_once(f"qat: the kernels in {folder} are not loaded: {why}")
+    return why is None
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -73,7 +149,7 @@ def locked(folder: Path) -> Iterator[None]:
         BuildError: the folder cannot be read or written.
     """
     try:
-        build_root().mkdir(parents=True, exist_ok=True)
+        build_root().mkdir(mode=0o755, parents=True, exist_ok=True)
         with (build_root() / f"{folder.name}.lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
