@@ -1,0 +1,1 @@
+"""A model's continuation of a prompt: what is asked, token by token, and what it cost."""
