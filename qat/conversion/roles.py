@@ -25,7 +25,7 @@ _ADAPTER = re.compile(r"(?i)lora_?[a-z]?$|(?<![a-z])lora_|adapter")
 
 
 def selector_reason(
-    name: str, module: nn.Module, modules: dict[str, nn.Module], counts: dict[int, str], widest: int
+    name: str, module: nn.Module, modules: dict[str, nn.Module], counts: dict[int, str], widths: set[int], widest: int
 ) -> str | None:
     """Why a layer [N, K] looks like one that selects, gates or mixes rather than projects; None for a projection."""
     n, k = module.weight.shape  # type: ignore[misc]
@@ -44,7 +44,7 @@ def selector_reason(
     own = {value: key for one in above for key, value in vars(one).items() if _is_count(key, value)}
     for times in (1, 2):
         what = own.get(n // times) or counts.get(n // times)
-        if what and n % times == 0 and n * NARROW <= k:
+        if what and n % times == 0 and n * NARROW <= k and n not in widths:
             return f"a selector or gate, kept in full precision ({n} outputs, {f'{times} x ' if times > 1 else ''}{what})"
     in_line = "." not in name and isinstance(modules.get(""), nn.Sequential)  # all that the model computes passes through it
     if min(n, k) <= TINY and widest >= WIDE and not in_line:
@@ -68,22 +68,23 @@ def _is_count(key: str, value: object) -> bool:
     return plain and bool(_COUNT.search(key)) and not _NO_COUNT.search(key)
 
 
-def counts_of(config: Any) -> dict[int, str]:
-    """Numbers of experts and heads that a configuration and those inside it name: number -> key."""
+def counts_of(config: Any) -> tuple[dict[int, str], set[int]]:
+    """Numbers of experts and heads that a configuration and those inside it name (number -> key); outputs of its projections."""
     found: dict[int, str] = {}
     widths: set[int] = set()
     for one in _configs(config):
         found.update({value: key for key, value in vars(one).items() if _is_count(key, value)})
         widths |= _projection_widths(one)
-    return {value: key for value, key in found.items() if value not in widths}
+    return found, widths
 
 
 def _projection_widths(config: Any) -> set[int]:
-    """The outputs of keys and values, which may be as few as there are heads."""
+    """The outputs of keys and values, which may be as few as there are heads, and the hidden size."""
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     dim = getattr(config, "head_dim", None) or (hidden // heads if isinstance(heads, int) and isinstance(hidden, int) else None)
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return {dim * groups} if isinstance(dim, int) and isinstance(groups, int) else set()
+    keys = {dim * groups} if isinstance(dim, int) and isinstance(groups, int) else set()
+    return keys | ({hidden} if isinstance(hidden, int) else set())
 
 
 def _configs(config: Any) -> Iterator[Any]:

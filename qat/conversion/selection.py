@@ -70,6 +70,7 @@ class Context:
     owners: dict[int, str]
     head: nn.Module | None
     counts: dict[int, str]
+    widths: set[int]
     widest: int
     towers: dict[str, str]
     text: set[str]
@@ -86,8 +87,8 @@ class Context:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         widest = max((min(m.weight.shape) for m in modules.values() if is_linear(m)), default=0)  # type: ignore[arg-type]
-        counts = roles.counts_of(getattr(model, "config", None))
-        return cls(modules, tied, head, counts, widest, roles.towers(model), roles.outside_text(model))
+        counts, widths = roles.counts_of(getattr(model, "config", None))
+        return cls(modules, tied, head, counts, widths, widest, roles.towers(model), roles.outside_text(model))
 
     def firm_reason(self, name: str, module: nn.Module) -> str | None:
         """Why a layer cannot be converted, whatever the user says."""
@@ -110,7 +111,9 @@ class Context:
         """Why a layer should be left alone unless the user names it."""
         if module is self.head or any(part in roles.HEADS for part in name.split(".")):
             return roles.HEAD_REASON
-        return roles.foreign_reason(module) or roles.selector_reason(name, module, self.modules, self.counts, self.widest)
+        return roles.foreign_reason(module) or roles.selector_reason(
+            name, module, self.modules, self.counts, self.widths, self.widest
+        )
 
     def reader_reason(self, name: str) -> str | None:
         """By the source of the parent's forward: a branch for another device may read what the probe's did not."""

@@ -1,7 +1,7 @@
 """Run a model and leave no trace: modes, buffers, gradients, caches in attributes and random numbers come back as they were.
 
-Rejected: a deep copy of the model, which doubles its memory and takes longer than the run. Parameters are not copied either: a
-forward pass that writes to them would be no forward pass.
+Rejected: a deep copy of the model, which doubles its memory and takes longer than the run. A parameter is copied when something
+is about to write to it (RWKV divides some in eval mode).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _CONTAINERS = (dict, list, set)
 
@@ -25,7 +26,44 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for keep in (_attributes, _tensors, _parameters):
             stack.callback(keep(model))
         stack.enter_context(_random_numbers(model))
+        writes = _Writes(model)
+        stack.callback(writes.restore)
+        stack.enter_context(writes)
         yield
+
+
+class _Writes(TorchFunctionMode):
+    """Keeps the values of a parameter before it is written to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._at = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.data_ptr()}
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor) and _writes(func):
+            parameter = args[0] if isinstance(args[0], nn.Parameter) else self._at.get(args[0].data_ptr())
+            if parameter is not None and id(parameter) not in self._kept:
+                self._kept[id(parameter)] = (parameter, parameter.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, values in self._kept.values():
+            if parameter.shape == values.shape and parameter.dtype == values.dtype:
+                parameter.copy_(values)
+            else:
+                parameter.data = values
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function writes to its first argument, by its name: `div_`, `__imul__`, `__setitem__`, the setter of `data`."""
+    function = getattr(func, "__name__", "")
+    if function == "__set__":
+        return func.__self__.__name__ == "data"
+    if function.startswith("__"):
+        return function == "__setitem__" or (function.startswith("__i") and function.endswith("__") and function != "__invert__")
+    return function.endswith("_") and function not in ("requires_grad_", "retain_grad_")
 
 
 def _attributes(model: nn.Module) -> Callable[[], None]:

@@ -38,7 +38,7 @@ _RESHAPES = re.compile(
     r"|split_with_sizes|tensor_split"
 )
 _RESCALES = re.compile(
-    r"sigmoid|softmax|log_softmax|relu|softplus|logsigmoid|exp|neg|clamp|abs|masked_fill|add|sub|mul|div|truediv"
+    r"sigmoid|softmax|log_softmax|relu|softplus|logsigmoid|exp|neg|clamp|abs|masked_fill|add|sub|mul|div|truediv|cumsum|pad"
     r"|radd|rsub|rmul|iadd|isub|imul|itruediv|sum"
 )
 _PICKS = re.compile(r"topk|argmax|argsort|sort|kthvalue|multinomial|one_hot|gumbel_softmax")
@@ -137,17 +137,21 @@ class Watch(TorchFunctionMode):
                     self.seen[name].reader = self.seen[name].reader or reader
 
     def _follow(self, function: str, args: Any, output: Any) -> None:
-        source = args[0] if args and isinstance(args[0], Tensor) else None
-        others = [value for value in _tensors(args[1:]) if value is not source]
-        if source is not None and not self._marked(source) and _RESCALES.fullmatch(function) and others:
-            source, others = others[0], [source, *others[1:]]  # a constant plus the output
-        marks = self._marked(source) if source is not None else frozenset()
-        if source is None or not marks:
+        operands = list(_tensors(args))
+        marks = frozenset[Mark]().union(*map(self._marked, operands))
+        if marks:
+            self._note_decisions(function, marks)
+        follows = _RESHAPES.fullmatch(function) or _RESCALES.fullmatch(function)
+        if not follows or not all(self._marked(one) or self._constant(one) for one in operands):
             return
-        self._note_decisions(function, marks)
-        if _RESHAPES.fullmatch(function) or (_RESCALES.fullmatch(function) and all(map(_constant, others))):
-            for part in _tensors((output,)):
-                self._mark(part, frozenset((name, whole and part.numel() >= source.numel()) for name, whole in marks))
+        size = max((one.numel() for one in operands if self._marked(one)), default=0)
+        for part in _tensors((output,)):
+            self._mark(part, frozenset((name, whole and part.numel() >= size) for name, whole in marks))
+
+    def _constant(self, tensor: Tensor) -> bool:
+        """Whether it comes of parameters alone, or of nothing that is trained."""
+        found = self._marks.get(id(tensor))
+        return tensor.is_leaf or not tensor.requires_grad or (found is not None and found[0] is tensor and not found[1])
 
     def _note_decisions(self, function: str, marks: frozenset[Mark]) -> None:
         for name, whole in marks:
@@ -191,10 +195,6 @@ def _place(tensor: Tensor) -> int:
         return tensor.data_ptr() or id(tensor)
     except (RuntimeError, ValueError):  # tensor subclasses without memory of their own
         return id(tensor)
-
-
-def _constant(tensor: Tensor) -> bool:
-    return tensor.is_leaf or not tensor.requires_grad
 
 
 def _caller() -> str:

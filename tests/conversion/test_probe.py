@@ -197,6 +197,33 @@ def test_the_probe_leaves_no_trace() -> None:
     assert "forward" not in vars(model.body[0])
 
 
+@pytest.mark.parametrize("write", ["weight.div_(2)", "weight.data.mul_(3)", "weight[0] = 1", "bias.data = torch.ones(32)"])
+def test_a_forward_that_writes_to_parameters_is_undone(write: str) -> None:
+    class Rescaling(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                exec(f"second.{write}", {"second": self.second, "torch": torch})
+            return self.first(x)
+
+    model = Rescaling(CALLS["plain"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    qat.convert(model, probe=X)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_decay_is_found_behind_what_depends_on_parameters_alone() -> None:
+    class Decay(Pair):
+        def __init__(self) -> None:
+            super().__init__(lambda m, h: h)
+            self.rate = nn.Parameter(torch.ones(32))
+
+        def helper(self, h: Tensor) -> Tensor:
+            steps = (-self.rate.float().exp() * nn.functional.softplus(self.second(h) + self.rate)).cumsum(0)
+            return h * (steps - steps[:1]).exp()
+
+    assert qat.convert(Decay(), probe=X).skipped["second"].endswith("its output is exponentiated: a decay or a scale")
+
+
 def test_the_record_says_what_was_probed() -> None:
     unprobed, model = qat.convert(Pair(CALLS["plain"])), Pair(CALLS["plain"])
     assert unprobed.summary().endswith("; not probed") and Conversion.from_json(unprobed.to_json()).probe == "not probed"
