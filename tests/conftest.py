@@ -22,7 +22,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def _seeded(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.manual_seed(0)
     monkeypatch.setenv("QAT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    before = dict(os.environ)  # verbs set what holds for a whole process
     yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
