@@ -30,16 +30,12 @@ def run(config: TrainConfig) -> RunResult:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
     from qat.config.compose.saved import load_config
-    from qat.training.signals import Interrupted, listening
+    from qat.training.signals import listening
 
-    try:
-        with listening():  # from here on, as what is imported takes seconds
-            from qat.training.run import run as main_job
+    with listening():  # from here on, as what is imported takes seconds
+        from qat.training.run import run as main_job
 
-            return main_job(load_config(config.resume) if config.resume and not config.model.path else config)
-    except Interrupted as ended:
-        print(f"qat.train: interrupted by signal {ended.number} before the run had a folder", file=sys.stderr)
-        raise
+        return main_job(load_config(config.resume) if config.resume and not config.model.path else config)
 
 
 def _show(build: Callable[[], TrainConfig]) -> tuple[int, float | None, str]:
@@ -121,6 +117,7 @@ def _serve(command: Command) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """The command line. `--dry-run` is short for dry_run=true; resume=DIR takes the configuration of that run."""
     from qat.config.compose.command import help_text, parse
+    from qat.training.signals import Interrupted, listening
 
     # libgomp's threads spin while they wait: beside any other work on the machine that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -128,7 +125,11 @@ def main(arguments: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(arguments):
         return print(help_text())
     try:
-        code = _serve(parse(arguments))
+        with listening():
+            code = _serve(parse(arguments))
+    except Interrupted as ended:
+        print(f"qat.train: interrupted by signal {ended.number} before the run had a folder", file=sys.stderr)
+        raise
     except (ValueError, OSError) as error:
         print(f"qat.train: {' '.join(str(error).split())}", file=sys.stderr)
         code = WRONG

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qat import losses
 from qat.config import DistillConfig, ModelConfig, OptimConfig, TrainConfig
+from qat.config.compose.targets import check_targets
 from qat.data.order import STEP_TOKENS
 from qat.losses.record import Loss, Pair, Seen
 from qat.training.module import QATModule
@@ -111,5 +112,14 @@ def test_a_built_in_callback_is_two_files(tiny_model: Path, text_file: Path, tmp
     settings |= {"trainer.max_steps": 2, "data.sequence_length": 32, "data.batch_size": 2, "quant.kernels": "reference"}
     command = [sys.executable, "-m", "qat.train", "callbacks=rates", *(f"{key}={value}" for key, value in settings.items())]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "checkout")}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "rate after step 2" in done.stdout, done.stdout + done.stderr
+    resume = [*command[:3], f"resume={tmp_path / 'run'}", "trainer.max_steps=4"]
+    for words, step in ((command, 2), (resume, 4)):
+        done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and f"rate after step {step}" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", ["checkpoint.Path", "nowhere.Checkpoint", "checkpoint.pl.Callback", "..checkpoint.Checkpoint"])
+def test_a_saved_callback_of_ours_is_one_that_its_file_defines(target: str) -> None:
+    check_targets({"callbacks": {"mine": {"_target_": "qat.training.callbacks.checkpoint.Checkpoint"}}}, {"optim"})
+    with pytest.raises(ValueError, match=r"callbacks.mine of the saved configuration has _target_="):
+        check_targets({"callbacks": {"mine": {"_target_": f"qat.training.callbacks.{target}"}}}, {"optim"})
