@@ -16,6 +16,7 @@ HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 HEAD_REASON = "output head, kept in full precision"
 ROUTER_REASON = "MoE router, kept in full precision"
+ADAPTER_REASON = "part of an adapter, or under one; merge adapters into the model before it is converted"
 TINY, WIDE = 8, 32
 """A side of at most TINY, in a model with layers of at least WIDE, is a gate's or a mixing matrix's."""
 NARROW = 4
@@ -109,17 +110,13 @@ def foreign_reason(module: nn.Module) -> str | None:
 def adapter_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
     """Layers of an adapter, and the layer under it: merging it later would shift codes that were trained without it."""
     if _ADAPTER.search(name.rpartition(".")[2]):
-        return _merge_first(name)
+        return ADAPTER_REASON
     for above in _ancestors(name):
         own = {*modules[above]._modules, *modules[above]._parameters}
         leaf = above.rpartition(".")[2]
         if "base_layer" in own or any(_ADAPTER.search(key) for key in own if key.startswith("lora")) or re.match(r"lora_", leaf):
-            return _merge_first(above)
+            return ADAPTER_REASON
     return None
-
-
-def _merge_first(name: str) -> str:
-    return f"part of the adapter {name}; merge adapters into the model before it is converted"
 
 
 def towers(model: nn.Module) -> dict[str, str]:
