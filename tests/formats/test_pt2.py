@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,43 @@ def test_what_it_cannot_hold(tmp_path: Path) -> None:
     qat.convert(plain)
     with pytest.raises(ValueError, match="call qat.pack first"):
         pt2.save(plain, tmp_path / "a.pt2")
+
+
+def _rewritten(source: Path, target: Path, **entries: bytes) -> Path:
+    """A copy with other entries, by the last part of their names."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, entries.pop(info.filename.rpartition("/")[2].replace(".", "_"), old.read(info)))
+        for name, data in entries.items():
+            new.writestr(f"a/{name}", data)
+    return target
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_a_hostile_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pt2.save(packed_model(FAMILIES["llama"]), tmp_path / "a.pt2")
+    with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
+        program = archive.read("a/models/model.json").decode()
+        config = archive.read("a/data/weights/model_weights_config.json").decode()
+    symbol = re.search(r"Symbol\('s\d+', positive=True, integer=True\)", program)
+    assert symbol and '"use_pickle": false' in config and "torch.ops.aten.add.Tensor" in program
+    aoti.load(_rewritten(tmp_path / "a.pt2", tmp_path / "same.pt2"))
+    for message, entries in {
+        "is no expression of sizes": {"model_json": program.replace(symbol[0], "__import__('pathlib').Path('ran').touch()")},
+        "is no expression": {"model_json": program.replace(symbol[0], "Symbol('s1').func.mro()")},
+        "which is no operation": {"model_json": program.replace("torch.ops.aten.add.Tensor", "torch.hub.load")},
+        "guards, which are Python code": {"model_json": program.replace('"guards_code": []', '"guards_code": ["ran()"]')},
+        "asks for a pickle": {"model_weights_config_json": config.replace('"use_pickle": false', '"use_pickle": true', 1)},
+        "none that an export writes": {"custom_obj_0": "x"},
+    }.items():
+        file = _rewritten(tmp_path / "a.pt2", tmp_path / "b.pt2", **{name: text.encode() for name, text in entries.items()})
+        with pytest.raises(ValueError, match=message):
+            aoti.load(file)
+    with pytest.raises(ValueError, match="is no .pt2 file"):
+        aoti.load(_rewritten(tmp_path / "a.pt2", tmp_path / "b.pt2", model_pt=pickle.dumps(_Evil())))
+    assert not (tmp_path / "ran").exists()

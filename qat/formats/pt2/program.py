@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.formats.folder import new_file, one_line
+from qat.formats.pt2.archive import check_archive
 from qat.formats.tensors import packed_layers
 from qat.inference.tiles import TiledLinear  # and with it qat.ops, which the graphs name
 
@@ -135,8 +136,11 @@ def _is_ours(file: Path) -> bool:
 def load(file: str | Path) -> Runner:
     """The function that a .pt2 file holds, of either kind. Needs torch and qat.ops only.
 
+    An exported file holds no code, and is refused where it does (`qat.formats.pt2.archive`). A compiled file is machine code,
+    which runs with your rights: load only your own.
+
     Raises:
-        ValueError: the file is missing, damaged, or was compiled for another machine.
+        ValueError: the file is missing, damaged, holds what no export writes, or was compiled for another machine.
     """
     if not Path(file).is_file():
         raise ValueError(f"{file} is missing")
@@ -144,6 +148,7 @@ def load(file: str | Path) -> Runner:
         if kind_of(Path(file)) == "compiled":
             runner: Any = torch._inductor.aoti_load_package(str(file))
             return runner
+        check_archive(Path(file))
         module: Any = torch.export.load(file).module()
         return module
     except Exception as error:  # zip, JSON, dynamic linker: nearly any class
