@@ -67,8 +67,8 @@ def fit(
     asked = checked_callbacks(callbacks or [], config, folder)
     theirs = [one for callback in asked for one in (callback, Blame(callback, stopped))]
     ours = [progress(name)] if config.progress else []
-    saver = Checkpoint(folder / "checkpoints", config)
-    chain = [NonFiniteGuard(), throughput, RandomState(), *theirs, *ours, WriteRows(metrics, every), StopAtStep(signals), saver]
+    last = [WriteRows(metrics, every), StopAtStep(signals, config.val_every), Checkpoint(folder / "checkpoints", config)]
+    chain = [NonFiniteGuard(), throughput, RandomState(), *theirs, *ours, *last]
     trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
     with _quiet(), signals.wait_for_step(), misconfiguration():
         trainer.fit(module, datamodule=data, ckpt_path=found.file if found else None, weights_only=True)

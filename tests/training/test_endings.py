@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -99,6 +100,27 @@ def test_a_signal_outside_of_training(
     assert status(folder) == f"interrupted at step {step}; continue with resume={folder}"
     monkeypatch.undo()
     assert run(load_config(str(folder))).status == "done"
+
+
+class Terminates(pl.Callback):
+    """Sends SIGTERM within step 3 or 4."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("step", "validated"), [(3, [2]), (4, [2, 4])])
+def test_a_signal_does_not_wait_for_a_validation_that_is_not_due(config: TrainConfig, step: int, validated: list[int]) -> None:
+    config.trainer = replace(config.trainer, val_every=2, val_batches=1, samples=0)
+    config.callbacks = {"kill": {"_target_": "test_endings.Terminates", "step": step}}
+    result = run(config)
+    assert result.signal == signal.SIGTERM and result.status.startswith(f"interrupted at step {step};")
+    rows = read_rows(Path(result.folder) / "metrics.csv")[0]
+    assert [int(row["step"]) for row in rows if "val/loss" in row] == validated
 
 
 def test_a_second_signal_does_not_wait_for_the_step() -> None:

@@ -13,8 +13,8 @@ from qat.training.signals import Signals
 class StopAtStep(pl.Callback):
     """A stop that a signal or another callback asked for within an optimizer step waits for the step's end."""
 
-    def __init__(self, signals: Signals) -> None:
-        self.signals, self._postponed = signals, False
+    def __init__(self, signals: Signals, val_every: int | None) -> None:
+        self.signals, self.val_every, self._postponed = signals, val_every, False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """lightning has put a handler of its own before ours by now, which would end the run in the middle of a step."""
@@ -27,6 +27,11 @@ class StopAtStep(pl.Callback):
         if trainer.should_stop or self._postponed or self.signals.asked is not None:
             trainer.should_stop = step_ends(trainer, batch_idx)
             self._postponed = not trainer.should_stop
+        if trainer.should_stop and self.signals.asked is not None and not self._validates(trainer.global_step):
+            trainer.limit_val_batches = 0  # lightning would validate once more before it stops
+
+    def _validates(self, step: int) -> bool:
+        return self.val_every is not None and step % self.val_every == 0
 
 
 class Blame(pl.Callback):
