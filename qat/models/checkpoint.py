@@ -172,9 +172,13 @@ def gguf_unexpected(model: Any, report: Mapping[str, Any], architecture: str, na
 
     if is_gguf_arch_supported(architecture):
         return set(report["unexpected_keys"])
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+    import gguf
 
-    known = set(get_gguf_hf_weights_map(model, TensorProcessor(config={})))
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if arch is None:
+        return set(report["unexpected_keys"])
+    table = gguf.get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
+    known = {found for name in model.state_dict() if (found := table.get_name(name, (".weight", ".bias")))}
     layers = {name.rpartition(".")[0] for name in known}
     return {name for name in names if name not in known and name.rpartition(".")[0] in layers}
 
