@@ -72,10 +72,9 @@ class TiledLinear(LinearLike):
         self.rms_norm, self.components = first.rms_norm, first.config.components
         self.dtype, self.name = first.dtype, first.name
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if self.rms_norm is not None:
-            x = self.rms_norm(x)
+        x = input if self.rms_norm is None else self.rms_norm(input)
         x = repeat(x, self.components)
         return torch.ops.qat.cpu_linear(x, self.tiles, self.scale, self.bias, *self.sizes, self.per_tensor, self.eps)
 
@@ -118,9 +117,9 @@ class Leader(LinearLike):
         """Float32 [N_index] of one of the layers, or None."""
         return None if self.linear.bias is None else self.linear.bias.split(self.sizes)[index]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> the first layer's [..., N_0]."""
-        return self.part(0, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> the first layer's [..., N_0]."""
+        return self.part(0, input)
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N_index]."""
@@ -152,10 +151,10 @@ class Follower(LinearLike):
     def bias(self) -> Tensor | None:
         return self.leader.bias_of(self.index)  # type: ignore[operator, union-attr]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> this layer's [..., N_i]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> this layer's [..., N_i]."""
         leader: Leader = self.leader  # type: ignore[assignment]
-        return leader.part(self.index, x)
+        return leader.part(self.index, input)
 
 
 Undo = list[tuple[nn.Module, str, nn.Module]]

@@ -96,8 +96,9 @@ class BitLinear(nn.Linear):
             else:
                 self.lam.fill_(value)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        x = input  # nn.Linear's name for it, by which some models call
         if self.rms_norm is not None:
             ops.check_input(x, self.in_features)
             x = self.rms_norm(x)

@@ -102,8 +102,9 @@ class PackedBitLinear(nn.Module):
         """codes * weight_scale, float32 [out_features, in_features]; components are added."""
         return sum_components(dequantize_weight(self.codes(), self.weight_scale), self.config.components)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
+        x = input  # nn.Linear's name for it, by which some models call
         if self.rms_norm is not None or self.config.components > 1:
             ops.check_input(x, self.in_features)
         if self.rms_norm is not None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import qat
 from qat import BitLinear, PackedBitLinear, QuantConfig
 from qat.quantizers.activations import quantize_activation
 from qat.quantizers.scales import dequantize_weight
@@ -326,3 +327,12 @@ def test_a_layer_from_a_linear_one_gets_a_new_norm_where_and_as_its_weight_is() 
     assert BitLinear(8, 3).rms_norm is None
     with pytest.raises(ValueError, match="quant.rms_norm_eps=0 is not allowed"):
         QuantConfig(rms_norm_eps=0)
+
+
+def test_the_input_has_linear_s_name() -> None:
+    """Some models call `layer(input=x)`."""
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8)
+    qat.convert(model)
+    trained = model[0](input=x)
+    qat.pack(model)
+    assert torch.equal(model[0](input=x), trained)
