@@ -7,6 +7,7 @@ that other writers renamed or added have none and are not checked.
 from __future__ import annotations
 
 import json
+import struct
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file as write_tensors
 from torch import Tensor, nn
 
 from qat.formats.folder import WEIGHTS, WRITER, read_metadata
@@ -47,6 +49,24 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
     return [folder / name for name in names]
+
+
+def save_file(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its contents alone: the library orders the metadata by chance.
+
+    Raises:
+        OSError: the disk refuses; SafetensorError where the library meets it.
+    """
+    write_tensors(dict(tensors), file, dict(metadata))
+    with file.open("r+b") as written:
+        (length,) = struct.unpack("<Q", written.read(8))
+        header = json.loads(written.read(length))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) != length:
+            raise OSError(f"{file} has a header that is not written as JSON is")
+        written.seek(8)
+        written.write(text)
 
 
 def file_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

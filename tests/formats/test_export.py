@@ -112,6 +112,15 @@ def test_packed_round_trip_is_exact(tmp_path, layout, tied):
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
 
 
+def test_the_same_model_is_the_same_bytes(tmp_path, llama):
+    """The library puts the metadata in an order of its own, another one each time."""
+    for write in (packed.save, hf.save):
+        for name in "abcdef":
+            write(llama, tmp_path / write.__module__ / name)
+        files = [(tmp_path / write.__module__ / name / "model.safetensors").read_bytes() for name in "abcdef"]
+        assert len(set(files)) == 1
+
+
 def test_packed_state_of_any_module(tmp_path):
     def fresh():
         torch.manual_seed(0)

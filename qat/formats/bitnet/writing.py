@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from qat.formats.bitnet import limits
@@ -31,6 +30,7 @@ from qat.formats.card import model_card
 from qat.formats.folder import WEIGHTS, WRITER, new_folder
 from qat.formats.packed.folder import save_config, transformers_config
 from qat.formats.padding import Padding
+from qat.formats.stored import save_file
 from qat.formats.tensors import packed_layers, quantized_layers
 from qat.nn.bitlinear import BitLinear
 

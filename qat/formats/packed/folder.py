@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
@@ -23,7 +23,7 @@ from qat.conversion.record import Conversion
 from qat.formats import upstream
 from qat.formats.code import check_trust, save_code
 from qat.formats.dtypes import as_stored, remember
-from qat.formats.folder import WEIGHTS, new_folder, one_line, read_metadata, refuse_depth, refuse_report
+from qat.formats.folder import WEIGHTS, new_file, new_folder, one_line, read_metadata, refuse_depth, refuse_report
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.stored import (
     CHECKSUMS,
@@ -33,6 +33,7 @@ from qat.formats.stored import (
     module_names,
     own_tensors,
     read_shapes,
+    save_file,
     stored_bytes,
     weight_files,
 )
@@ -179,13 +180,11 @@ def save_state(
 ) -> None:
     """Write the tensors of any module with PackedBitLinear layers, tied ones once, into a file that says all about itself.
 
-    Arguments as in `save`. The file appears whole or not at all: safetensors writes it under a temporary name.
+    Arguments as in `save`. The file appears whole or not at all.
     """
     metadata = {"manifest": json.dumps(describe(model, record))}
-    try:
-        _write(model, Path(file), metadata if extra is None else {**metadata, "extra": json.dumps(extra)})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {file}: {error}") from error
+    with new_file(file) as partial:
+        _write(model, partial, metadata if extra is None else {**metadata, "extra": json.dumps(extra)})
 
 
 def load_state(model: nn.Module, file: str | Path) -> Conversion:
