@@ -76,9 +76,13 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def left_over(target: Path, kind: str) -> list[Path]:
     """The siblings of `target` that killed processes left, oldest first."""
-    found = re.compile(rf"\.{re.escape(target.name)}\.{kind}-(\d+)-[0-9a-f]+-(.+)")
+    return _left(target.parent, re.escape(target.name), kind)
+
+
+def _left(folder: Path, name: str, kind: str) -> list[Path]:
+    found = re.compile(rf"\.{name}\.{kind}-(\d+)-[0-9a-f]+-(.+)")
     siblings = []
-    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+    for path in folder.iterdir() if folder.is_dir() else ():
         match = found.fullmatch(path.name)
         if match and path.name not in _live and _abandoned(path, int(match[1]), match[2]):
             siblings.append(path)
@@ -88,6 +92,12 @@ def left_over(target: Path, kind: str) -> list[Path]:
 def sweep(target: Path) -> None:
     """Remove what killed processes left of `target`. What cannot be removed stays: it is in nobody's way."""
     for path in left_over(target, PARTIAL):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep_folder(folder: Path) -> None:
+    """`sweep` for every target in `folder`, also those that will not be written again."""
+    for path in _left(folder, ".+", PARTIAL):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -44,13 +44,11 @@ def save(trainer: pl.Trainer, folder: Path) -> None:
         trainer.save_checkpoint(partial)
         seal(partial)
         if (folder / LAST).exists():
-            _keep(folder)
+            _keep(folder, partial.with_name(PREVIOUS))
 
 
-def _keep(folder: Path) -> None:
+def _keep(folder: Path, second: Path) -> None:
     """A second name for last.ckpt, so that there is a last.ckpt at every moment; a copy's time and space are not spent."""
-    second = folder / f".{PREVIOUS}.{os.getpid()}"
-    second.unlink(missing_ok=True)
     try:
         os.link(folder / LAST, second)
     except OSError:  # a file system without hard links

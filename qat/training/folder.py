@@ -15,6 +15,7 @@ from pathlib import Path
 from qat.config import TrainConfig
 from qat.config.compose.resume import record
 from qat.config.compose.saved import save_config
+from qat.storage.names import sweep_folder
 from qat.training.checkpoints import newest
 
 try:
@@ -36,6 +37,8 @@ def opened(config: TrainConfig) -> Iterator[Path]:
     """
     folder = Path(config.resume) if config.resume else made(config)
     with locked(folder):
+        for place in (folder, folder / "checkpoints"):  # what a kill left there and nobody writes again
+            sweep_folder(place)
         if config.resume:
             found = newest(folder / "checkpoints")
             record(config, found.step if found else 0)

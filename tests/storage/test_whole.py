@@ -198,3 +198,13 @@ def test_nothing_is_left_where_the_block_fails(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt), write(tmp_path / "x"):
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_writes_again_is_swept_with_its_folder(tmp_path: Path) -> None:
+    left, theirs = tmp_path / ".last.ckpt.partial-999999999-0a-nowhere", tmp_path / ".hidden"
+    for folder in (left, theirs):
+        folder.mkdir()
+    with names.made(names.sibling(tmp_path / "x", names.PARTIAL)):
+        names.sweep_folder(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2
+    assert theirs.exists() and not left.exists()
