@@ -10,10 +10,11 @@ CUDA_ARCHS ?= 80 90a
 # The oldest and the newest supported transformers. Another Python: make test PYTHON=python3.13 VENV=.venv313
 VERSIONS ?= transformers==5.20.0 transformers==5.24.0
 
-.PHONY: quickstart test versions lint docs sanitize overrides cuda-check bench llama-cpp help clean
+.PHONY: quickstart test faults versions lint docs sanitize overrides cuda-check bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
+	@echo "make faults       kills, signals, disks, damaged and hostile files, all of them; FAULTS='kills --every 10' for some"
 	@echo "make versions     the tests that VERSIONS (of transformers, or torch) could break, each in an environment of its own"
 	@echo "make lint         ruff, mypy, hadolint, and the docs' site built"
 	@echo "make docs         the pages made from the code, and the site on localhost:8000"
@@ -35,6 +36,9 @@ quickstart: $(READY)
 
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+faults: $(READY)
+	$(BIN)/python tests/faults $(FAULTS)
 
 versions: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/versions.py $(VERSIONS)
