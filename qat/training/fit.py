@@ -126,7 +126,7 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
     accumulate = config.accumulate_grad_batches
     with _quiet():
         return pl.Trainer(
-            accelerator=config.accelerator,
+            accelerator=device_of(config).type,
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=config.strategy,
@@ -151,10 +151,16 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
         )
 
 
+def device_of(config: TrainerConfig) -> torch.device:
+    """Where a run computes: CUDA where torch finds a GPU and `trainer.accelerator` is not `cpu`, else the CPU; never another
+    accelerator, such as MPS, which lightning's own `auto` would take and our kernels do not know."""
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def check_hardware(config: TrainerConfig) -> None:
     """Refuse what lightning would change silently (16-mixed on a CPU becomes bf16-mixed) or what a run cannot do yet."""
-    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
-    if config.precision == "16-mixed" and not on_gpu:
+    if config.precision == "16-mixed" and device_of(config).type != "cuda":
         raise ValueError("trainer.precision=16-mixed needs a CUDA GPU; on a CPU use bf16-mixed or 32-true")
     if config.devices * config.num_nodes > 1:
         raise ValueError(

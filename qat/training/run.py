@@ -27,6 +27,7 @@ from qat.reporting.result import RunResult, read_result
 from qat.training import fit
 from qat.training.checkpoints import newest
 from qat.training.exports import export_all, save_packed
+from qat.training.fit import device_of
 from qat.training.folder import locked, opened
 from qat.training.plugins import check_plugins, optimizer_factory, plugins
 from qat.training.recording import Book, Facts, assembled, config_hash, recording
@@ -106,10 +107,11 @@ def prepare(config: TrainConfig) -> Job:
     base = models.load_model(config.model)
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
-    student = copy.deepcopy(base)
+    student = copy.deepcopy(base).to(device_of(config.trainer))  # type: ignore[arg-type]  # where the probe tries it
     include, exclude = config.model.include or None, config.model.exclude or None
     record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe_batch(data, base))
     print(f"{config.model.path}: {record.summary()}")
+    student.cpu()
     return Job(config, base, student, record, tokenizer, optimizer, data)
 
 

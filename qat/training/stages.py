@@ -12,6 +12,7 @@ from qat.config import TrainConfig
 from qat.data import text_tokens
 from qat.metrics.perplexity import Window, exp_mean, log_likelihood, windows
 from qat.reporting.result import Perplexity
+from qat.training.fit import device_of
 
 if TYPE_CHECKING:
     from qat.data import QATData
@@ -45,8 +46,7 @@ class Measure:
             further = text_tokens(source, tokenizer, config.data, limit)
             scored[name] = list(windows(further, *shape))
             about[name] = Perplexity(name, len(further), context, stride)
-        on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        return cls(about, scored, tokens[:context][None], context, stride, torch.device("cuda" if on_gpu else "cpu"))
+        return cls(about, scored, tokens[:context][None], context, stride, device_of(config.trainer))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The perplexity of `model` on every text; it is left in eval mode on the CPU."""
