@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.config import ModelConfig
 from qat.formats.gguf import container as gguf_file
+from qat.formats.gguf import seal
 from qat.formats.llamacpp import ggml
 from qat.formats.llamacpp import questions as llamacpp
 from qat.metrics.perplexity import Window
@@ -57,6 +58,7 @@ class LlamaCppModel(nn.Module):
         super().__init__()
         self.file = file
         whole = gguf_file.read(file)
+        seal.seal(whole).refuse(file)
         whole.check_codes()  # llama.cpp would compute with whatever it finds
         metadata = whole.metadata
         positions = metadata.get(f"{metadata.get('general.architecture')}.context_length")

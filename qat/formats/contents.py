@@ -6,6 +6,7 @@ One reader a kind in the dict KINDS; the first whose test fits reads. Layers are
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -244,6 +245,17 @@ def _read_gguf(file: Path) -> Contents:
     return found
 
 
+def _read_pt2(file: Path) -> Contents:
+    """A program, whose codes are among its constants under names of torch's."""
+    from qat.formats.pt2.program import kind_of
+
+    try:
+        kind = kind_of(file)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is not a whole .pt2 file: {error}") from error
+    return Contents(f".pt2, {kind}", "a program", "torch without transformers: qat.formats.pt2.load", file.stat().st_size)
+
+
 def _gguf_layer(name: str, tensor: Any, kind: str) -> Codes:
     """`kind` is a block type, or the order of I2_S."""
     from qat.formats.gguf import blocks as gguf_blocks
@@ -263,6 +275,7 @@ def _gguf_layer(name: str, tensor: Any, kind: str) -> Codes:
 KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Contents]]] = {
     "a run's folder": (_is_run, _read_run),
     "a GGUF file": (lambda path: path.is_file() and path.suffix == ".gguf", _read_gguf),
+    "a .pt2 file": (lambda path: path.is_file() and path.suffix == ".pt2", _read_pt2),
     "a packed folder of qat": (lambda path: _method(path) == METHOD, _read_qat),
     "a stock bitnet folder": (lambda path: _method(path) == "bitnet", _read_bitnet),
     "a packed safetensors file of qat": (lambda path: path.is_file() and "manifest" in read_metadata(path), _read_state),

@@ -14,11 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qat import storage
+from qat.formats.seal import SUMS, write_sums
 from qat.targets import refuse_file_name
 
 WEIGHTS = "model.safetensors"
 WRITER = {"writer": "qat"}
-_KNOWN = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+_KNOWN = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", SUMS}
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -53,6 +54,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     def check(partial: Path) -> None:
         _readable(partial)
         _refuse_strangers(target, partial)
+        write_sums(partial)
 
     with _refusals(target), storage.new_folder(target, check) as partial:
         yield partial

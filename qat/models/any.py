@@ -111,6 +111,7 @@ def _load_stock(folder: Path, trust: bool) -> Loaded:
     from qat.formats import upstream
     from qat.formats.code import check_trust
     from qat.formats.folder import one_line, refuse_report
+    from qat.formats.seal import refuse_altered
 
     reader: Any = AutoModelForCausalLM
     check_trust(folder, _config(folder), trust)
@@ -120,6 +121,7 @@ def _load_stock(folder: Path, trust: bool) -> Loaded:
     except Exception as error:  # transformers raises nearly any class here
         raise ValueError(f"cannot load the model {folder}: {one_line(error)}") from error
     refuse_report(report, folder)
+    refuse_altered(folder)
     linear_class = model.config.quantization_config.linear_class
     return Loaded(
         model.eval(), _tokenizer(str(folder), trust), f"stock bitnet folder (linear_class {linear_class}), read by transformers"

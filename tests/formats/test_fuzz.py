@@ -30,6 +30,7 @@ from qat.formats.bitnet import writing as hf
 from qat.formats.contents import read
 from qat.formats.folder import new_folder
 from qat.formats.packed import folder as packed
+from qat.formats.seal import SUMS
 from qat.models.hub import load_model
 from qat.storage import whole
 
@@ -226,6 +227,7 @@ def test_packed_model(tmp_path: Path) -> None:
     model = llama(granularity="group", group_size=4)
     packed.save(model, tmp_path / "x")
     (tmp_path / "x/generation_config.json").unlink()
+    (tmp_path / "x" / SUMS).unlink()  # with it, every mutation is refused: tests/formats/test_seal.py
 
     def load() -> dict[str, Tensor]:
         return packed.load(tmp_path / "x").state_dict()
@@ -236,8 +238,9 @@ def test_packed_model(tmp_path: Path) -> None:
 
 
 def test_bitnet_checkpoint(tmp_path: Path) -> None:
-    """The format has no checksums: what loads has whole codes and positive scales, and every tensor of the model."""
+    """Without the seal, nothing has a checksum: what loads has whole codes and positive scales, and every tensor of the model."""
     hf.save(llama(), tmp_path / "x")
+    (tmp_path / "x" / SUMS).unlink()
     names = llama().state_dict().keys()
 
     def fine(model: nn.Module) -> bool:

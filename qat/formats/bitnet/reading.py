@@ -29,6 +29,7 @@ from qat.formats.dtypes import remember
 from qat.formats.folder import one_line, refuse_depth, refuse_report
 from qat.formats.packed.folder import empty_model
 from qat.formats.packed.manifest import METHOD, VERSION, quant_entry, sealed
+from qat.formats.seal import refuse_altered
 from qat.formats.stored import opened, weight_files
 from qat.quantizers.packing import pack_ternary
 
@@ -62,6 +63,7 @@ def load(folder: str | Path, *, latent: bool = False) -> nn.Module:
     if not online and not latent:
         config.quantization_config = _manifest(layers, quant)
         tensors |= norms
+    refuse_altered(folder)
     model = _build(type(skeleton), config, tensors, folder)
     if online or latent:
         convert(model, quant, include=list(layers))
@@ -94,6 +96,7 @@ def load_master(folder: str | Path) -> nn.Module:
     if not _online(said):
         _decode(tensors, layers, multiplies=said.get("linear_class") == "autobitlinear", latent=True)
     config.__dict__.pop("quantization_config", None)
+    refuse_altered(folder)
     model = _build(type(skeleton), config, tensors, folder)
     remember(model, dtypes)
     return model.eval()

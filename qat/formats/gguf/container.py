@@ -6,7 +6,7 @@ the file, tensors must follow one another without gap or overlap (as llama.cpp d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,10 @@ class GGUFFile:
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
+    places: dict[str, slice] = field(default_factory=dict)
+    """Where the type and value of each metadata key lie in `data`."""
+    data: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    version: int = VERSIONS[-1]
 
     def check_codes(self) -> None:
         """ValueError for a ternary or binary tensor with bytes that no writer produces, or a scale that is not finite."""
@@ -118,13 +122,13 @@ def parse(data: NDArray[np.uint8]) -> GGUFFile:
         raise ValueError(f"version {version} is not supported, only {VERSIONS}")
     tensor_count, pair_count = cursor.scalar("Q", "tensor count"), cursor.scalar("Q", "metadata count")
     cursor.expect(tensor_count * 24 + pair_count * 12, "tensors and metadata")
-    metadata = _read_metadata(cursor, pair_count)
+    metadata, places = _read_metadata(cursor, pair_count)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > len(data):
         raise ValueError(f"general.alignment is {alignment!r}, not a power of two within the file")
     infos = _read_infos(cursor, tensor_count)
     start = _padded(cursor.at, alignment)
-    return GGUFFile(metadata, _locate(data, infos, start, alignment))
+    return GGUFFile(metadata, _locate(data, infos, start, alignment), places, data, version)
 
 
 class _Info(NamedTuple):
@@ -134,14 +138,18 @@ class _Info(NamedTuple):
     offset: int
 
 
-def _read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
+def _read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Any], dict[str, slice]]:
+    """key -> value, and where it lies."""
     metadata: dict[str, Any] = {}
+    places: dict[str, slice] = {}
     for _ in range(count):
         key = cursor.string("a key")
         if key in metadata:
             raise ValueError(f"the key {key!r} appears twice")
+        begin = cursor.at
         metadata[key] = cursor.value(cursor.scalar("I", key), key)
-    return metadata
+        places[key] = slice(begin, cursor.at)
+    return metadata, places
 
 
 def _read_infos(cursor: Cursor, count: int) -> list[_Info]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.formats.gguf import i2s as gguf_i2s
+from qat.formats.gguf import seal
 from qat.formats.gguf.blocks import BLOCKS
 from qat.formats.gguf.container import Tensor, read
 
@@ -52,9 +53,10 @@ def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
     enough for the tokenizer, and as quickly written for a model of any size.
 
     Raises:
-        ValueError: the file is damaged, or holds I2_S.
+        ValueError: the file is damaged or altered, or holds I2_S.
     """
     found = read(file)
+    seal.seal(found).refuse(file)
     for name, tensor in found.tensors.items():
         if tensor.kind == gguf_i2s.NUMBER:
             raise ValueError(f"{file}: {name!r} is I2_S of bitnet.cpp, which neither transformers nor llama.cpp reads")
@@ -65,7 +67,7 @@ def stock_readable(file: str | Path, *, weights: bool = True) -> Iterator[str]:
         name: _half(tensor.shape, found.float32(name)) if tensor.kind in _NEW else tensor
         for name, tensor in (found.tensors.items() if weights else ())
     }
-    metadata = {key: value for key, value in found.metadata.items() if key != "general.architecture"}
+    metadata = {key: value for key, value in found.metadata.items() if key not in ("general.architecture", seal.KEY)}
     with tempfile.TemporaryDirectory(prefix="qat-gguf-") as folder:
         copy = Path(folder, f"{Path(folder).name}.gguf")  # transformers prefers a file of that name in the working directory
         write(copy, found.metadata["general.architecture"], metadata, plain)

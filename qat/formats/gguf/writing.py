@@ -17,7 +17,7 @@ from torch import nn
 from qat.formats.folder import new_file
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import i2s as gguf_i2s
-from qat.formats.gguf import stock
+from qat.formats.gguf import seal, stock
 from qat.formats.gguf import tensors as gguf_tensors
 from qat.formats.gguf.architectures import Architecture, architecture, settings
 from qat.formats.gguf.blocks import BLOCKS
@@ -107,6 +107,7 @@ def save(
     with new_file(target) as partial:
         stock.write(partial, found.name, metadata, tensors)
         tensors.clear()
+        seal.write_sum(partial)
         info["verification"] = check_tensors(partial, gguf_tensors.sources(model, config, found, padding), type, floats)
         if tokenizer is not None:
             info["verification"] |= check_tokenizer(partial, tokenizer, type)
@@ -197,6 +198,7 @@ def _general(
         "general.quantization_version": 2,
         gguf_i2s.ORDER_KEY: gguf_tensors.I2S.get(most),
         gguf_file.WRITER_KEY: __version__,
+        seal.KEY: seal.UNSET,
         "qat.quant": json.dumps({key: value for key, value in quant.items() if key != "backward"}),
     }
     return {key: value for key, value in facts.items() if value}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qat.formats.contents import Codes, Contents, read
+from qat.formats.inspection.seals import seal_of
+from qat.formats.seal import Seal
 
 
 @dataclass
@@ -26,7 +29,12 @@ class Summary:
 
 def inspect(path: str) -> dict[str, Any]:
     """What `path` is, as plain values; ValueError where it is damaged or of no known kind."""
-    found = read(path)
+    return examine(path)[0]
+
+
+def examine(path: str) -> tuple[dict[str, Any], Seal]:
+    """`inspect`, and whether the files are as they were written, which is in words among the values, too."""
+    found, seal = read(path), seal_of(Path(path))
     about: dict[str, Any] = {"path": str(path), "kind": found.kind, "convention": found.convention, **found.facts}
     if found.layers:
         total = _summary(found)
@@ -39,7 +47,7 @@ def inspect(path: str) -> dict[str, Any]:
             "quantized bytes": total.bytes,
         }
     about["other tensors"] = {what: {"count": count, "bytes": size} for what, (count, size) in sorted(found.others.items())}
-    return {**about, "file bytes": found.file_bytes, "readers": found.readers}
+    return {**about, "file bytes": found.file_bytes, "readers": found.readers, "seal": str(seal)}, seal
 
 
 def _summary(found: Contents) -> Summary:

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qat.conversion.walker import listen, unpack
 from qat.formats.packed.manifest import METHOD, describe, parse
+from qat.formats.seal import refuse_altered
 from qat.formats.stored import check_checksums, file_metadata, file_names, read_shapes
 from qat.formats.tensors import packed_layers
 
@@ -150,3 +151,4 @@ def _check_files(files: Sequence[Path], model: nn.Module, stored: Mapping[str, s
     for name, tensor in {**file_names(model, model.state_dict()), **needed}.items():
         if name in found and found[name][1] != list(tensor.shape):
             raise ValueError(f"{name} is {found[name][1]}, but {type(model).__name__} of this config has {list(tensor.shape)}")
+    refuse_altered(files[0].parent)  # last: the others say more

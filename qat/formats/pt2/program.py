@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from qat.formats.folder import new_file, one_line
 from qat.formats.pt2.archive import check_archive
+from qat.formats.pt2.seal import is_ours, mark, seal
 from qat.formats.tensors import packed_layers
 from qat.inference.tiles import TiledLinear  # and with it qat.ops, which the graphs name
 
 KINDS = ("exported", "compiled")
 Runner = Callable[[Tensor], Tensor]
 _MARGIN = 2**20  # the graph, and what compiling writes
-_MARK = "extra/writer"
 
 
 class _Logits(nn.Module):
@@ -99,7 +99,7 @@ def save(
         raise ValueError(f"kind={kind!r} is not allowed; choose one of {', '.join(KINDS)}")
     if target.suffix != ".pt2":
         raise ValueError(f"{file} must end in .pt2")
-    if target.exists() and not _is_ours(target):
+    if target.exists() and not is_ours(target):
         raise ValueError(f"{target} exists and was not written by an export of qat; choose another target or remove it")
     program = trace(model, example)
     with new_file(target) as partial:
@@ -109,8 +109,7 @@ def save(
                 torch.export.save(program, partial)
             else:
                 torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
-            with zipfile.ZipFile(partial, "a") as archive:
-                archive.writestr(zipfile.ZipInfo(f"{target.stem}/{_MARK}"), "qat")  # without the time of day
+            mark(partial, target.stem)
         except Exception as error:  # OSError, or whatever the compiler raised
             raise ValueError(f"cannot write {target}: {one_line(error)}") from error
         if check is not None:
@@ -125,14 +124,6 @@ def _refuse_full_disk(program: torch.export.ExportedProgram, file: Path) -> None
         raise ValueError(f"cannot write {file.name}: it needs {needed + _MARGIN:,} bytes, and the disk has {free:,}")
 
 
-def _is_ours(file: Path) -> bool:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(name.endswith(f"/{_MARK}") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
 def load(file: str | Path) -> Runner:
     """The function that a .pt2 file holds, of either kind. Needs torch and qat.ops only.
 
@@ -140,15 +131,17 @@ def load(file: str | Path) -> Runner:
     which runs with your rights: load only your own.
 
     Raises:
-        ValueError: the file is missing, damaged, holds what no export writes, or was compiled for another machine.
+        ValueError: the file is missing, damaged, altered, holds what no export writes, or was compiled for another machine.
     """
     if not Path(file).is_file():
         raise ValueError(f"{file} is missing")
     try:
         if kind_of(Path(file)) == "compiled":
+            seal(Path(file)).refuse(file)
             runner: Any = torch._inductor.aoti_load_package(str(file))
             return runner
         check_archive(Path(file))
+        seal(Path(file)).refuse(file)
         module: Any = torch.export.load(file).module()
         return module
     except Exception as error:  # zip, JSON, dynamic linker: nearly any class
