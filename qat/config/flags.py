@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-HEADS = ("full", "bf16", "8bit", "6bit")
+HEAD_KINDS = ("full", "bf16", "8bit", "6bit")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="run folder, packed folder, Hugging Face folder, .gguf, hub id, package://NAME/FILE"
     )
-    parser.add_argument("--head", default="full", choices=HEADS, help="bits of the output head: fewer are faster, less exact")
+    parser.add_argument(
+        "--head", default="full", choices=HEAD_KINDS, help="bits of the output head: fewer are faster, less exact"
+    )
     add_trust(parser)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
+HEAD_NAMES = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 HEAD_REASON = "output head, kept in full precision"
 ROUTER_REASON = "MoE router, kept in full precision"

@@ -109,7 +109,7 @@ class Context:
 
     def soft_reason(self, name: str, module: nn.Module) -> str | None:
         """Why a layer should be left alone unless the user names it."""
-        if module is self.head or any(part in roles.HEADS for part in name.split(".")):
+        if module is self.head or any(part in roles.HEAD_NAMES for part in name.split(".")):
             return roles.HEAD_REASON
         return roles.foreign_reason(module) or roles.selector_reason(
             name, module, self.modules, self.counts, self.widths, self.widest

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as write_tensors
 from torch import Tensor, nn
 
+from qat.conversion.layers import packed_layers, parameter_count
 from qat.formats.folder import WEIGHTS, WRITER, read_metadata
-from qat.formats.tensors import packed_layers, parameter_count
 
 INDEX = "model.safetensors.index.json"
 CHECKSUMS = "crc32"

@@ -8,11 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.conversion.layers import full_precision_bf16 as full_precision_bf16
-from qat.conversion.layers import packed_layers as packed_layers
-from qat.conversion.layers import parameter_count as parameter_count
-from qat.conversion.layers import quantized_layers as quantized_layers
-
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict on the CPU, contiguous, each storage once; of tied names the one that is not declared as tied."""

@@ -70,7 +70,7 @@ def ternary_digits(weight: Tensor, digits: int) -> tuple[Tensor, Tensor]:
     return torch.cat(planes, 1), step * 3.0 ** torch.arange(digits)
 
 
-HEADS = {"6bit": 4, "8bit": 5}
+HEAD_DIGITS = {"6bit": 4, "8bit": 5}
 """Name -> ternary digits a weight."""
 
 
@@ -80,8 +80,8 @@ def quantize_head(model: Any, kind: str) -> None:
     Raises:
         ValueError: unknown kind, a model without a linear head, or bf16 without compiled CPU kernels.
     """
-    if kind != "bf16" and kind not in HEADS:
-        raise ValueError(f"--head {kind} is not known; choose one of full, bf16, {', '.join(HEADS)}")
+    if kind != "bf16" and kind not in HEAD_DIGITS:
+        raise ValueError(f"--head {kind} is not known; choose one of full, bf16, {', '.join(HEAD_DIGITS)}")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{type(model).__name__} has no linear output head to be stored in {kind}")
@@ -90,4 +90,4 @@ def quantize_head(model: Any, kind: str) -> None:
         if model.get_output_embeddings() is head:
             raise ValueError("--head bf16 needs the compiled CPU kernels and a float32 model; choose --head full")
         return
-    model.set_output_embeddings(DigitLinear(head, HEADS[kind]))
+    model.set_output_embeddings(DigitLinear(head, HEAD_DIGITS[kind]))

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.config import TrainConfig
-from qat.conversion.layers import bitlinears
-from qat.formats.tensors import full_precision_bf16
+from qat.conversion.layers import bitlinears, full_precision_bf16
 from qat.quantizers.packing import get_layout
 
 MIB = 2**20

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.config import TrainConfig
+from qat.conversion.layers import packed_layers
 from qat.conversion.record import Conversion
 from qat.formats import FORMATS, get_format
 from qat.formats.packed import folder as packed
-from qat.formats.tensors import packed_layers
 from qat.models import hub as models
 from qat.training.stages import Measure
 

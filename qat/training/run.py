@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat.config import TrainConfig
 from qat.conversion import walker as conversion
+from qat.conversion.layers import full_precision_bf16
 from qat.conversion.record import Conversion
 from qat.data import QATData
 from qat.data.opening import open_data, probe_batch, sampled_data
 from qat.formats.dtypes import round_floats
-from qat.formats.tensors import full_precision_bf16
 from qat.models import hub as models
 from qat.reporting import estimate
 from qat.reporting.result import RunResult, read_result

@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen2C
 from transformers.integrations.bitnet import pack_weights
 
 import qat
-from qat.conversion.layers import bitlinears
+from qat.conversion.layers import bitlinears, packed_layers
 from qat.formats.bitnet import reading as bitnet
 from qat.formats.bitnet import writing as hf
-from qat.formats.tensors import packed_layers
 
 IDS = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(0))
 TINY = {**SIZES, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

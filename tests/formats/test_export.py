@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 import qat
+from qat.conversion.layers import packed_layers
 from qat.export import __main__ as verb
 from qat.formats import FORMATS, get_format
 from qat.formats.bitnet import read_back as verification
@@ -23,7 +24,6 @@ from qat.formats.folder import new_folder, read_metadata
 from qat.formats.packed import folder as packed
 from qat.formats.packed.manifest import parse, sealed
 from qat.formats.seal import SUMS
-from qat.formats.tensors import packed_layers
 from qat.metrics.perplexity import windows
 
 SMALL = {

@@ -11,10 +11,10 @@ import transformers
 from gguf_samples import IDS, SMALL, WINDOWS, kinds, packed_model, save
 
 import qat
+from qat.conversion.layers import packed_layers
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import writing as gguf
 from qat.formats.llamacpp import questions as llamacpp
-from qat.formats.tensors import packed_layers
 
 
 def test_mlps_are_padded_and_compute_the_same(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import qat
 from qat import QuantConfig
+from qat.conversion.layers import packed_layers
 from qat.formats.gguf import activations as gguf_activations
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import writing as gguf
 from qat.formats.llamacpp import ggml
 from qat.formats.packed import folder as packed
-from qat.formats.tensors import packed_layers
 from qat.metrics.perplexity import logits_of, windows
 
 IDS = torch.randint(3, 320, (300,), generator=torch.Generator().manual_seed(0))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from gguf_samples import byte_level, packed_model, random_rows, save
 
+from qat.conversion.layers import packed_layers
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import stock
 from qat.formats.gguf.blocks import BLOCKS, encode
-from qat.formats.tensors import packed_layers
 
 
 @pytest.fixture(scope="module")

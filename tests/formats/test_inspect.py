@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import qat
 from qat import inspect as verb
+from qat.conversion.layers import packed_layers
 from qat.formats.bitnet import writing as hf
 from qat.formats.packed import folder as packed
-from qat.formats.tensors import packed_layers
 
 TINY = {
     "vocab_size": 32,

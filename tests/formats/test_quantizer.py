@@ -25,11 +25,10 @@ from transformers import (
 )
 
 import qat
-from qat.conversion.layers import bitlinears
+from qat.conversion.layers import bitlinears, packed_layers
 from qat.formats.packed import folder as packed
 from qat.formats.packed.manifest import parse
 from qat.formats.seal import SUMS
-from qat.formats.tensors import packed_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -95,7 +95,7 @@ def test_heads_in_fewer_bits_stay_near(kind, error):
     torch.manual_seed(0)
     linear = nn.Linear(96, 64).requires_grad_(False)
     x = torch.randn(2, 5, 96)
-    head = digits.DigitLinear(linear, digits.HEADS[kind])
+    head = digits.DigitLinear(linear, digits.HEAD_DIGITS[kind])
     difference = (head(x) - linear(x)).norm() / linear(x).norm()
     assert head(x).shape == (2, 5, 64) and 0 < difference < error
 
@@ -112,7 +112,7 @@ def test_ternary_digits_are_the_nearest_multiples():
 def test_an_unknown_head_is_refused(tiny_model):
     with pytest.raises(ValueError, match="choose one of full, bf16, 6bit, 8bit"):
         digits.quantize_head(packed_model(tiny_model), "int3")
-    assert {"full", "bf16", *digits.HEADS} == set(verb.HEADS)
+    assert {"full", "bf16", *digits.HEAD_DIGITS} == set(verb.HEAD_KINDS)
 
 
 def test_a_head_leaves_the_tied_embedding_alone(tiny_model):

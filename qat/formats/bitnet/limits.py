@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from qat.config import QuantConfig
+from qat.conversion.layers import quantized_layers
 from qat.formats.bitnet.tensors import ROWS_A_BYTE, float_tensors
 from qat.formats.packed.folder import empty_model, transformers_config
 from qat.formats.padding import Padding, plan
-from qat.formats.tensors import quantized_layers
 from qat.quantizers.record import KINDS
 
 _STOCK_EPS = 1e-5

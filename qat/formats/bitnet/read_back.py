@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat.conversion.layers import packed_layers
 from qat.formats.code import is_custom
 from qat.formats.reader import Reader
-from qat.formats.tensors import packed_layers
 from qat.metrics.agreement import beyond, relative_error
 from qat.metrics.perplexity import Window, exp_mean, log_likelihood, logits_of
 

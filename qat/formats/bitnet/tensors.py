@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qat.conversion.layers import packed_layers, quantized_layers
 from qat.formats.dtypes import as_stored
 from qat.formats.padding import Padding
-from qat.formats.tensors import packed_layers, quantized_layers, unique_tensors
+from qat.formats.tensors import unique_tensors
 
 ROWS_A_BYTE = 4
 

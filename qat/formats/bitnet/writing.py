@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.conversion.layers import packed_layers, quantized_layers
 from qat.formats.bitnet import limits
 from qat.formats.bitnet.limits import mlp_padding, not_converted, stock_skeleton
 from qat.formats.bitnet.read_back import read_back as read_back
@@ -31,7 +32,6 @@ from qat.formats.folder import WEIGHTS, WRITER, new_folder
 from qat.formats.packed.folder import save_config, transformers_config
 from qat.formats.padding import Padding
 from qat.formats.stored import save_file
-from qat.formats.tensors import packed_layers, quantized_layers
 from qat.nn.bitlinear import BitLinear
 
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
@@ -63,7 +63,7 @@ def save(
         linear_class: `bitlinear` (the default of readers) or `autobitlinear`.
         floats: in which dtype what is not quantized is stored, of `qat.targets.FLOATS`; the config says float32, as it is loaded.
         card: facts of the model card, see `qat.formats.card.model_card`, or a function that gives them for what `check` returned.
-        check: called with the finished folder before it gets its name, such as `verify`; if it raises, nothing is left.
+        check: called with the finished folder before it gets its name, such as `read_back`; if it raises, nothing is left.
 
     Returns:
         {"folder", "linear_class", "bytes": of the weights file, "padding": one sentence, if MLPs were padded,

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.conversion.layers import packed_layers
 from qat.formats.gguf.architectures import Names, architecture
 from qat.formats.gguf.blocks import BLOCKS
 from qat.formats.gguf.container import GGUFFile
 from qat.formats.packed.folder import transformers_config
-from qat.formats.tensors import packed_layers
 
 _SEED = 0
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from qat.conversion.layers import packed_layers
 from qat.formats.bitnet.tensors import float_tensors
 from qat.formats.gguf import i2s as gguf_i2s
 from qat.formats.gguf.architectures import Architecture, Names, rope_factors
@@ -24,7 +25,6 @@ from qat.formats.gguf.blocks import BLOCKS, encode
 from qat.formats.gguf.container import Tensor, block_size
 from qat.formats.llamacpp import ggml
 from qat.formats.padding import Padding
-from qat.formats.tensors import packed_layers
 from qat.nn.packed import PackedBitLinear
 
 I2S = {"i2_s": "x86", "i2_s_arm": "arm"}

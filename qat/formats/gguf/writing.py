@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.conversion.layers import packed_layers, quantized_layers
 from qat.formats.folder import new_file
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import i2s as gguf_i2s
@@ -30,7 +31,6 @@ from qat.formats.gguf.tokenizer import vocabulary
 from qat.formats.packed.folder import transformers_config
 from qat.formats.packed.manifest import quant_entry
 from qat.formats.padding import Padding, plan
-from qat.formats.tensors import packed_layers, quantized_layers
 from qat.nn.bitlinear import BitLinear
 
 Card = Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -81,7 +81,7 @@ def save(
         floats: of embeddings, head and layers that are not quantized: one of `gguf_tensors.FLOATS`. Vectors stay float32.
         pre_tokenizer: llama.cpp's name of the tokenizer's text split, where it is not recognized.
         card: `name`, `base_model`, `license` are written as the file's metadata; a function is called with {} for them.
-        check: called with the finished file before it gets its name, such as `verify`; if it raises, nothing is left.
+        check: called with the finished file before it gets its name, such as `read_back`; if it raises, nothing is left.
 
     Returns:
         {"file", "bytes", "types": lines on which type was chosen and why, "scale_rounding": largest relative change of a scale by

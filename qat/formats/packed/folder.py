@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
+from qat.conversion.layers import full_precision_bf16, packed_layers
 from qat.conversion.record import Conversion
 from qat.formats import upstream
 from qat.formats.code import check_trust, save_code
@@ -37,7 +38,7 @@ from qat.formats.stored import (
     stored_bytes,
     weight_files,
 )
-from qat.formats.tensors import byte_count, check_finite, check_tensors, full_precision_bf16, packed_layers, unique_tensors
+from qat.formats.tensors import byte_count, check_finite, check_tensors, unique_tensors
 
 
 def save(

@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from qat.config import QuantConfig
+from qat.conversion.layers import packed_layers
 from qat.conversion.record import Conversion
-from qat.formats.tensors import packed_layers
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
 from qat.quantizers.packing import get_layout

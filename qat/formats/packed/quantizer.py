@@ -20,11 +20,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.conversion.layers import packed_layers
 from qat.conversion.walker import listen, unpack
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.seal import refuse_altered
 from qat.formats.stored import check_checksums, file_metadata, file_names, read_shapes
-from qat.formats.tensors import packed_layers
 
 
 @register_quantization_config(METHOD)

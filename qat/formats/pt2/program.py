@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.conversion.layers import packed_layers
 from qat.formats.folder import new_file, one_line
 from qat.formats.pt2.archive import check_archive
 from qat.formats.pt2.seal import is_ours, mark, seal
-from qat.formats.tensors import packed_layers
 from qat.inference.tiles import TiledLinear  # and with it qat.ops, which the graphs name
 
 KINDS = ("exported", "compiled")

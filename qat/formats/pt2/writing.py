@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from qat.conversion.layers import quantized_layers
 from qat.formats.pt2 import program as aoti
 from qat.formats.pt2.read_back import read_back as read_back
 from qat.formats.pt2.read_back import recorded as recorded
 from qat.formats.pt2.read_back import report as report
-from qat.formats.tensors import quantized_layers
 
 
 def unsupported(model: nn.Module, tokenizer: Any = None, *, kind: str = "exported") -> str | None:
@@ -34,7 +34,7 @@ def save(
     Args:
         file: NAME.pt2; replaced if an earlier export wrote it.
         kind: of `qat.formats.pt2.program.KINDS`.
-        check: called with the finished file before it gets its name, such as `verify`; if it raises, nothing is left.
+        check: called with the finished file before it gets its name, such as `read_back`; if it raises, nothing is left.
 
     Returns:
         {"file", "kind", "bytes", "verification": what `check` returned}.
