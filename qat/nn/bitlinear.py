@@ -80,6 +80,11 @@ class BitLinear(nn.Linear):
         layer.reset_quantizer()
         return layer.train(linear.training)
 
+    def reset_parameters(self) -> None:
+        """As nn.Linear; nothing on meta, where layers are made to hold other layers' parameters: torch takes its time over it."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def set_lambda(self, value: float) -> None:
         """Blend quantization in: W + lambda (Q(W) - W), activations likewise. 1 is plain quantization.
 
