@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import permutations
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,7 @@ def selector_reason(
         return ROUTER_REASON
     above = [modules[one] for one in _ancestors(name)][:2]
     experts = {len(child) for one in above for child in one.children() if _are_experts(one, child)}  # type: ignore[arg-type]
+    experts |= {len(child) for child in above[0].children() if _are_alike(child)} if above else set()  # type: ignore[arg-type]
     if n in experts and n < k:
         return f"{ROUTER_REASON} ({n} outputs for {n} experts)"
     if any("indexer" in type(one).__name__.lower() for one in map(modules.__getitem__, _ancestors(name))):
@@ -62,6 +64,11 @@ def _ancestors(name: str) -> list[str]:
 def _are_experts(parent: nn.Module, child: nn.Module) -> bool:
     names = [name for name, module in parent.named_children() if module is child]
     return isinstance(child, nn.ModuleList) and any("expert" in name for name in names)
+
+
+def _are_alike(child: nn.Module) -> bool:
+    """Several branches of one kind, beside a layer with an output for each."""
+    return isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(one) for one in child}) == 1
 
 
 def _is_count(key: str, value: object) -> bool:
@@ -119,12 +126,27 @@ def adapter_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
     return None
 
 
+def low_rank_reason(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Three linear layers that are all of a module's, [N, K], [r, K] and [N, r] of a small r: the adapter goes by any name."""
+    parent = modules.get(name.rpartition(".")[0])
+    if parent is None or isinstance(parent, nn.Sequential | nn.ModuleList):  # a chain of layers, in which none lies over another
+        return None
+    shapes = [child.weight.shape for child in parent.children() if isinstance(child, nn.Linear)]
+    if len(shapes) != 3:
+        return None
+    for (n, k), (r, inputs), (outputs, rank) in permutations(shapes):
+        if (n, k, r) == (outputs, inputs, rank) and r * NARROW <= min(n, k):
+            return ADAPTER_REASON
+    return None
+
+
 def towers(model: nn.Module) -> dict[str, str]:
     """Modules (name -> what they read) of another modality than the text that the model is for; {} for a model of one."""
     config = getattr(model, "config", None)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        return {}
     text = _text_config(config)
+    mixed = text is not config and type(text) is not type(config)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" and not mixed:
+        return {}
     inner = [value for value in vars(config).values() if hasattr(value, "to_dict")] if config is not None else []
     others = tuple({type(one) for one in inner if type(one) not in (type(text), type(config))})
     found: dict[str, str] = {}

@@ -111,8 +111,10 @@ class Context:
         """Why a layer should be left alone unless the user names it."""
         if module is self.head or any(part in roles.HEAD_NAMES for part in name.split(".")):
             return roles.HEAD_REASON
-        return roles.foreign_reason(module) or roles.selector_reason(
-            name, module, self.modules, self.counts, self.widths, self.widest
+        return (
+            roles.foreign_reason(module)
+            or roles.low_rank_reason(name, self.modules)
+            or roles.selector_reason(name, module, self.modules, self.counts, self.widths, self.widest)
         )
 
     def reader_reason(self, name: str) -> str | None:
