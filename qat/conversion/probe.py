@@ -25,6 +25,10 @@ ROWS = 64
 """Of each layer, which are packed for comparison."""
 NOT_CALLED = "not called in the probe: nothing would train it"
 NO_GRADIENT = "its weight got no gradient in the probe: nothing would train it"
+NOT_IN_TRAINING = "called in eval mode only: nothing would train it"
+FROZEN = "frozen (requires_grad=False) while other layers are trained: nothing would train it"
+DRAWS = 8
+"""Passes in training mode, of which each may drop layers at random."""
 
 
 @dataclass
@@ -52,6 +56,10 @@ class Findings:
             return NOT_CALLED
         if not seen.gradient:
             return NO_GRADIENT
+        if not seen.in_training:
+            return NOT_IN_TRAINING
+        if seen.frozen:
+            return FROZEN
         if seen.decides:
             return f"a selector, kept in full precision: {seen.decides}"
         return None
@@ -105,9 +113,9 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> Fi
     args, kwargs = arguments(model, batch)
     with torch.inference_mode(False), untouched(model), _eager():
         seen = _watch(model, dict(layers), args, kwargs)
-    with torch.no_grad(), untouched(model), _eager():
-        model.eval()
-        cached = cached_step(model, kwargs.get("input_ids", args[0] if args else None))
+        with torch.no_grad():
+            model.eval()
+            cached = cached_step(model, kwargs.get("input_ids", args[0] if args else None))
     found = Findings(seen, cached)
     found.follow_feeds(layers)
     return found
@@ -144,26 +152,42 @@ def _eager() -> Iterator[None]:
 
 
 def _watch(model: nn.Module, layers: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Seen]:
-    """Without dropout first; where that leaves layers open, as in training, too: auxiliary heads run only there."""
-    errors: list[Exception] = []
+    """Without dropout first, then as in training: some layers are called, or read by others, only there.
+
+    The second pass goes backward only where the first left layers open: auxiliary heads, for one, run only in training.
+    """
     watch = Watch(layers)
     handles = _note_gradients(model, watch)
     try:
-        for training in (False, True):
-            model.train(training)
-            try:
-                with watch, torch.enable_grad():
-                    _backward(model(*args, **kwargs))
-            except Exception as error:  # whatever the model raises
-                errors.append(error)
-            if not errors and all(seen.called and seen.gradient for seen in watch.seen.values()):
+        first = _pass(model, watch, args, kwargs, training=False)
+        second = _pass(model, watch, args, kwargs, training=True)
+        for _ in range(DRAWS - 1):
+            if second is not None or all(seen.in_training for seen in watch.seen.values() if seen.called):
                 break
+            second = _pass(model, watch, args, kwargs, training=True)
     finally:
         for handle in handles:
             handle.remove()
-    if len(errors) == 2:
-        raise ValueError(f"probe: {type(model).__name__} cannot run this batch: {errors[0]}") from errors[0]
+    if first is not None and second is not None:
+        raise ValueError(f"probe: {type(model).__name__} cannot run this batch: {first}") from first
+    if second is not None:
+        for seen in watch.seen.values():
+            seen.in_training = True
     return watch.seen
+
+
+def _pass(model: nn.Module, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Exception | None:
+    """One pass under watch, backward too while layers are open; what the model raised."""
+    model.train(training)
+    watch.training = training
+    try:
+        with watch, torch.enable_grad():
+            output = model(*args, **kwargs)
+            if not all(seen.called and seen.gradient for seen in watch.seen.values()):
+                _backward(output)
+    except Exception as error:  # whatever the model raises
+        return error
+    return None
 
 
 def _note_gradients(model: nn.Module, watch: Watch) -> list[Any]:
@@ -230,11 +254,11 @@ def cached_step(model: Any, ids: Tensor | None) -> bool | str:
             token = ids[:, i : i + 1 or None]
             output = model(input_ids=token, past_key_values=cache, use_cache=True)
             cache = output["past_key_values"]
-        whole = model(input_ids=ids, use_cache=False)["logits"][0, -1]
+        step, whole = output["logits"][0, -1], model(input_ids=ids, use_cache=False)["logits"][0, -1]
         forgot = model(input_ids=ids[:, -1:], use_cache=False)["logits"][0, -1]
     except Exception as error:  # whatever the model raises
         return f"a cached step fails: {str(error).partition(chr(10))[0]}"
-    return same_step(output["logits"][0, -1], whole, forgot) or "a cached step gives other logits than the full forward"
+    return same_step(step, whole, forgot) or "a cached step gives other logits than the full forward"
 
 
 def same_step(step: Tensor, whole: Tensor, forgot: Tensor) -> bool:

@@ -38,11 +38,13 @@ _RESHAPES = re.compile(
     r"|split_with_sizes|tensor_split"
 )
 _RESCALES = re.compile(
-    r"sigmoid|softmax|log_softmax|relu|softplus|logsigmoid|exp|neg|clamp|abs|masked_fill|add|sub|mul|div|truediv|cumsum|pad"
-    r"|radd|rsub|rmul|iadd|isub|imul|itruediv|sum"
+    r"sigmoid|softmax|log_softmax|relu|softplus|logsigmoid|log_sigmoid|exp|exp2|neg|clamp|clamp_min|clamp_max|abs|masked_fill"
+    r"|add|sub|mul|div|true_divide|truediv|cumsum|pad|radd|rsub|rmul|iadd|isub|imul|itruediv|sum|log|log1p|tanh|silu|gelu"
+    r"|hardsigmoid|pow|square|sqrt|where|minimum|maximum|normalize"
 )
 _PICKS = re.compile(r"topk|argmax|argsort|sort|kthvalue|multinomial|one_hot|gumbel_softmax")
-_WEIGHS = re.compile(r"softmax|log_softmax|sigmoid|softplus|logsigmoid|exp|gumbel_softmax|tanh")
+_WEIGHS = re.compile(r"softmax|log_softmax|sigmoid|softplus|logsigmoid|log_sigmoid|exp|exp2|gumbel_softmax|tanh|hardsigmoid")
+_DECAYS = re.compile(r"exp|exp2|cumprod")
 NARROW = 4  # a layer's inputs for one output, from which it is narrow
 
 
@@ -52,6 +54,10 @@ class Seen:
 
     called: bool = False
     gradient: bool = False
+    in_training: bool = False
+    """Whether it was called in training mode; true where that was not to be seen."""
+    frozen: bool = False
+    """Not trained, in a model that trains other layers."""
     reader: str = ""
     """Who read its weight while its forward was not running."""
     decides: str = ""
@@ -70,7 +76,11 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.layers, self.seen = layers, {name: Seen() for name in layers}
+        frozen = {name for name, layer in layers.items() if not layer.weight.requires_grad}
+        some = len(frozen) < len(layers)
+        self.layers, self.seen = layers, {name: Seen(frozen=some and name in frozen) for name in layers}
+        self.training = False
+        """Whether the run that is watched is one in training mode."""
         self._running: list[str] = []
         self._owners: dict[int, list[str]] = {}
         self._marks: dict[int, tuple[Tensor, frozenset[Mark]]] = {}  # with the tensor, so that its id is not used again
@@ -107,6 +117,7 @@ class Watch(TorchFunctionMode):
                 return
             seen = self.seen[name]
             seen.called = True
+            seen.in_training = seen.in_training or self.training
             if seen.input is None:
                 seen.input = x.detach().reshape(-1, x.shape[-1])[:ROWS].clone()
             for source, whole in self._marked(x):
@@ -140,7 +151,7 @@ class Watch(TorchFunctionMode):
         operands = list(_tensors(args))
         marks = frozenset[Mark]().union(*map(self._marked, operands))
         if marks:
-            self._note_decisions(function, marks)
+            self._note_decisions(function, marks, function == "max" and _one_of_each_row(operands, output))
         follows = _RESHAPES.fullmatch(function) or _RESCALES.fullmatch(function)
         if not follows or not all(self._marked(one) or self._constant(one) for one in operands):
             return
@@ -153,15 +164,15 @@ class Watch(TorchFunctionMode):
         found = self._marks.get(id(tensor))
         return tensor.is_leaf or not tensor.requires_grad or (found is not None and found[0] is tensor and not found[1])
 
-    def _note_decisions(self, function: str, marks: frozenset[Mark]) -> None:
+    def _note_decisions(self, function: str, marks: frozenset[Mark], largest: bool) -> None:
         for name, whole in marks:
             n, k = self.layers[name].weight.shape  # type: ignore[misc]
             narrow = n * NARROW <= k
-            if _PICKS.fullmatch(function) and (narrow or (whole and n < k)):
+            if (_PICKS.fullmatch(function) or largest) and (narrow or (whole and n < k)):
                 self._decide(name, f"its output is picked from ({function})")
             elif _WEIGHS.fullmatch(function) and narrow:
                 self._decide(name, f"{n} numbers for {k} that weigh something ({function})")
-            elif function == "exp" and whole:
+            elif _DECAYS.fullmatch(function) and whole:
                 self._decide(name, "its output is exponentiated: a decay or a scale")
 
     def _decide(self, name: str, words: str) -> None:
@@ -179,6 +190,15 @@ class Watch(TorchFunctionMode):
 def _name_of(func: Any) -> str:
     name = func.__name__ if hasattr(func, "__name__") else str(func)
     return (func.__self__.__name__ if name in ("__get__", "__set__") else name).strip("_")
+
+
+def _one_of_each_row(operands: list[Tensor], output: Any) -> bool:
+    """Whether a maximum is taken over the last dimension, and where it lies is given, too: over tokens it would pool."""
+    return (
+        isinstance(output, tuple)
+        and output[0].numel() * operands[0].shape[-1] == operands[0].numel()
+        and (output[0].shape in (operands[0].shape[:-1], (*operands[0].shape[:-1], 1)))
+    )
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

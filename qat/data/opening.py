@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,9 +41,13 @@ def sampled_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, base: 
 PROBE_TOKENS = 32
 
 
-def probe_batch(data: QATData | None, base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What conversion probes the model with, input_ids int64 [1, T]: training's first tokens, or any where it writes its own."""
+def probe_batch(data: QATData | None, base: PreTrainedModel) -> dict[str, Any]:
+    """What conversion probes the model with, input_ids int64 [1, T]: training's first tokens, or any where it writes its own.
+
+    Without a cache, as in training: some models do not run with theirs.
+    """
     if data is not None:
-        return {"input_ids": data.train[0]["input_ids"][None, :PROBE_TOKENS]}
+        return {"input_ids": data.train[0]["input_ids"][None, :PROBE_TOKENS], "use_cache": False}
     length = min(PROBE_TOKENS, context_length(base) or PROBE_TOKENS)
-    return {"input_ids": torch.randint(embedding_rows(base), (1, length), generator=torch.Generator().manual_seed(0))}
+    ids = torch.randint(embedding_rows(base), (1, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "use_cache": False}
