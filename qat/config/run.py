@@ -16,6 +16,7 @@ from qat.config.model import ModelConfig
 from qat.config.optim import OptimConfig
 from qat.config.quant import QuantConfig
 from qat.config.trainer import TrainerConfig
+from qat.storage import local
 from qat.targets import refuse_file_name
 
 
@@ -33,7 +34,8 @@ class RunConfig:
         if self.name in (".", "..") or Path(self.name).name != self.name or len(os.fsencode(self.name)) > 200:
             allowed = "a plain name of at most 200 bytes, without folders (use run.dir)"
             raise ValueError(f"run.name={self.name!r} is not allowed; it must be {allowed}")
-        if self.dir is not None:
+        if self.dir:
+            self.dir = str(local(self.dir))
             refuse_file_name(Path(self.dir))
 
 
@@ -66,6 +68,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types("", self)
+        if self.resume:
+            self.resume = str(local(self.resume))
         at_least("seed", self.seed, 0, most=2**32 - 1)
 
     def check(self) -> None:
@@ -87,7 +91,7 @@ class TrainConfig:
             )
         for key in ("train", "valid"):
             name = getattr(self.data, key)
-            if name and Path(name).suffix in (".txt", ".jsonl", ".parquet") and not Path(name).expanduser().is_file():
+            if name and Path(name).suffix in (".txt", ".jsonl", ".parquet") and not local(name).is_file():
                 raise ValueError(f"data.{key}={name!r}: there is no such file")
         if self.data.kind != "selfgen" and not self.data.train:
             raise ValueError(

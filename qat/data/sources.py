@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat.data.records import checked_text, read_records
+from qat.storage import local
 
 PIECE = 1 << 20  # characters
 BUILTIN = "pydoc_data.topics"
@@ -39,13 +40,13 @@ class Source:
     @property
     def is_file(self) -> bool:
         """A name that looks like a file and is missing is an error here, not a download."""
-        path = Path(self.name).expanduser()
+        path = local(self.name)
         looks_local = self.name.startswith((".", "/", "~")) or path.suffix.lower() in _FILES + _NOT_READ
         return self.name != BUILTIN and (looks_local or path.exists())
 
     def file(self) -> Path:
         """The path, checked. Raises ValueError where it is missing, a folder, or of a kind that is not read."""
-        path = Path(self.name).expanduser()
+        path = local(self.name)
         if not path.exists():
             raise ValueError(f"data: there is no file {self.name!r}")
         if path.is_dir():

@@ -22,7 +22,7 @@ import numpy as np
 
 from qat.data.seams import encode_pieces
 from qat.data.sources import BUILTIN, Source, read_documents
-from qat.storage import new_file, write_text
+from qat.storage import local, new_file, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ _BLOCK = 1 << 24  # bytes read at once for the checksum
 
 def cache_folder(configured: str | None) -> Path:
     """`data.cache_dir`, else $QAT_CACHE, else ~/.cache/qat."""
-    return Path(configured or os.environ.get("QAT_CACHE") or "~/.cache/qat").expanduser()
+    return local(configured or os.environ.get("QAT_CACHE") or "~/.cache/qat")
 
 
 def key(*parts: Any) -> str:

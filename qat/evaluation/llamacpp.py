@@ -7,7 +7,6 @@ that a user of the file gets. It gives logits and nothing from inside: layers, s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,7 @@ from qat.formats.llamacpp import questions as llamacpp
 from qat.metrics.perplexity import Window
 from qat.models.any import Loaded
 from qat.models.hub import load_tokenizer, resolve
+from qat.storage import local
 
 
 def choose_reader(path: str, reader: str, needs_pytorch: Sequence[str]) -> str | None:
@@ -77,7 +77,7 @@ class LlamaCppModel(nn.Module):
 
 def load(path: str) -> Loaded:
     """A .gguf file in llama.cpp, with the tokenizer that transformers reads from it. Errors as `load_tokenizer`."""
-    if not path.startswith("package://") and not Path(path).expanduser().is_file():
+    if not path.startswith("package://") and not local(path).is_file():
         raise ValueError(f"{path}: there is no such file")
     return Loaded(
         LlamaCppModel(resolve(path)),

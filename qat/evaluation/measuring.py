@@ -18,6 +18,7 @@ from qat.inference.decode import Decoder, greedy
 from qat.metrics.agreement import agreement, layer_errors
 from qat.metrics.perplexity import Window, exp_mean, log_likelihood, windows
 from qat.models.any import Loaded, load
+from qat.storage import local
 
 _PROMPT_TOKENS = 32
 
@@ -112,7 +113,7 @@ def _on_text(
     batches = list(windows(tokens, context, stride, batch_size))
     own = getattr(found.model, "log_likelihood", None)  # of a model that runs elsewhere
     total, scored = own(batches) if own else log_likelihood(found.model, batches)
-    name = Path(asked.text).name if Path(asked.text).expanduser().exists() else asked.text
+    name = Path(asked.text).name if local(asked.text).exists() else asked.text
     result = {"perplexity": exp_mean(total, scored), "text": name, "context": context, "stride": stride}
     result |= {"tokens": len(tokens), "scored_tokens": scored}
     if len(tokens) < context:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from qat.models.any import Loaded
+from qat.storage import local
 
 DATA = "QAT_TASK_DATA"
 
@@ -32,7 +32,7 @@ def run_tasks(
         ValueError: lm-eval is not installed, a folder is missing, a task is unknown or cannot be run; with what is allowed.
     """
     for name, folder in (("--include-path", include_path), ("--task-data", data)):
-        if folder is not None and not Path(folder).expanduser().is_dir():
+        if folder is not None and not local(folder).is_dir():
             raise ValueError(f"{name} {folder}: there is no such folder")
     lm_eval, manager = _harness(include_path)
     known = set(manager.all_tasks)
@@ -68,7 +68,7 @@ def _harness(include_path: str | None) -> tuple[Any, Any]:
     import logging
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folder = None if include_path is None else str(Path(include_path).expanduser())
+    folder = None if include_path is None else str(local(include_path))
     return lm_eval, TaskManager(include_path=folder, include_defaults=folder is None)
 
 
@@ -81,7 +81,7 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
 def _data_folder(folder: str | None) -> Iterator[None]:
     before = os.environ.get(DATA)
     if folder is not None:
-        os.environ[DATA] = str(Path(folder).expanduser().resolve())
+        os.environ[DATA] = str(local(folder).resolve())
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qat.formats import FORMATS, get_format
 from qat.models.any import packed_folder
+from qat.storage import local
 from qat.targets import format_for
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def export(
     windows = _windows(model, tokenizer, text, max_tokens)
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
     facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
-    replaced = Path(out).expanduser().exists()
+    replaced = local(out).exists()
     info = writer.save(
         model, out, tokenizer, **given, card=facts, check=lambda new: writer.read_back(new, model, probes, windows)
     )

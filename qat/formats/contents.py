@@ -23,6 +23,7 @@ from qat.formats.packed.manifest import METHOD, parse
 from qat.formats.stored import INDEX, check_checksums, opened, own_tensors, read_shapes, stored_bytes, weight_files
 from qat.quantizers.packing import unpack_ternary
 from qat.quantizers.scales import scale_shape
+from qat.storage import local
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read(path: str | Path) -> Contents:
     Raises:
         ValueError: nothing is there, it is damaged, or it is of no kind in KINDS.
     """
-    path = Path(path).expanduser()
+    path = local(path)
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder")
     if path.is_file() and path.name == WEIGHTS and (path.parent / "config.json").is_file():

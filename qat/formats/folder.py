@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from qat import storage
 from qat.formats.seal import SUMS, write_sums
+from qat.storage import local
 from qat.targets import refuse_file_name
 
 WEIGHTS = "model.safetensors"
@@ -48,7 +49,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: `folder` holds something that is not ours to overwrite, or the disk refuses a write.
     """
-    target = Path(folder).expanduser().absolute()
+    target = local(folder).absolute()
     _refuse_foreign(target)
 
     def check(partial: Path) -> None:
@@ -67,7 +68,7 @@ def new_file(file: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: the disk refuses a write.
     """
-    target = Path(file).expanduser().absolute()
+    target = local(file).absolute()
     with _refusals(target), storage.new_file(target) as partial:
         yield partial
 

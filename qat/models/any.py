@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qat.storage import local
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -34,7 +36,7 @@ def load(path: str, *, trust_remote_code: bool = False) -> Loaded:
         ValueError: it cannot be loaded, a stock folder's keys do not fit its model, or it brings code that is not trusted.
     """
     trust = trust_remote_code
-    folder = Path(path).expanduser()
+    folder = local(path)
     _refuse_missing(path, folder)
     if (folder / "packed").is_dir():  # where it is damaged, loading names the file
         return _load_packed(folder / "packed", f"packed model of the run {folder}", trust)
@@ -51,7 +53,7 @@ def packed_folder(run: str) -> Path:
     """The packed folder of a run, or `run` itself where it is one; ValueError otherwise."""
     from qat.formats.packed.folder import is_packed
 
-    folder = Path(run).expanduser()
+    folder = local(run)
     if not folder.is_dir():
         raise ValueError(f"RUN={run!r}: there is no such folder")
     inner = folder / "packed"

@@ -12,6 +12,7 @@ from urllib.request import getproxies
 
 from qat.config import ModelConfig
 from qat.formats.gguf import stock
+from qat.storage import local
 
 TRUST = "model.trust_remote_code=true (qat.train) or --trust-remote-code (the other verbs)"
 _INSTALL = {
@@ -28,10 +29,10 @@ def resolve(path: str) -> str:
     """
     if path.startswith("package://"):
         return _in_package(path)
-    local = Path(path).expanduser()
-    if local.exists():
-        return str(local)
-    if path.startswith((".", "/", "~")) or local.suffix in (".gguf", ".npz"):
+    found = local(path)
+    if found.exists():
+        return str(found)
+    if path.startswith((".", "/", "~")) or found.suffix in (".gguf", ".npz"):
         raise ValueError(f"model.path={path!r}: there is no such file or folder")
     return path
 

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, whatever ends the process; the standard library alone."""
 
+from qat.storage.paths import local as local
 from qat.storage.whole import new_file as new_file
 from qat.storage.whole import new_folder as new_folder
 from qat.storage.whole import repair as repair

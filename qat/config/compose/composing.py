@@ -22,6 +22,7 @@ from qat.config.compose.errors import first_lines
 from qat.config.compose.keys import config_folder
 from qat.config.compose.register import register
 from qat.config.run import TrainConfig
+from qat.storage import local
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _numbered(config: TrainConfig, number: int | None) -> TrainConfig:
 
 
 def compose_config(name: str, settings: Sequence[str], config_dir: str | None) -> DictConfig:
-    search = [f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()!r}]"] if config_dir else []
+    search = [f"hydra.searchpath=[{local(config_dir).resolve().as_uri()!r}]"] if config_dir else []
     with one_line(), initialize_config_dir(str(config_folder("conf")), version_base="1.3"):
         return compose(name, [*settings, *search], return_hydra_config=True)
 

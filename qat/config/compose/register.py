@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from qat.config.compose.keys import config_folder
 from qat.config.compose.yaml_files import read_yaml
 from qat.config.run import TrainConfig
+from qat.storage import local
 
 GLOBAL = "# @package _global_"
 
@@ -42,9 +43,9 @@ def _chosen(settings: Sequence[str], group: str, name: str) -> bool:
 
 
 def _existing(folder: str) -> Path:
-    if not Path(folder).is_dir():
+    if not local(folder).is_dir():
         raise ValueError(f"--config-dir {folder}: there is no such folder")
-    return Path(folder)
+    return local(folder)
 
 
 def _check_file(file: Path) -> None:

@@ -32,6 +32,7 @@ from qat.formats.packed.folder import transformers_config
 from qat.formats.packed.manifest import quant_entry
 from qat.formats.padding import Padding, plan
 from qat.nn.bitlinear import BitLinear
+from qat.storage import local
 
 Card = Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]]
 Choices = dict[str, tuple[str, str]]
@@ -92,7 +93,7 @@ def save(
             differs, or the disk refuses.
     """
     _check_options(type, floats)
-    target = Path(file).expanduser().absolute()
+    target = local(file).absolute()
     _refuse_foreign(target)
     _refuse_unpacked(model)
     found, config, padding = _plan(model, type)

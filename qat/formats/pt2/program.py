@@ -29,6 +29,7 @@ from qat.formats.folder import new_file, one_line
 from qat.formats.pt2.archive import check_archive
 from qat.formats.pt2.seal import is_ours, mark, seal
 from qat.inference.tiles import TiledLinear  # and with it qat.ops, which the graphs name
+from qat.storage import local
 
 KINDS = ("exported", "compiled")
 Runner = Callable[[Tensor], Tensor]
@@ -94,7 +95,7 @@ def save(
         ValueError: unknown kind, another suffix than .pt2, a foreign file in the way, a model that cannot be traced or compiled,
             a disk that refuses.
     """
-    target = Path(file).expanduser()
+    target = local(file)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not allowed; choose one of {', '.join(KINDS)}")
     if target.suffix != ".pt2":
