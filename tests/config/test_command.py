@@ -113,6 +113,7 @@ def test_cfg_shows_the_job(ran: list[TrainConfig], capsys: pytest.CaptureFixture
         (["recipe=typo", "--cfg", "job"], "recipe/typo"),
         (["-m", "recipe=quickstart", "seed=["], "cannot be read"),
         (["resume=nowhere"], "config.yaml is missing"),
+        (["resume="], "resume= names no folder"),
         (["resume=nowhere", "-m"], "-m does not go with resume="),
         (["resume=nowhere", "--config-dir", "."], "--config-dir does not go with resume="),
         (["recipe=quickstart", "--config-dir", "nowhere"], "no such folder"),

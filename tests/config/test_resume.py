@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qat.config import ModelConfig, QuantConfig, TrainConfig
+from qat.config import ModelConfig, QuantConfig, RunConfig, TrainConfig
 from qat.config.compose.resume import ALLOWED, HISTORY, REFUSED, record, resumed
 from qat.config.compose.saved import load_config, save_config
 from qat.config.compose.targets import KNOWN
@@ -88,6 +89,7 @@ def test_every_exception_lies_below_a_refused_key_that_exists() -> None:
     [
         ("trainer=gpu", "set its keys instead: trainer.accelerator=gpu trainer.precision=bf16-mixed"),
         ("quant=ternary", "for example quant.KEY=value"),
+        ("logger=tensorboard", r"instead: \+\+logger.tensorboard._target_=lightning.pytorch.loggers.TensorBoardLogger"),
         ("recipe=quickstart", "set single keys instead"),
         ("optim=nothing", "set single keys instead"),
     ],
@@ -95,6 +97,23 @@ def test_every_exception_lies_below_a_refused_key_that_exists() -> None:
 def test_a_group_is_chosen_at_the_start(folder: Path, override: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         resumed(str(folder), [override])
+
+
+def test_the_advised_keys_of_a_group_apply(folder: Path) -> None:
+    for group in ("logger=wandb", "logger=tensorboard", "trainer=gpu"):
+        with pytest.raises(ValueError, match="set its keys instead") as caught:
+            resumed(str(folder), [group])
+        resumed(str(folder), shlex.split(str(caught.value).partition("instead: ")[2]))
+
+
+def test_a_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resumed(f"~/{folder.name}", [])[0].resume == str(folder)
+    assert (
+        RunConfig(dir="~/a run").dir == f"{folder.parent}/a run"
+        and RunConfig(dir="~nobody-has-this/x").dir == "~nobody-has-this/x"
+    )
+    assert TrainConfig(resume="~/r").resume == f"{folder.parent}/r"
 
 
 def test_what_applies_is_recorded_and_what_was_is_kept(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -27,6 +28,9 @@ def help_text() -> str:
     return HELP + "\n".join(f"  {group + '=':<11}{', '.join(names)}" for group, names in options().items())
 
 
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line: its settings, and the flags that stood before, between or after them."""
@@ -41,12 +45,17 @@ class Command:
     def resume(self) -> str | None:
         """The folder of the run to continue."""
         found = [setting.partition("=")[2] for setting in self.settings if setting.startswith("resume=")]
-        return found[-1].strip("'\"") if found and found[-1] not in ("resume=", "null") else None
+        return _unquoted(found[-1]) if found and found[-1] != "null" else None
 
     @property
     def by_hydra(self) -> bool:
         """Whether Hydra's own main is asked for: its flags, or its settings (another sweeper or launcher)."""
         return bool(self.flags) or any(setting.lstrip("+~").startswith(("hydra.", "hydra/")) for setting in self.settings)
+
+
+def _unquoted(value: str) -> str:
+    """One pair of quotes around all of it goes, as Hydra would have it."""
+    return re.sub(r"\\(.)", r"\1", value[1:-1]) if _QUOTED.fullmatch(value) else value
 
 
 def parse(arguments: list[str]) -> Command:
@@ -68,6 +77,8 @@ def parse(arguments: list[str]) -> Command:
 def _check_resume(command: Command) -> None:
     if command.resume is None:
         return
+    if not command.resume:
+        raise ValueError("resume= names no folder; it must be that of a run, as resume=runs/NAME/TIME")
     flags = ["-m"] * command.multirun + ["--config-dir"] * bool(command.config_dir) + list(command.flags)
     if flags:
         why = "which continues one run; allowed beside it are settings as key=value"

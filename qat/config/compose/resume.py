@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -19,8 +20,10 @@ from omegaconf import OmegaConf
 from qat.config.compose.composing import as_config, compose_config, one_line
 from qat.config.compose.keys import config_folder, options
 from qat.config.compose.saved import ASKED, check_trust, read_saved, save_config
+from qat.config.compose.text import KINDS
 from qat.config.compose.yaml_files import read_yaml
 from qat.config.run import TrainConfig
+from qat.storage import local
 
 Changes = dict[str, tuple[Any, Any]]
 """Key -> its value so far and its new one."""
@@ -56,6 +59,7 @@ def resumed(folder: str, overrides: list[str]) -> tuple[TrainConfig, Changes]:
     Raises:
         ValueError: the folder holds no run or is not to be trusted, or an override cannot be read or cannot apply.
     """
+    folder = str(local(folder))
     for override in overrides:
         _check_group(override)
     with one_line():
@@ -103,8 +107,13 @@ def _check_group(override: str) -> None:
     if key == "recipe" or name not in names:
         raise ValueError(f"{override} does not go with resume=: a {key} is chosen when a run starts; set single keys instead")
     keys = _flat(OmegaConf.to_container(read_yaml(config_folder("conf") / key / f"{name}.yaml")), key)
-    said = " ".join(f"{one}={value}" for one, value in keys.items()) or f"for example {key}.KEY=value"
+    said = " ".join(quote(_setting(one, value)) for one, value in keys.items()) or f"for example {key}.KEY=value"
     raise ValueError(f"{override} does not go with resume=: a group is chosen when a run starts; set its keys instead: {said}")
+
+
+def _setting(key: str, value: Any) -> str:
+    """As it is typed; a key that the schema does not have is new to the run, or is not: ++ means both."""
+    return f"{'' if key in KINDS else '++'}{key}={'null' if value is None else value}"
 
 
 def _flat(node: Any, prefix: str) -> dict[str, Any]:
