@@ -74,6 +74,10 @@ def test_a_recipe_of_ones_own_folder_says_that_it_is_global(tmp_path: Path) -> N
     from qat.config.compose.composing import compose_run
 
     assert compose_run(["recipe=mine"], str(tmp_path)).seed == 3
+    for wrong, key in (("model: {pth: x}", "model.pth"), ("trainer: {max_steps: many}", "trainer.max_steps")):
+        file.write_text(f"# @package _global_\n{wrong}\n")
+        with pytest.raises(ValueError, match=rf"In 'recipe/mine'.*\(key {key}\)"):
+            compose_run(["recipe=mine"], str(tmp_path))
 
 
 def test_a_saved_configuration_resolves_nothing(tmp_path: Path) -> None:
