@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qat.config import TrainConfig
@@ -43,7 +44,9 @@ def _show(build: Callable[[], TrainConfig]) -> tuple[int, float | None, str]:
     from qat.reporting.table import print_table
 
     try:
-        result = run(build())
+        config = build()
+        import_module("qat.training.run")  # here, where a signal ends the process at once
+        result = run(config)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"qat.train: {message}", file=sys.stderr)
@@ -125,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(arguments):
         return print(help_text())
     try:
-        with listening():
+        with listening(leave=True):
             code = _serve(parse(arguments))
     except Interrupted as ended:
         print(f"qat.train: interrupted by signal {ended.number} before the run had a folder", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 While steps are trained the first signal waits for the end of the step, where a checkpoint is exact; anywhere else, and for the
 second one, it raises `Interrupted`. A run that a signal ended exits with 128 + its number, as shells expect it of any program.
+A hang-up that was ignored when the process began (nohup) stays ignored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 WORDS = b"\nStopping after this step and saving a checkpoint; once more stops at once.\n"
@@ -26,16 +28,22 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """What signals asked for: `asked` is the first one's number while training waits for the end of its step."""
+    """What signals asked for: `asked` is the first one's number while training waits for the end of its step.
 
-    def __init__(self) -> None:
+    Args:
+        leave: end the process where a signal finds it, instead of raising. An exception in the middle of an import is
+            caught by whoever then tries another module, or leaves half of one behind.
+    """
+
+    def __init__(self, leave: bool = False) -> None:
         self.asked: int | None = None
-        self._waits, self._process = False, os.getpid()
+        self._leaves, self._waits, self._process = leave, False, os.getpid()
+        self._numbers = [number for number in NUMBERS if not _is_nohup(number)]
 
     def listen(self) -> None:
         """Take the handlers, again where a library has put its own in between; only the main thread can."""
         if threading.current_thread() is threading.main_thread():
-            for number in NUMBERS:
+            for number in self._numbers:
                 signal.signal(number, self._handle)
 
     @contextmanager
@@ -52,11 +60,24 @@ class Signals:
             return _of_child(number)
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
+        if self._leaves:
+            _leave(number)
         if not self._waits or self.asked is not None:
             raise Interrupted(self.asked or number)
         self.asked = number
         with suppress(OSError):
             os.write(1, WORDS)  # print is not reentrant, and this may come within one
+
+
+def _is_nohup(number: int) -> bool:
+    """SIGINT is ignored in whatever a script starts with &, which is no wish to survive one that is sent to it."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
+
+
+def _leave(number: int) -> NoReturn:
+    with suppress(OSError):
+        os.write(2, f"qat.train: interrupted by signal {number}\n".encode())
+    os._exit(128 + number)
 
 
 def _of_child(number: int) -> None:
@@ -75,9 +96,9 @@ def _leave_terminal() -> None:
 
 
 @contextmanager
-def listening() -> Iterator[Signals]:
-    """Signals of a run; the handlers from before are given back."""
-    found, main = Signals(), threading.current_thread() is threading.main_thread()
+def listening(leave: bool = False) -> Iterator[Signals]:
+    """Signals of a run; the handlers from before are given back. `leave` is that of `Signals`."""
+    found, main = Signals(leave), threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in NUMBERS}
     found.listen()
     try:
