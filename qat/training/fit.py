@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -64,20 +63,19 @@ def fit(
     every = min(config.log_every_n_steps, config.max_steps)
     metrics = continued(folder / "metrics.csv", columns(module), found.step if found else None)
     throughput, stopped = Throughput(every), list[pl.Callback]()
-    asked = checked_callbacks(callbacks or [], config, folder)
+    asked = _in_folder(callbacks or [], folder)
     theirs = [one for callback in asked for one in (callback, Blame(callback, stopped))]
     ours = [progress(name)] if config.progress else []
     last = [WriteRows(metrics, every), StopAtStep(signals, config.val_every), Checkpoint(folder / "checkpoints", config)]
     chain = [NonFiniteGuard(), throughput, RandomState(), *theirs, *ours, *last]
-    trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
+    with misconfiguration():
+        trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
     with _quiet(), signals.wait_for_step(), misconfiguration():
         trainer.fit(module, datamodule=data, ckpt_path=found.file if found else None, weights_only=True)
     for logger in loggers or []:
         _close(logger)
-    early = stopped and signals.asked is None and trainer.global_step < config.max_steps
-    return FitResult(
-        trainer.global_step, throughput.tokens, throughput.seconds, signals.asked, words(stopped[0]) if early else None
-    )
+    early = signals.asked is None and trainer.global_step < config.max_steps
+    return FitResult(trainer.global_step, throughput.tokens, throughput.seconds, signals.asked, words(stopped) if early else None)
 
 
 @contextmanager
@@ -93,20 +91,11 @@ def misconfiguration() -> Iterator[None]:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def checked_callbacks(callbacks: list[Any], config: TrainerConfig, folder: Path) -> list[pl.Callback]:
-    """The user's callbacks, with a place of their own for checkpoints that they write.
-
-    Raises:
-        ValueError: one is no callback, or waits for validations that are never made.
-    """
+def _in_folder(callbacks: list[pl.Callback], folder: Path) -> list[pl.Callback]:
+    """With a place of their own for checkpoints that they write: checkpoints/ holds those that a resume is exact from."""
     for callback in callbacks:
-        name = type(callback).__name__
-        if not isinstance(callback, pl.Callback):
-            raise ValueError(f"callbacks: {name} is no lightning callback")
-        if str(getattr(callback, "monitor", "")).startswith("val/") and config.val_every is None:
-            raise ValueError(f"callbacks: {name} watches {callback.monitor}, but there are no validations; set trainer.val_every")  # type: ignore[attr-defined]
         if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is None:
-            callback.dirpath = str(folder / "model_checkpoints")  # checkpoints/ holds those that a resume is exact from
+            callback.dirpath = str(folder / "model_checkpoints")
     return callbacks
 
 
@@ -145,7 +134,7 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             default_root_dir=folder / ".lightning",
             plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
-            enable_model_summary=False,
+            enable_model_summary=any(isinstance(callback, pl.callbacks.ModelSummary) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
             use_distributed_sampler=False,
         )

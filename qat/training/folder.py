@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from qat.config import TrainConfig
 from qat.config.compose.resume import record
@@ -48,6 +49,21 @@ def opened(config: TrainConfig) -> Iterator[Path]:
         yield folder
 
 
+def check_target(config: TrainConfig) -> None:
+    """Refuse, before anything is loaded, a run.dir that cannot become the folder of a new run.
+
+    Raises:
+        ValueError: it holds a run, or it or what it would lie in is a file or may not be written.
+    """
+    folder = Path(config.run.dir or "runs")
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"run.dir={folder}: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"run.dir={folder}: {there} may not be written; choose another folder")
+    _check_unused(folder)
+
+
 def made(config: TrainConfig) -> Path:
     """Make run.dir. One that is named by the second goes to the first who makes it, and the next one gets another name."""
     wanted = Path(config.run.dir or f"runs/{config.run.name}/{time.strftime(_TIME)}")
@@ -67,7 +83,7 @@ def made(config: TrainConfig) -> Path:
 
 def _check_unused(folder: Path) -> None:
     if (folder / "config.yaml").exists() and ((folder / "metrics.csv").exists() or (folder / "checkpoints").exists()):
-        raise ValueError(f"{folder} already holds a run; continue it with resume={folder}, or choose another run.dir")
+        raise ValueError(f"{folder} already holds a run; continue it with {quote(f'resume={folder}')}, or choose another run.dir")
 
 
 def _write_config(config: TrainConfig, folder: Path) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, GradientAccumulationScheduler, LearningRateFinder
 from torch import nn
 
-from qat.config import TrainConfig
+from qat.config import TrainConfig, TrainerConfig
+
+logging.getLogger("hydra.utils").addHandler(logging.NullHandler())  # what it says of an import is in our errors
 
 
-def instantiated(node: dict[str, Any], **more: Any) -> Any:
+def instantiated(node: dict[str, Any]) -> Any:
     """The object that `_target_` names, made from the node's other keys; ValueError, on one line, where that fails."""
     try:
-        return instantiate(node, _convert_="all", **more)
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         raise ValueError(f"{node.get('_target_')}: {error.__cause__ or str(error).partition(', set env')[0]}") from error
 
@@ -52,7 +57,38 @@ def check_plugins(config: TrainConfig) -> None:
                 raise ValueError(f"{section}.{name}._target_={node['_target_']} cannot be imported: {reason}") from error
 
 
-def plugins(config: TrainConfig, folder: Path) -> tuple[list[Any], list[Any]]:
-    """The user's loggers and callbacks."""
-    loggers = [instantiated(node, save_dir=str(folder)) for node in config.logger.values()]
-    return loggers, [instantiated(node) for node in config.callbacks.values()]
+def loggers(config: TrainConfig, folder: Path) -> list[Any]:
+    """The user's loggers, which write into the run's folder where nothing else is said."""
+    return [instantiated({"save_dir": str(folder), **node}) for node in config.logger.values()]
+
+
+def callbacks(config: TrainConfig) -> list[Callback]:
+    """The user's callbacks.
+
+    Raises:
+        ValueError: one cannot be made, is no callback, changes what the configuration says, or waits for validations that are
+            never made.
+    """
+    found = [instantiated(node) for node in config.callbacks.values()]
+    for callback in found:
+        _check_callback(callback, config.trainer)
+    return found
+
+
+def _check_callback(callback: Any, config: TrainerConfig) -> None:
+    name = type(callback).__name__
+    if not isinstance(callback, Callback):
+        raise ValueError(f"callbacks: {name} is no lightning callback")
+    if instead := next((key for kind, key in OF_THE_CONFIGURATION.items() if isinstance(callback, kind)), None):
+        raise ValueError(f"callbacks: {name} would change what the run's config.yaml says; set {instead} instead")
+    monitor = str(getattr(callback, "monitor", ""))
+    if config.val_every is None and (monitor.startswith("val/") or isinstance(callback, EarlyStopping)):
+        raise ValueError(f"callbacks: {name} watches {monitor}, but there are no validations; set trainer.val_every")
+
+
+OF_THE_CONFIGURATION = {
+    GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
+    BatchSizeFinder: "data.batch_size",
+    LearningRateFinder: "optim.lr, or several in a sweep (-m optim.lr=1e-4,1e-3)",
+}
+"""Callbacks that change a key of the configuration while a run goes on, which no resume could follow; and that key."""

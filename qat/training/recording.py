@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import qat
@@ -132,11 +133,12 @@ class Book:
         self.add(stages={**self.facts.stages, stage: values})
         print(f"perplexity {stage.replace('_', ' ')}: {values['']:.3f}", flush=True)
 
-    def interrupted(self, signal: int, where: str = "") -> None:
-        """Say that a signal ended the run, and at which step it will go on."""
-        found = newest(Path(self.facts.folder) / "checkpoints")
+    def interrupted(self, signal: int, control: bool = False) -> None:
+        """Say that a signal ended the run, or its control, and at which step it will go on."""
+        folder, where = Path(self.facts.folder), "in the control run " if control else ""
+        found = newest((folder / "control" if control else folder) / "checkpoints")
         step = found.step if found else 0
-        self.add(signal=signal, status=f"interrupted {where}at step {step}; continue with resume={self.facts.folder}")
+        self.add(signal=signal, status=f"interrupted {where}at step {step}; continue with {quote(f'resume={self.facts.folder}')}")
         if not self.facts.stages:  # nor is there a table that would say it
             print(f"run        {self.facts.folder} ({self.facts.status})", flush=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat.config import TrainConfig
@@ -28,8 +28,8 @@ from qat.training import fit
 from qat.training.checkpoints import newest
 from qat.training.exports import export_all, save_packed
 from qat.training.fit import device_of
-from qat.training.folder import locked, opened
-from qat.training.plugins import check_plugins, optimizer_factory, plugins
+from qat.training.folder import check_target, locked, opened
+from qat.training.plugins import callbacks, check_plugins, loggers, optimizer_factory
 from qat.training.recording import Book, Facts, assembled, config_hash, recording
 from qat.training.signals import Signals, listening
 from qat.training.stages import Measure, same_outputs
@@ -47,6 +47,8 @@ def run(config: TrainConfig) -> RunResult:
     with listening() as signals:
         if (result := finished(config)) is not None:
             return result
+        if not config.resume and not config.dry_run:
+            check_target(config)
         job = prepare(config)
         if config.dry_run:
             return dry_run(job)
@@ -88,6 +90,7 @@ class Job:
     record: Conversion
     tokenizer: PreTrainedTokenizerFast
     optimizer: Any
+    callbacks: list[Callback]
     data: QATData | None
     """None until the model has sampled it."""
 
@@ -99,6 +102,7 @@ def prepare(config: TrainConfig) -> Job:
     fit.check_hardware(config.trainer)
     optimizer = optimizer_factory(config)
     check_plugins(config)
+    asked = callbacks(config)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
@@ -112,7 +116,7 @@ def prepare(config: TrainConfig) -> Job:
     record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe_batch(data, base))
     print(f"{config.model.path}: {record.summary()}")
     student.cpu()
-    return Job(config, base, student, record, tokenizer, optimizer, data)
+    return Job(config, base, student, record, tokenizer, optimizer, asked, data)
 
 
 def start(job: Job, book: Book) -> Measure:
@@ -130,7 +134,7 @@ def train(job: Job, book: Book, signals: Signals) -> int | None:
     """Train the student; the signal that interrupted it, None where it may be finished."""
     assert job.data is not None
     teacher, folder = load_teacher(job.config, job.base), Path(book.facts.folder)
-    extras = plugins(job.config, folder)
+    extras = loggers(job.config, folder), job.callbacks
     done = train_student(job.config, job.student, teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
     book.add(training=done)
     if done.signal is not None:
@@ -154,7 +158,7 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     if config.control.enabled:
         control = train_control(config, job.base, job.data.afresh(), folder, job.optimizer, signals)
         if control.signal is not None:
-            return book.interrupted(control.signal, "in the control run ")
+            return book.interrupted(control.signal, control=True)
         book.add(control=control)
         book.measured("control", measure(job.base))
     book.add(status=f"stopped at step {done.step} by {done.stopped_by}" if done.stopped_by else "done")

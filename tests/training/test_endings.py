@@ -169,6 +169,12 @@ def test_stopped_by_a_callback(config: TrainConfig) -> None:
     assert list((folder / "model_checkpoints").glob("*.ckpt"))
 
 
+def test_stopped_by_a_callback_before_the_first_step(config: TrainConfig) -> None:
+    folder = run(config).folder
+    timer = ["++callbacks.t._target_=lightning.pytorch.callbacks.Timer", "++callbacks.t.duration=00:00:00:00"]
+    assert run(load_config(folder, ["trainer.max_steps=9", *timer])).status == "stopped at step 6 by Timer"
+
+
 def test_a_callback_that_waits_for_validations_that_never_come(config: TrainConfig) -> None:
     config.callbacks = early()
     with pytest.raises(ValueError, match=r"EarlyStopping watches val/ce, but there are no validations; set trainer.val_every"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qat.config import ModelConfig, OptimConfig, TrainConfig
 from qat.config.data import DataConfig
-from qat.training.plugins import check_plugins, optimizer_factory
+from qat.training.plugins import callbacks, check_plugins, loggers, optimizer_factory
 from qat.training.run import run
 
 
@@ -51,3 +52,43 @@ def test_it_is_said_before_the_model_is_looked_for() -> None:
     config.model, config.data = ModelConfig(path="/nowhere/at/all"), DataConfig(train="package")
     with pytest.raises(ValueError, match="optim.optimizer.betas=3"):
         run(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("EarlyStopping", {}, "EarlyStopping.*'monitor'"),
+        ("EarlyStopping", {"monitor": "train/loss"}, "EarlyStopping watches train/loss, but there are no validations"),
+        ("GradientAccumulationScheduler", {"scheduling": {0: 2}}, "set trainer.accumulate_grad_batches instead"),
+        ("LearningRateFinder", {}, "set optim.lr"),
+        ("BatchSizeFinder", {}, "set data.batch_size instead"),
+    ],
+)
+def test_a_callback_that_cannot_work_is_said_before_the_model_is_looked_for(
+    name: str, arguments: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    node = {"_target_": f"lightning.pytorch.callbacks.{name}", **arguments}
+    config = TrainConfig(
+        model=ModelConfig(path="/nowhere/at/all"), data=DataConfig(train=str(tmp_path / "a.txt")), callbacks={"mine": node}
+    )
+    with pytest.raises(ValueError, match=words):
+        run(config)
+
+
+def test_callbacks_of_the_configuration_are_made() -> None:
+    target = "lightning.pytorch.callbacks"
+    nodes = {"a": {"_target_": f"{target}.ModelSummary"}, "b": {"_target_": f"{target}.LearningRateMonitor"}}
+    assert [type(one).__name__ for one in callbacks(TrainConfig(callbacks=nodes))] == ["ModelSummary", "LearningRateMonitor"]
+
+
+def test_a_logger_writes_where_it_is_told_and_else_into_the_run(tmp_path: Path) -> None:
+    node = {"_target_": "lightning.pytorch.loggers.CSVLogger"}
+    config = TrainConfig(logger={"own": {**node, "save_dir": str(tmp_path / "mine")}, "ours": node})
+    assert [one.save_dir for one in loggers(config, tmp_path / "run")] == [str(tmp_path / "mine"), str(tmp_path / "run")]
+
+
+def test_an_import_error_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="cannot be imported"):
+        check_plugins(TrainConfig(callbacks={"mine": {"_target_": "lightning.pytorch.callbacks.NoSuch"}}))
+    assert capfd.readouterr() == ("", "")

@@ -7,6 +7,7 @@ from pathlib import Path
 from qat.formats.contents import read
 from qat.formats.folder import WEIGHTS
 from qat.formats.seal import Seal, folder_seal, write_sums
+from qat.storage import local
 
 
 def seal_of(path: Path) -> Seal:
@@ -45,7 +46,7 @@ def reseal(path: Path) -> None:
 
 def _place(path: Path) -> Path:
     """The folder or file that is sealed as a whole."""
-    path = path.expanduser()
+    path = local(path)
     if (path / "result.json").is_file() and (path / "packed").is_dir():
         return path / "packed"
     return path.parent if path.name == WEIGHTS and (path.parent / "config.json").is_file() else path

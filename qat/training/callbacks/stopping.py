@@ -44,10 +44,15 @@ class Blame(pl.Callback):
         if trainer.should_stop and not self.found:
             self.found.append(self.callback)
 
-    on_train_batch_start = on_train_batch_end = on_validation_end = on_train_epoch_end = _look  # type: ignore[assignment]
+    on_fit_start = on_train_start = on_train_epoch_start = on_train_epoch_end = _look  # type: ignore[assignment]
+    on_train_batch_start = on_before_optimizer_step = on_before_zero_grad = on_train_batch_end = _look  # type: ignore[assignment]
+    on_validation_start = on_validation_batch_end = on_validation_epoch_end = on_validation_end = _look  # type: ignore[assignment]
 
 
-def words(callback: pl.Callback) -> str:
-    """Who stopped the training, and why where it says so."""
+def words(found: list[pl.Callback]) -> str:
+    """Who stopped the training first, and why where it says so."""
+    if not found:
+        return "a callback"
+    callback = found[0]
     why = " ".join(str(getattr(callback, "stopping_reason_message", None) or "").split())
     return f"{type(callback).__name__}: {why}" if why else type(callback).__name__
