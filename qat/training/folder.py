@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -53,7 +53,7 @@ def check_target(config: TrainConfig) -> None:
     """Refuse, before anything is loaded, a run.dir that cannot become the folder of a new run.
 
     Raises:
-        ValueError: it holds a run, or it or what it would lie in is a file or may not be written.
+        ValueError: it holds a run, one that is alive has it, or it or what it would lie in is a file or may not be written.
     """
     folder = Path(config.run.dir or "runs")
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
@@ -61,7 +61,8 @@ def check_target(config: TrainConfig) -> None:
         raise ValueError(f"run.dir={folder}: {there} is a file; choose another folder")
     if not os.access(there, os.W_OK):
         raise ValueError(f"run.dir={folder}: {there} may not be written; choose another folder")
-    _check_unused(folder)
+    with locked(folder) if (folder / LOCK).exists() else nullcontext():
+        _check_unused(folder)
 
 
 def made(config: TrainConfig) -> Path:
