@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,9 @@ def test_an_interrupted_job_ends_the_sweep(ran: list[TrainConfig]) -> None:
 
 
 def test_hydras_own_sweepers_get_the_objective(ran: list[TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # loads the launcher's module anew, so first
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
     found: list[Any] = []
@@ -97,6 +101,13 @@ def test_hydras_own_sweepers_get_the_objective(ran: list[TrainConfig], monkeypat
     values = [job.return_value for job in found]
     assert (values[0], values[2]) == (2.0, 4.0) and math.isnan(values[1])
     assert [config.run.dir for config in ran] == ["runs/x/0", "runs/x/1", "runs/x/2"]
+
+
+def test_hydra_silences_nobody(ran: list[TrainConfig]) -> None:
+    """Its logging named `disabled` turns off every logger that there is, and with them the warnings of transformers."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "lightning.pytorch")]
+    assert code("recipe=quickstart", "-m", "seed=1,2", "hydra/sweeper=basic", "run.dir=runs/x") == 0
+    assert [logger.disabled for logger in loggers] == [False, False]
 
 
 def test_cfg_shows_the_job(ran: list[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
