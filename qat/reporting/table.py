@@ -19,6 +19,9 @@ STAGES = {
 }
 
 
+_RATIO = "ln(trained / full precision)"
+
+
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
@@ -47,13 +50,7 @@ def _perplexity_table(result: RunResult) -> Any:
 
 
 def _lines(result: RunResult) -> list[str]:
-    lines = []
-    shares = recovered(result.perplexity)
-    if "recovered_share" in shares:
-        lines.append(
-            f"recovered  {shares['recovered_share']:.1%} of the log-perplexity lost by conversion on {result.perplexity.text};"
-        )
-        lines[-1] += f" ln(trained / full precision) = {shares['log_ratio_trained']:.3f}"
+    lines = _recovered(result.perplexity)
     if "packed_model" in result.bytes:
         lines.append(_size_line(result.bytes))
     if result.tokens:
@@ -65,6 +62,16 @@ def _lines(result: RunResult) -> list[str]:
     lines += [f"exported   {name}" for name in result.export.get("done", [])]
     lines += [f"skipped    export {name}: {reason}" for name, reason in result.export.get("skipped", {}).items()]
     return [*lines, f"run        {result.folder} ({result.status})"]
+
+
+def _recovered(perplexity: Any) -> list[str]:
+    """A share above 1 is ordinary where the text is new to the model, and reads like a mistake: it is said in words."""
+    shares = recovered(perplexity)
+    if "recovered_share" not in shares:
+        return []
+    share, ratio = shares["recovered_share"], shares["log_ratio_trained"]
+    much = f"{share:.1%} of" if share <= 1 else "more than"
+    return [f"recovered  {much} the log-perplexity lost by conversion on {perplexity.text}; {_RATIO} = {ratio:.3f}"]
 
 
 def _size_line(size: dict[str, int]) -> str:

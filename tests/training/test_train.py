@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -31,8 +32,8 @@ from qat.config import (
     TrainerConfig,
 )
 from qat.config.compose.saved import load_config
-from qat.reporting.result import recovered
-from qat.reporting.table import print_table
+from qat.reporting.result import Perplexity, recovered
+from qat.reporting.table import _recovered, print_table
 from qat.train import main, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,6 +325,9 @@ def test_a_folder_is_not_overwritten(config: TrainConfig) -> None:
     run(config)
     with pytest.raises(ValueError, match="already holds a run; continue it with resume="):
         run(config)
+    config.model = replace(config.model, path="/nowhere/at/all")  # said before a model is looked for
+    with pytest.raises(ValueError, match="already holds a run; continue it with resume="):
+        run(config)
 
 
 def test_multirun_writes_one_folder_a_job(config: TrainConfig, tmp_path: Path) -> None:
@@ -385,10 +389,15 @@ def test_resume_takes_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_recovered_share() -> None:
-    import math
-
     shares = recovered({"full_precision": math.e, "converted": math.e**5, "trained": math.e**2})
     assert shares["recovered_share"] == pytest.approx(0.75) and shares["log_ratio_trained"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("trained", "said"), [(math.e**2, "75.0% of the log"), (1.0, "more than the log")])
+def test_more_than_all_is_said_in_words(trained: float, said: str) -> None:
+    values = {"full_precision": math.e, "converted": math.e**5, "trained": trained}
+    (line,) = _recovered(Perplexity("my text", 100, 16, 16, values))
+    assert said in line and f"ln(trained / full precision) = {math.log(trained) - 1:.3f}" in line
 
 
 def test_compiled_training_packs_the_eager_student(config: TrainConfig) -> None:
