@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-INSTALL = "make llama-cpp, or pip install llama-cpp-python (it compiles llama.cpp: cmake and g++, about 6 minutes on 2 cores)"
+INSTALL = "make llama-cpp, or pip install llama-cpp-python, which compiles llama.cpp: cmake and g++, 6 minutes on 2 cores"
 
 
 def version() -> str | None:

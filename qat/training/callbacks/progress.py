@@ -48,7 +48,7 @@ class Bar(TQDMProgressBar):
         """What stands after the bar."""
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
-        return metrics
+        return {**metrics, "tok/s": f"{metrics['tok/s']:,.0f}"} if "tok/s" in metrics else metrics
 
 
 class Lines(pl.Callback):
