@@ -53,7 +53,9 @@ def _type(kind: Any) -> str:
 
 
 def _value(key: Key) -> str:
-    return {None: "null", True: "true", False: "false"}.get(key.default, key.default) if _plain(key.default) else str(key.default)
+    if _plain(key.default):
+        return {None: "null", True: "true", False: "false"}.get(key.default, key.default)
+    return str(key.default) or '""'
 
 
 def _plain(value: Any) -> bool:
