@@ -24,12 +24,14 @@ help:
 	@echo "make bench        kernels beside torch's own layers, with this machine's limits"
 	@echo "make llama-cpp    llama.cpp for Python, compiled once (6 minutes on 2 cores): GGUF exports are then run in it"
 
-# torch first and by exact version: an open range would fetch gigabytes of CUDA packages.
+# torch first and by exact version. PyPI's torch for Linux brings CUDA, gigabytes of it; with pip's own PIP_EXTRA_INDEX_URL or
+# PIP_FIND_LINKS at torch's CPU wheels the same line takes 2.13.0+cpu.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, then the rest: minutes without a word"
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e .[dev]
-	touch $@
+	@touch $@
 
 quickstart: $(READY)
 	$(BIN)/python -m qat.train recipe=quickstart
