@@ -13,6 +13,7 @@ from gguf_samples import IDS, SMALL, WINDOWS, kinds, packed_model, save
 import qat
 from qat.conversion.layers import packed_layers
 from qat.formats.gguf import container as gguf_file
+from qat.formats.gguf import stock
 from qat.formats.gguf import writing as gguf
 from qat.formats.llamacpp import questions as llamacpp
 
@@ -74,7 +75,7 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.write_bytes(b"GGUF")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_file, "write", full)
+    monkeypatch.setattr(stock, "write", full)
     with pytest.raises(ValueError, match="cannot write .*x.gguf: .*No space left"):
         save(packed_model(), tmp_path / "x.gguf")
     assert list(tmp_path.iterdir()) == []
