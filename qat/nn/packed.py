@@ -14,7 +14,7 @@ from qat import ops
 from qat.config import QuantConfig
 from qat.nn.bitlinear import BitLinear
 from qat.nn.norm import input_norm
-from qat.nn.withheld import WithheldWeight
+from qat.nn.withheld import WithheldWeight, traced
 from qat.ops.options import PackedOptions
 from qat.ops.prepared import PreparedLinear, prepare
 from qat.quantizers.components import repeat, sum_components
@@ -87,11 +87,10 @@ class PackedBitLinear(nn.Module):
     def weight(self) -> Tensor:
         """The shape, dtype and device of the float weight, without memory: reading its values raises ValueError.
 
-        A compiler traces neither the class nor its refusal: while it traces, the values are NaN.
+        In a compiled or exported graph, too, when it runs.
         """
         if torch.compiler.is_compiling():
-            nothing = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.packed.device)
-            return nothing.expand(self.out_features, self.in_features)
+            return traced(self.packed, (self.out_features, self.in_features), self.dtype, self.name)
         return WithheldWeight((self.out_features, self.in_features), self.dtype, self.packed.device, self.name)
 
     def codes(self) -> Tensor:

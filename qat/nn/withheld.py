@@ -8,6 +8,7 @@ errors speak of devices.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,26 @@ class WithheldWeight(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"WithheldWeight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, layer={self.layer!r})"
+
+
+@torch.library.custom_op("qat::withheld_weight", mutates_args=())
+def traced(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, layer: str) -> Tensor:
+    """What a compiler traces in place of a WithheldWeight, whose class it does not know.
+
+    It gets shape, dtype and device of the result. What else a graph does with it raises when it runs, as the result is withheld,
+    too; inductor's kernels read memory without asking, so for them this raises: they call it only where values are read.
+    """
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._inductor.output_code":
+            raise _no_values(layer)
+        frame = frame.f_back
+    return WithheldWeight(shape, dtype, packed.device, layer)
+
+
+@traced.register_fake
+def _(packed: Tensor, shape: Sequence[int], dtype: torch.dtype, layer: str) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
 
 
 def _first(kind: type[WithheldWeight], values: Sequence[Any]) -> WithheldWeight:

@@ -73,3 +73,30 @@ def test_copies_states_and_compiled_graphs_do_without_the_weight() -> None:
     expected = model(x)
     assert torch.equal(torch.compile(Asks(), fullgraph=True, backend="aot_eager")(x), expected)
     assert torch.equal(torch.export.export(Asks(), (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_graph_that_reads_the_values_raises(backend: str) -> None:
+    layer, x = packed(), torch.randn(2, 8)
+
+    def ask(x: Tensor) -> Tensor:
+        return layer(x.to(layer.weight.dtype) * (layer.weight.shape[0] // 12))
+
+    assert torch.equal(torch.compile(ask, fullgraph=True, backend=backend)(x), layer(x))
+    for read in (lambda x: x @ layer.weight.T, lambda x: x + (layer.weight * 2).sin().sum()):
+        with pytest.raises(ValueError, match="blocks.1.up: the weight's values were read"):
+            torch.compile(read, fullgraph=True, backend=backend)(x)
+
+
+def test_an_exported_graph_that_reads_the_values_raises() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = packed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.layer.weight.T
+
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match="blocks.1.up: the weight's values were read"):
+        torch.export.export(Reads(), (x,)).module()(x)
