@@ -60,7 +60,7 @@ def round_floats(model: nn.Module, floats: str = "source") -> None:
     """
     state = model.state_dict()
     for name, dtype in stored_dtypes(model, floats).items():
-        most = torch.finfo(dtype).max
+        most = min(torch.finfo(dtype).max, torch.finfo(state[name].dtype).max)
         state[name].copy_(state[name].clamp(-most, most).to(dtype))
 
 

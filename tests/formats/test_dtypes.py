@@ -16,7 +16,7 @@ import qat
 from qat.config import DataConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, TrainerConfig
 from qat.formats import get_format
 from qat.formats.bitnet import reading
-from qat.formats.dtypes import round_floats, source_dtypes, stored_dtypes
+from qat.formats.dtypes import remember, round_floats, source_dtypes, stored_dtypes
 from qat.formats.packed import folder as packed
 from qat.models.hub import load_model
 from qat.train import run
@@ -144,6 +144,14 @@ def test_values_beyond_float16_become_its_largest() -> None:
         model[0].bias.copy_(torch.tensor([1e6, -1e6]))
     round_floats(model, "float16")
     assert model[0].bias.tolist() == [65504, -65504]
+
+
+def test_a_wider_dtype_than_the_model_s_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    remember(model, {"0.bias": torch.float64})
+    before = model[0].bias.clone()
+    round_floats(model)
+    assert torch.equal(model[0].bias, before) and stored_dtypes(model)["0.bias"] == torch.float64
 
 
 @pytest.mark.parametrize(("floats", "dtype"), [("source", torch.bfloat16), ("float16", torch.float16)])
