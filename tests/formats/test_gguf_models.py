@@ -47,6 +47,8 @@ def test_every_architecture_in_llama_cpp(tmp_path: Path, name: str) -> None:
         ("gemma3", {"final_logit_softcapping": 30.0}, "does not cap"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("gpt_neox", {"attention_bias": False}, "attention_bias=False"),
+        ("qwen2", {"is_causal": False}, "is_causal=False is not done for gguf with qwen2"),  # which no class declares
+        ("gpt_neox", {"head_dim": 4}, "head_dim=4 is not done for gguf with gpt_neox, whose heads are"),
         ("llama", {"chunk_size_of_attention": 4, "is_encoder_decoder": True}, "is_encoder_decoder=True"),
         (
             "llama",

@@ -21,6 +21,13 @@ def _settings(config: Any) -> Settings:
     }
 
 
+def _check(config: Any) -> None:
+    """transformers turns as much as a `head_dim` says, which no head need have."""
+    width = config.hidden_size // config.num_attention_heads
+    if getattr(config, "head_dim", None) not in (None, width):
+        raise ValueError(f"head_dim={config.head_dim} is not done for gguf with gpt_neox, whose heads are {width} wide")
+
+
 def _three_blocks(name: str, rows: int, config: Any) -> Tensor | None:
     """[heads, (q, k, v), d] to [(q, k, v), heads, d]."""
     if not name.endswith("query_key_value"):
@@ -34,6 +41,7 @@ GPT_NEOX = Architecture(
     _settings,
     SIZES | {"layer_norm_eps", "use_parallel_residual"},
     row_order=_three_blocks,
+    check=_check,
     head="own",
     rope_keys=frozenset({"partial_rotary_factor"}),
 )

@@ -58,9 +58,13 @@ class Architecture:
     """Further keys of `rope_parameters` that `settings` handles."""
 
 
+_UNDECLARED = {"is_causal": True}
+"""What transformers asks any config for, whether or not its class declares it."""
+
+
 def refuse_other_keys(config: Any, found: Architecture) -> None:
     """ValueError for a key with another value than its class's default that nobody here takes care of."""
-    defaults = type(config)().to_dict()
+    defaults = _UNDECLARED | type(config)().to_dict()
     for key, value in config.to_dict().items():
         free = key in HARMLESS or key in found.handles or key.startswith("_") or key not in defaults
         if not free and value != defaults[key]:
