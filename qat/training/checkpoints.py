@@ -111,8 +111,8 @@ def _digest(archive: object, length: int) -> bytes:
     return found.hexdigest().encode()
 
 
-def check_sums(file: Path) -> None:
-    """Raise ValueError where a sum says that bytes have changed. Files of earlier versions have the archive's own CRCs only."""
+def check_sums(file: Path) -> bool:
+    """Whether the file has our sum; one of an earlier version has CRCs only. Raises ValueError where a sum does not fit."""
     with file.open("rb") as archive:
         length = archive.seek(0, os.SEEK_END) - _COMMENT
         archive.seek(max(length, 0))
@@ -120,10 +120,11 @@ def check_sums(file: Path) -> None:
         if comment.startswith(_MARK):
             if _digest(archive, length) != comment[len(_MARK) :]:
                 raise ValueError("its checksum does not fit its contents")
-            return
+            return True
     with zipfile.ZipFile(file) as records:
         if bad := records.testzip():
             raise ValueError(f"the checksum of its record {bad} does not fit")
+    return False
 
 
 def read_step(checkpoint: Path) -> int:
@@ -133,8 +134,8 @@ def read_step(checkpoint: Path) -> int:
         ValueError: the file is damaged or is no checkpoint of qat.
     """
     try:
-        check_sums(checkpoint)
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        ours = check_sums(checkpoint)  # of others, the sizes of what it holds are checked by reading all of it
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=ours)
         return int(content["global_step"])
     except _DAMAGE as error:
         reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__

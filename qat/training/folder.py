@@ -38,8 +38,6 @@ def opened(config: TrainConfig) -> Iterator[Path]:
     """
     folder = Path(config.resume) if config.resume else made(config)
     with locked(folder):
-        for place in (folder, folder / "checkpoints"):  # what a kill left there and nobody writes again
-            sweep_folder(place)
         if config.resume:
             found = newest(folder / "checkpoints")
             record(config, found.step if found else 0)
@@ -115,4 +113,6 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        for place in (folder, folder / "checkpoints"):  # what a kill left there and nobody writes again
+            sweep_folder(place)
         yield
