@@ -51,6 +51,8 @@ class Source:
             raise ValueError(f"data: there is no file {self.name!r}")
         if path.is_dir():
             raise ValueError(f"data: {self.name!r} is a folder; give a {', '.join(_FILES)} file or the name of a hub data set")
+        if not path.is_file():  # a pipe would be waited for, a device read without end
+            raise ValueError(f"data: {self.name!r} is a pipe or a device; give a {', '.join(_FILES)} file")
         if path.suffix.lower() not in _FILES:
             raise ValueError(f"data: {self.name!r} is not read; allowed are {', '.join(_FILES)} files")
         return path
