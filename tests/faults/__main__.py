@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-from faults import disturbances  # noqa: E402
+from faults import disturbances, suites  # noqa: E402
 from faults.cases import Case, Table  # noqa: E402
 from faults.inputs import write_model, write_text  # noqa: E402
 from faults.machine import Machine  # noqa: E402
@@ -27,7 +27,27 @@ def _disturbed(kind: str, folder: Path) -> Iterator[Case]:
         yield from disturbances.cases(kind, machine, [*runs(machine, words, folder), *exports(machine, words, folder)])
 
 
-KINDS = {kind: _disturbed for kind in disturbances.HARM}
+def _damaged(kind: str, folder: Path) -> Iterator[Case]:
+    from faults.batches import readers_cases
+    from faults.readers import READERS
+    from faults.samples import write_all
+
+    yield from readers_cases(READERS, write_all(folder / "samples"))
+
+
+def _hostile(kind: str, folder: Path) -> Iterator[Case]:
+    from faults.hostile import cases
+    from faults.samples import write_all
+
+    yield from cases(write_all(folder / "samples"))
+
+
+KINDS = {
+    **dict.fromkeys(disturbances.HARM, _disturbed),
+    "readers": _damaged,
+    "hostile": _hostile,
+    **dict.fromkeys(suites.SUITES, suites.cases),
+}
 
 
 def main() -> int:
