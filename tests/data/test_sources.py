@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,9 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         texts(Path("nowhere.txt"))
     with pytest.raises(ValueError, match="is a folder"):
         texts(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.txt")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        next(read_documents(Source(str(tmp_path / "x.txt"))))

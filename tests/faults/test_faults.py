@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +47,10 @@ def test_nothing_is_lost(scenes: Scenes, name: str) -> None:
     kinds: Any = [(kind, number, check) for kind in disturbances.HARM.values() for _, kind, number, check in kind]
     number, check = next((number, check) for known_mode, number, check in kinds if known_mode == mode)
     disturbances.attempt(machine, scene, at[-1], mode, number, check)
+
+
+def test_hostile_files_run_nothing() -> None:
+    """A few of them; in a process of its own, which forks."""
+    command = [sys.executable, str(Path(__file__).parent), "hostile", "--every", "12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and ", 0 failures" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]

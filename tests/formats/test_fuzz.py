@@ -197,6 +197,9 @@ def test_shards_cannot_lie_elsewhere(tmp_path: Path) -> None:
     index = tmp_path / "x/model.safetensors.index.json"
     whole = json.loads(index.read_text())
     (tmp_path / "outside.safetensors").write_bytes(next((tmp_path / "x").glob("*.safetensors")).read_bytes())
+    index.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not an index"):
+        packed.load(tmp_path / "x")
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "weights.bin", 3, ".."):
         first = next(iter(whole["weight_map"]))
         index.write_text(json.dumps({**whole, "weight_map": {**whole["weight_map"], first: name}}))

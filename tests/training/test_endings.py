@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,3 +320,12 @@ def test_rows_counted_from_0_by_earlier_versions(tmp_path: Path, steps: str, exp
     for _ in range(2):  # a second resume does not count again
         continued(file, ["train/loss"], 100)
         assert [int(row["step"]) for row in read_rows(file)[0]] == expected
+
+
+def test_a_record_of_another_size_is_noticed_with_right_sums(tmp_path: Path) -> None:
+    torch.save({"global_step": 3, "weights": torch.arange(1000.0)}, tmp_path / "whole")
+    with zipfile.ZipFile(tmp_path / "whole") as archive, zipfile.ZipFile(tmp_path / "last.ckpt", "w") as written:
+        for name in archive.namelist():
+            written.writestr(name, archive.read(name)[: 400 if name.endswith("/data/0") else None])
+    with pytest.raises(ValueError, match="last.ckpt is damaged"):
+        checkpoints.newest(tmp_path)
