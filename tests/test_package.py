@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from qat.ops.build import cpu, cuda
 from qat.ops.build.store import content_key
@@ -121,3 +123,13 @@ def test_the_image_copies_what_there_is_and_runs_as_an_ordinary_user() -> None:
     assert [rest for word, rest in steps if word == "USER"] == ["1000"] and dict(steps)["ENTRYPOINT"] == '["qat"]'
     torch_pin = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     assert any(torch_pin in rest for word, rest in steps if word == "RUN")
+
+
+def test_pins_install_on_the_oldest_python() -> None:
+    """A pin that needs a later 3.11 than a distribution has is no error in pip: it looks for a way around it for hours."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    there = {one.name.lower().replace("_", "-"): one for one in distributions()}
+    found = {name: there[key] for name in pins if (key := name.lower().replace("_", "-")) in there}
+    needs = {name: one.metadata["Requires-Python"] or "" for name, one in found.items() if one.version == pins[name]}
+    assert len(needs) > 30 and [name for name, needed in needs.items() if oldest not in SpecifierSet(needed)] == []
