@@ -134,6 +134,8 @@ def read_step(checkpoint: Path) -> int:
         ValueError: the file is damaged or is no checkpoint of qat.
     """
     try:
+        if not checkpoint.is_file():  # a device is read without end
+            raise ValueError("it is no file")
         ours = check_sums(checkpoint)  # of others, the sizes of what it holds are checked by reading all of it
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=ours)
         return int(content["global_step"])

@@ -329,3 +329,9 @@ def test_a_record_of_another_size_is_noticed_with_right_sums(tmp_path: Path) -> 
             written.writestr(name, archive.read(name)[: 400 if name.endswith("/data/0") else None])
     with pytest.raises(ValueError, match="last.ckpt is damaged"):
         checkpoints.newest(tmp_path)
+
+
+def test_a_device_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="it is no file"):
+        checkpoints.newest(tmp_path)
