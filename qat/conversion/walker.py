@@ -18,6 +18,7 @@ from qat.conversion.probe import Findings, observe
 from qat.conversion.record import Conversion
 from qat.conversion.selection import Context, Selection, is_linear, other_matrices, patterns, refuse_experts, refuse_quantized
 from qat.conversion.swap import as_linear, disable_fused_encoder, swap
+from qat.nn import wrapping as wrapping  # listens from here on
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
 from qat.quantizers.packing import get_layout
