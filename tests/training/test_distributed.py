@@ -45,6 +45,7 @@ def _rank(rank: int, folder: str) -> None:
     for step in range(STEPS):
         _step(model, _input(rank, step))
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while another still talks ends it by SIGABRT
     dist.destroy_process_group()
 
 
