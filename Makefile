@@ -12,7 +12,7 @@ VERSIONS ?= transformers==5.20.0 transformers==5.24.0
 
 .PHONY: quickstart test faults versions lint docs sanitize overrides cuda-check bench llama-cpp help clean
 help:
-	@echo "make quickstart   environment, then the main job on a small real model (about 5 minutes on 2 cores)"
+	@echo "make quickstart   environment, then the main job on a small real model (about 3 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
 	@echo "make faults       kills, signals, disks, damaged and hostile files, all of them; FAULTS='kills --every 10' for some"
 	@echo "make versions     the tests that VERSIONS (of transformers, or torch) could break, each in an environment of its own"
