@@ -60,29 +60,9 @@ def gpu(emulated_kernels: ctypes.CDLL) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a character tokenizer, as a transformers folder; the MLP width 43 is odd on purpose."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tiny import write_model
 
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    vocabulary = {character: i for i, character in enumerate("?$\n abcdefghijklmnopqrstuvwxyz.,")}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="$")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=43,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_dropout=0.1,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", hidden_size=32, intermediate_size=43, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import qat
 from qat import BitLinear, PackedBitLinear
@@ -64,3 +67,26 @@ def packed_model(
     qat.convert(model, qat.QuantConfig(**quant))
     qat.pack(model, layout=layout)
     return model
+
+
+def write_model(folder: Path, hidden_size: int, intermediate_size: int, num_hidden_layers: int) -> Path:
+    """A random Llama with a character tokenizer, as a transformers folder."""
+    vocabulary = {character: i for i, character in enumerate("?$\n abcdefghijklmnopqrstuvwxyz.,")}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="$")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=0.1,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
