@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.formats import FORMATS, get_format
 from qat.models.any import packed_folder
-from qat.storage import local
+from qat.storage import local, parse_json
 from qat.targets import format_for
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def _windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Win
 def _results(run: Path) -> dict[str, Any]:
     """For the card: the perplexities in the run's result.json, where there is one."""
     try:
-        return {"results": json.loads((run / "result.json").read_text(encoding="utf-8"))["perplexity"]}
+        return {"results": parse_json((run / "result.json").read_text(encoding="utf-8"))["perplexity"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

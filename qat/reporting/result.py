@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qat.storage import write_text
+from qat.storage import parse_json, write_text
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RunResult:
 def read_result(folder: Path) -> RunResult | None:
     """The result.json of a run; None where there is none that can be read."""
     try:
-        values = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        values = parse_json((folder / "result.json").read_text(encoding="utf-8"))
         names = {one.name for one in fields(RunResult)} - {"further", "signal", "perplexity"}
         texts = {key: Perplexity.from_dict(value) for key, value in values.items() if key.partition("_")[0] == "perplexity"}
         first = texts.pop("perplexity", Perplexity())

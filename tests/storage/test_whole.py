@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qat.storage import exchange as exchanging
-from qat.storage import names, new_file, new_folder, repair, whole, write_text
+from qat.storage import names, new_file, new_folder, parse_json, repair, whole, write_text
 
 OLD, NEW = {"a": "old a", "b": "old b"}, {"a": "new a", "c": "new c"}
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "fsync", "exchange")
@@ -208,3 +208,9 @@ def test_what_nobody_writes_again_is_swept_with_its_folder(tmp_path: Path) -> No
         names.sweep_folder(tmp_path)
         assert len(list(tmp_path.iterdir())) == 2
     assert theirs.exists() and not left.exists()
+
+
+def test_json_that_is_nested_too_deep_is_a_value_error() -> None:
+    assert parse_json('{"a": [1]}') == {"a": [1]}
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json("[" * 100_000)

@@ -300,6 +300,14 @@ def test_a_foreign_checkpoint_of_a_cluster_is_not_taken(
     assert [int(row["step"]) for row in read_rows(folder / "metrics.csv")[0]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_damaged_header_s_column_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text('epoch,step,tr"in/loss\n0,10,1.5\n')
+    continued(file, ["train/loss"], 30).log_metrics({"train/loss": 1.0}, 20)
+    assert "metrics.csv: 1 rows do not parse and are dropped" in capsys.readouterr().out
+    assert file.read_text().splitlines() == ["epoch,step,train/loss", "0,10,", "0,20,1.0"]
+
+
 def test_rows_that_do_not_parse_are_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "metrics.csv"
     file.write_text("epoch,step,train/loss\n0,10,1.5\n0,20,x\n0,\0\n0,30,1.25\n0,40,1.\n0,5")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,14 @@ def continued(file: Path, columns: Iterable[str], step: int | None) -> MetricsFi
 
 
 def read_rows(file: Path) -> tuple[list[Row], int]:
-    """The rows, without their empty cells, and how many lines are no rows: torn, or with cells that are no numbers."""
+    """The rows, without their empty cells, and how many lines are none: torn, or with cells that are no numbers or names."""
     header, *lines = file.read_text(encoding="utf-8", errors="replace").replace("\0", "?").split("\n")
-    names = header.split(",")
+    names = header.rstrip("\r").split(",")
+    odd = {name for name in names if not re.fullmatch(r"[\w/.-]+", name)}  # of a damaged header
     torn = lines.pop() if lines else ""  # what follows the last line's end
     rows = [dict(zip(names, cells, strict=True)) for line in lines if _is_row(cells := line.rstrip("\r").split(","), names)]
-    return [{key: value for key, value in row.items() if value} for row in rows], len(lines) - len(rows) + bool(torn)
+    damaged = len(lines) - len(rows) + bool(torn) + bool(odd)
+    return [{key: value for key, value in row.items() if value and key not in odd} for row in rows], damaged
 
 
 def _is_row(cells: list[str], names: list[str]) -> bool:
