@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import qat
@@ -90,3 +91,27 @@ def write_model(folder: Path, hidden_size: int, intermediate_size: int, num_hidd
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+X = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Pair(nn.Module):
+    """Two layers, of which `rule` says what becomes of the second."""
+
+    def __init__(self, rule: Callable[[Pair, Tensor], Tensor], outputs: int = 32) -> None:
+        super().__init__()
+        self.first, self.second, self.rule = nn.Linear(32, 32), nn.Linear(32, outputs), rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper(self.first(x).relu())
+
+    def helper(self, h: Tensor) -> Tensor:
+        return self.rule(self, h)
+
+
+def outcome(rule: Callable[[Pair, Tensor], Tensor], outputs: int = 32, **more: object) -> str | None:
+    """Why `second` stays; None where it is converted. `first` always is."""
+    record = qat.convert(Pair(rule, outputs), probe=X, **more)  # type: ignore[arg-type]
+    assert "first" in record.converted
+    return record.skipped.get("second")

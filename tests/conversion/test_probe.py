@@ -7,38 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import SIZES
+from tiny import Pair, X, outcome
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig
 
 import qat
 from qat import Conversion, PackedBitLinear
 from qat.conversion.probe import NO_GRADIENT, NOT_CALLED
-
-X = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-
-
-class Pair(nn.Module):
-    """Two layers, of which `rule` says what becomes of the second."""
-
-    def __init__(self, rule: Callable[[Pair, Tensor], Tensor], outputs: int = 32) -> None:
-        super().__init__()
-        self.first, self.second, self.rule = nn.Linear(32, 32), nn.Linear(32, outputs), rule
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.helper(self.first(x).relu())
-
-    def helper(self, h: Tensor) -> Tensor:
-        return self.rule(self, h)
-
-
-def outcome(rule: Callable[[Pair, Tensor], Tensor], outputs: int = 32, **more: object) -> str | None:
-    """Why `second` stays; None where it is converted. `first` always is."""
-    record = qat.convert(Pair(rule, outputs), probe=X, **more)  # type: ignore[arg-type]
-    assert "first" in record.converted
-    return record.skipped.get("second")
-
 
 READERS: dict[str, Callable[[Pair, Tensor], Tensor]] = {
     "functional": lambda m, h: nn.functional.linear(h, m.second.weight, m.second.bias),
@@ -257,59 +232,3 @@ def test_a_batch_that_does_not_fit_is_refused_and_nothing_changes(batch: object)
     with pytest.raises(ValueError, match="probe"):
         qat.convert(model, probe=batch)
     assert type(model.first) is nn.Linear and "forward" not in vars(model.first)
-
-
-def language_model(kind: str, **more: object) -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **more})).eval()
-
-
-IDS = torch.randint(3, 30, (1, 12), generator=torch.Generator().manual_seed(1))
-STATE = {"state_size": 16, "num_heads": 8, "head_dim": 8, "n_groups": 1}
-
-
-def test_a_cached_step_is_compared_with_the_full_forward() -> None:
-    assert qat.convert(language_model("llama"), probe=IDS).probe["cached"] is True
-    record = qat.convert(language_model("mamba2", **STATE), probe={"input_ids": IDS})
-    assert record.probe["cached"] == "its forward returns no past_key_values"
-    broken = language_model("llama")
-    forward = broken.model.forward
-    broken.model.forward = lambda *a, past_key_values=None, **k: forward(*a, past_key_values=None, **k)
-    assert qat.convert(broken, probe=IDS).probe["cached"] == "a cached step gives other logits than the full forward"
-
-
-def gemma3() -> nn.Module:
-    text = {**SIZES, "vocab_size": 97, "head_dim": 16}
-    vision = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=text,
-        vision_config={**vision, "image_size": 32, "patch_size": 8},
-        mm_tokens_per_image=4,
-        image_token_index=96,
-    )
-    return Gemma3ForConditionalGeneration(config)
-
-
-@pytest.mark.parametrize("probe", [None, {"input_ids": IDS}], ids=["unprobed", "text"])
-def test_a_vision_tower_stays_where_only_text_comes(probe: object) -> None:
-    model, pixels = gemma3(), torch.randn(1, 3, 32, 32)
-    before = model.model.vision_tower(pixel_values=pixels).last_hidden_state
-    record = qat.convert(model, probe=probe)
-    assert len(record.converted) == 14 and not any("vision" in name for name in record.converted)
-    reason = record.skipped["model.vision_tower.encoder.layers.0.self_attn.q_proj"]
-    assert reason == NOT_CALLED if probe else "tower of another modality (model.vision_tower: pixel_values)" in reason
-    assert torch.equal(model.model.vision_tower(pixel_values=pixels).last_hidden_state, before)
-
-
-def test_a_vision_tower_that_the_data_reach_is_converted() -> None:
-    ids = IDS.clone()
-    ids[0, 2:6] = 96
-    batch = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32), "token_type_ids": (ids == 96).long()}
-    record = qat.convert(gemma3(), probe=batch)
-    assert len([name for name in record.converted if "vision" in name]) == 6
-
-
-def test_a_frozen_model_is_probed_like_another() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).requires_grad_(False)
-    record = qat.convert(model, probe=IDS)
-    assert len(record.converted) == 14 and not any(parameter.requires_grad for parameter in model.parameters())

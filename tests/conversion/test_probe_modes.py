@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny import Pair, X, outcome
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
@@ -14,25 +15,6 @@ from qat.conversion.probe import FROZEN, NOT_IN_TRAINING
 from qat.data.opening import probe_batch
 
 F = nn.functional
-X = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-
-
-class Pair(nn.Module):
-    """Two layers, of which `rule` says what becomes of the second."""
-
-    def __init__(self, rule: Callable[[Pair, Tensor], Tensor], outputs: int = 32) -> None:
-        super().__init__()
-        self.first, self.second, self.rule = nn.Linear(32, 32), nn.Linear(32, outputs), rule
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rule(self, self.first(x).relu())
-
-
-def outcome(rule: Callable[[Pair, Tensor], Tensor], outputs: int = 32) -> str | None:
-    """Why `second` stays; None where it is converted. `first` always is."""
-    record = qat.convert(Pair(rule, outputs), probe=X)
-    assert "first" in record.converted
-    return record.skipped.get("second")
 
 
 def test_a_weight_that_is_read_in_training_only_stays() -> None:
