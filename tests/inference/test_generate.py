@@ -1,8 +1,7 @@
-"""Fused layers give the packed model's numbers, the cache those of a full pass, the sampler its distribution."""
+"""Fused layers give the packed model's numbers, the cache those of a full pass."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -88,25 +87,6 @@ def test_layers_with_a_norm_of_their_own_are_tiled_and_not_fused(tiny_model):
 
 def test_reference_kernels_are_left_alone(tiny_model):
     assert inference.tile(packed_model(tiny_model, kernels="reference")) == 0
-
-
-@pytest.mark.parametrize(("kind", "error"), [("6bit", 0.03), ("8bit", 0.012)])
-def test_heads_in_fewer_bits_stay_near(kind, error):
-    torch.manual_seed(0)
-    linear = nn.Linear(96, 64).requires_grad_(False)
-    x = torch.randn(2, 5, 96)
-    head = digits.DigitLinear(linear, digits.HEAD_DIGITS[kind])
-    difference = (head(x) - linear(x)).norm() / linear(x).norm()
-    assert head(x).shape == (2, 5, 64) and 0 < difference < error
-
-
-def test_ternary_digits_are_the_nearest_multiples():
-    weight = torch.tensor([[40.0, -40.0, 0.0, 13.4, -13.6], [0.5, -1.0, 0.25, 0.0, 1.0]])
-    codes, scale = digits.ternary_digits(weight, 4)
-    value = (codes.reshape(2, 4, 5) * scale[:, :, None]).sum(1)
-    assert value[0].tolist() == [40, -40, 0, 13, -14] and codes.unique().tolist() == [-1, 0, 1]
-    torch.testing.assert_close(value[1], (weight[1] * 40).round() / 40)
-    assert digits.ternary_digits(torch.zeros(2, 3), 5)[0].eq(0).all()
 
 
 def test_an_unknown_head_is_refused(tiny_model):
@@ -225,27 +205,6 @@ def test_greedy_equals_transformers(tiny_model):
     ids = torch.randint(31, (9,))
     theirs = model.generate(ids[None], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
     assert torch.equal(greedy(Decoder(model, 21), ids, 12), theirs)
-
-
-def test_nucleus_is_the_smallest_set_that_reaches_p():
-    probabilities = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
-    assert generate.nucleus(probabilities, 0.7)[1].tolist() == [1, 3]
-    assert generate.nucleus(probabilities, 0.71)[1].tolist() == [1, 3, 4]
-    assert generate.nucleus(probabilities, 1.0)[1].tolist() == [0, 1, 2, 3, 4]
-    flat = torch.full((1000,), 1e-3, dtype=torch.float64)
-    assert len(generate.nucleus(flat, 0.5)[1]) in (500, 501)  # beyond the 256 that are tried first
-
-
-def test_sampling_follows_the_distribution_and_the_seed():
-    logits = torch.tensor([0.0, math.log(3.0)])
-    choose = generate.sampler(generate.Sampling(temperature=1.0, seed=3))
-    drawn = [choose(logits) for _ in range(2000)]
-    assert sum(drawn) / 2000 == pytest.approx(0.75, abs=0.03)
-    again = generate.sampler(generate.Sampling(temperature=1.0, seed=3))
-    assert [again(logits) for _ in range(50)] == drawn[:50]
-    assert generate.sampler(generate.Sampling())(logits) == 1
-    with pytest.raises(ValueError, match="not finite"):
-        choose(torch.tensor([math.nan, 0.0]))
 
 
 def test_the_verb_streams_the_greedy_text(packed_folder, capsys):
