@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +20,8 @@ import torch
 from qat.config import DataConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
 from qat.config.compose.saved import load_config
 from qat.train import main, run
-from qat.training import checkpoints
 from qat.training.callbacks import Throughput
-from qat.training.callbacks.metrics_file import continued, read_rows
+from qat.training.callbacks.metrics_file import read_rows
 from qat.training.folder import locked, made
 from qat.training.signals import Interrupted, listening
 
@@ -244,45 +241,6 @@ def test_a_minute_s_checkpoints(config: TrainConfig, monkeypatch: pytest.MonkeyP
     assert saved == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.fixture
-def two_checkpoints(tmp_path: Path) -> Path:
-    """last.ckpt of step 2 and previous.ckpt of step 1."""
-
-    class Trainer:
-        step = 0
-
-        def save_checkpoint(self, file: Path) -> None:
-            self.step += 1
-            torch.save({"global_step": self.step, "weights": torch.arange(1000.0)}, file)
-
-    trainer: Any = Trainer()
-    for _ in range(2):
-        checkpoints.save(trainer, tmp_path / "checkpoints")
-    return tmp_path / "checkpoints"
-
-
-def test_every_flipped_bit_is_noticed(two_checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert checkpoints.newest(two_checkpoints) == checkpoints.Found(two_checkpoints / "last.ckpt", 2)
-    whole = (two_checkpoints / "last.ckpt").read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    for place in torch.randint(len(whole) - checkpoints._COMMENT, (60,), generator=generator).tolist():
-        (two_checkpoints / "last.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        assert checkpoints.newest(two_checkpoints) == checkpoints.Found(two_checkpoints / "previous.ckpt", 1)
-    checkpoints.newest(two_checkpoints, say=True)
-    said = capsys.readouterr().out
-    assert "last.ckpt is damaged" in said and said.endswith("going on from previous.ckpt, step 1\n")
-
-
-def test_files_of_earlier_versions_are_checked_by_their_own_sums(tmp_path: Path) -> None:
-    torch.save({"global_step": 3, "weights": torch.arange(1000.0)}, tmp_path / "last.ckpt")
-    assert checkpoints.newest(tmp_path) == checkpoints.Found(tmp_path / "last.ckpt", 3)
-    content = bytearray((tmp_path / "last.ckpt").read_bytes())
-    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 777] ^= 1
-    (tmp_path / "last.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match="last.ckpt is damaged"):
-        checkpoints.newest(tmp_path)
-
-
 def test_a_foreign_checkpoint_of_a_cluster_is_not_taken(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,48 +256,3 @@ def test_a_foreign_checkpoint_of_a_cluster_is_not_taken(
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
     folder = Path(run(config).folder)
     assert [int(row["step"]) for row in read_rows(folder / "metrics.csv")[0]] == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_damaged_header_s_column_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "metrics.csv"
-    file.write_text('epoch,step,tr"in/loss\n0,10,1.5\n')
-    continued(file, ["train/loss"], 30).log_metrics({"train/loss": 1.0}, 20)
-    assert "metrics.csv: 1 rows do not parse and are dropped" in capsys.readouterr().out
-    assert file.read_text().splitlines() == ["epoch,step,train/loss", "0,10,", "0,20,1.0"]
-
-
-def test_rows_that_do_not_parse_are_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "metrics.csv"
-    file.write_text("epoch,step,train/loss\n0,10,1.5\n0,20,x\n0,\0\n0,30,1.25\n0,40,1.\n0,5")
-    rows = continued(file, ["val/loss", "train/loss"], 30)
-    assert "metrics.csv: 3 rows do not parse and are dropped" in capsys.readouterr().out
-    rows.log_metrics({"train/loss": 1.0}, 40)
-    rows.log_metrics({"train/loss": 1.0, "lr": 0.5}, 40)
-    with file.open() as lines:
-        found = list(csv.DictReader(lines))
-    assert [(row["step"], row["train/loss"]) for row in found] == [("10", "1.5"), ("30", "1.25"), ("40", "1.0"), ("40", "")]
-    assert found[-1]["lr"] == "0.5" and list(found[0]) == ["epoch", "step", "train/loss", "val/loss", "lr"]
-
-
-@pytest.mark.parametrize(("steps", "expected"), [("9 19 19", [10, 20, 20]), ("10 20", [10, 20]), ("0", [1]), ("1 2", [1, 2])])
-def test_rows_counted_from_0_by_earlier_versions(tmp_path: Path, steps: str, expected: list[int]) -> None:
-    file = tmp_path / "metrics.csv"
-    file.write_text("epoch,step,train/loss\n" + "".join(f"0,{step},1.5\n" for step in steps.split()))
-    for _ in range(2):  # a second resume does not count again
-        continued(file, ["train/loss"], 100)
-        assert [int(row["step"]) for row in read_rows(file)[0]] == expected
-
-
-def test_a_record_of_another_size_is_noticed_with_right_sums(tmp_path: Path) -> None:
-    torch.save({"global_step": 3, "weights": torch.arange(1000.0)}, tmp_path / "whole")
-    with zipfile.ZipFile(tmp_path / "whole") as archive, zipfile.ZipFile(tmp_path / "last.ckpt", "w") as written:
-        for name in archive.namelist():
-            written.writestr(name, archive.read(name)[: 400 if name.endswith("/data/0") else None])
-    with pytest.raises(ValueError, match="last.ckpt is damaged"):
-        checkpoints.newest(tmp_path)
-
-
-def test_a_device_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "last.ckpt").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match="it is no file"):
-        checkpoints.newest(tmp_path)
