@@ -1,4 +1,4 @@
-"""The section `data`: text, chats, or the model's own samples."""
+"""The section `data`: text, chats, the model's own samples, or these mixed with text."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class SelfgenConfig:
     """Sample among the k likeliest tokens; null: all."""
     batch_size: int = 256
     """Sequences sampled at once."""
+    share: float = 0.5
+    """Of data=mixed: the share of the training sequences that are sampled; the others are text."""
 
     def __post_init__(self) -> None:
         check_types("data.selfgen", self)
@@ -33,6 +35,7 @@ class SelfgenConfig:
         at_least("data.selfgen.temperature", self.temperature, 1e-4, most=1e4)
         at_least("data.selfgen.top_k", self.top_k, 1)
         at_least("data.selfgen.batch_size", self.batch_size, 1, most=MOST_SEQUENCES)
+        fraction("data.selfgen.share", self.share)
 
 
 @dataclass
@@ -40,7 +43,7 @@ class DataConfig:
     """Where the training and the evaluation text comes from, and how it is cut."""
 
     kind: str = "text"
-    """`text`: documents packed to length; `chat`: `messages`, loss on the assistant only; `selfgen`: the teacher's samples."""
+    """`text`: documents packed to length; `chat`: loss on the assistant; `selfgen`: the teacher's samples; `mixed`: both."""
     train: str | None = None
     """A .txt, .jsonl or .parquet file, or the name of a hub data set. Not for selfgen."""
     valid: str | None = None
@@ -71,7 +74,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types("data", self)
-        choose("data.kind", self.kind, ("text", "chat", "selfgen"))
+        choose("data.kind", self.kind, ("text", "chat", "selfgen", "mixed"))
         fraction("data.valid_fraction", self.valid_fraction)
         at_least("data.sequence_length", self.sequence_length, 2)
         at_least("data.batch_size", self.batch_size, 1, most=MOST_SEQUENCES)
@@ -82,3 +85,8 @@ class DataConfig:
             raise ValueError(f"data.{key}={getattr(self, key)!r} does not fit data=selfgen, which samples its own; use data=text")
         if self.kind != "selfgen" and self.valid is None and self.valid_fraction == 0:
             raise ValueError("data.valid_fraction=0 leaves nothing to evaluate on; give data.valid or a fraction above 0")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the full-precision model writes training text, so that it must be loaded first."""
+        return self.kind in ("selfgen", "mixed")

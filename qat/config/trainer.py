@@ -53,6 +53,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types("trainer", self)
         choose("trainer.accelerator", self.accelerator, ("cpu", "gpu", "auto"))
+        if self.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision={self.precision} would keep the latent weights in 16 bits, where most steps of an optimizer"
+                " round to nothing and codes freeze; use bf16-mixed, whose matmuls are as fast"
+            )
         choose("trainer.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
         for key in ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps", "val_batches"):
             at_least(f"trainer.{key}", getattr(self, key), 1)

@@ -11,6 +11,7 @@ from qat.config import DataConfig
 from qat.data import tokens
 from qat.data.chat import Chats, read_chats
 from qat.data.datamodule import QATData
+from qat.data.mixture import Mixture
 from qat.data.order import Windows
 from qat.data.selfgen import sampled_tokens
 from qat.data.sources import BUILTIN, Source
@@ -38,13 +39,34 @@ def build_datamodule(
     if data.kind == "chat":
         chats, names, notes = _chat_parts(data, tokenizer)
         return QATData(data, chats, names, seed=seed, total_batches=total_batches, notes=notes)
+    notes = [] if data.kind == "selfgen" else _text_notes(data, tokenizer)
+    if data.kind == "mixed":
+        mixture, held_out, names = _mixed_parts(data, tokenizer, teacher, seed, progress)
+        return QATData(data, (mixture, held_out), names, seed=seed, total_batches=total_batches, notes=notes)
     if data.kind == "selfgen":
         arrays, names = _sampled_parts(data, tokenizer, teacher, seed, progress)
     else:
         arrays, names = _text_parts(data, tokenizer)
     windows = _windows(arrays[0], data, names[0]), _windows(arrays[1], data, names[1])
-    notes = _text_notes(data, tokenizer) if data.kind == "text" else []
     return QATData(data, windows, names, seed=seed, total_batches=total_batches, notes=notes)
+
+
+def check_text(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Read and tokenize what of `data` is text, so that what is wrong with it is said before anything is sampled."""
+    if data.kind == "mixed":
+        for array, name in zip(*_text_parts(data, tokenizer), strict=True):
+            _windows(array, data, name)
+
+
+def _mixed_parts(
+    data: DataConfig, tokenizer: Any, teacher: PreTrainedModel | None, seed: int, progress: bool
+) -> tuple[Mixture, Windows, Names]:
+    """Text and samples to train on, and text to validate on."""
+    (text, held_out), names = _text_parts(data, tokenizer)
+    parts = _windows(text, data, names[0]), _windows(_sampled(data, tokenizer, teacher, seed, progress), data, "self-generated")
+    mixture = Mixture(parts, data.selfgen.share)
+    title = f"{names[0]} and {100 * data.selfgen.share:g} % self-generated"
+    return mixture, _windows(held_out, data, names[1]), (title, names[1])
 
 
 def _text_notes(data: DataConfig, tokenizer: Any) -> list[str]:
@@ -58,16 +80,19 @@ def _text_notes(data: DataConfig, tokenizer: Any) -> list[str]:
 def _sampled_parts(
     data: DataConfig, tokenizer: Any, teacher: PreTrainedModel | None, seed: int, progress: bool
 ) -> tuple[Arrays, Names]:
-    if teacher is None:
-        raise ValueError("data=selfgen samples from the full-precision model, so it needs one; set model.teacher=shared")
-    folder = tokens.cache_folder(data.cache_dir)
-    train, valid = (
-        sampled_tokens(
-            teacher, tokenizer, data.selfgen, data.sequence_length, valid=v, seed=seed, folder=folder, progress=progress
-        )
-        for v in (False, True)
-    )
+    train, valid = (_sampled(data, tokenizer, teacher, seed, progress, valid=v) for v in (False, True))
     return (train, valid), ("self-generated", "held-out self-generated")
+
+
+def _sampled(
+    data: DataConfig, tokenizer: Any, teacher: PreTrainedModel | None, seed: int, progress: bool, *, valid: bool = False
+) -> np.ndarray:
+    if teacher is None:
+        raise ValueError(f"data={data.kind} samples from the full-precision model, so it needs one; set model.teacher=shared")
+    folder = tokens.cache_folder(data.cache_dir)
+    return sampled_tokens(
+        teacher, tokenizer, data.selfgen, data.sequence_length, valid=valid, seed=seed, folder=folder, progress=progress
+    )
 
 
 def _windows(array: np.ndarray, data: DataConfig, name: str) -> Windows:

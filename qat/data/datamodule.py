@@ -10,7 +10,7 @@ run would go on with other random numbers than the uninterrupted one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader
 
 from qat.config import DataConfig
 from qat.data.chat import Chats
-from qat.data.order import StreamBatches, Windows, counted
+from qat.data.mixture import Mixture
+from qat.data.order import Shuffled, StreamBatches, Windows, counted
 from qat.metrics.perplexity import Window, windows
 
 Part = Windows | Chats
+Training = Part | Mixture
 
 
 class StreamLoader(DataLoader):
@@ -58,7 +60,7 @@ class QATData(lightning.LightningDataModule):
     def __init__(
         self,
         data: DataConfig,
-        parts: tuple[Part, Part],
+        parts: tuple[Training, Part],
         names: tuple[str, str],
         *,
         seed: int,
@@ -67,7 +69,8 @@ class QATData(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.data_config, self.seed, self.total_batches = data, seed, total_batches
-        self.train, self.valid = parts
+        self.train: Training = parts[0]
+        self.valid: Part = parts[1]
         self.names = self.name, self.eval_name = names
         self.notes = [*notes, *_notes(self.train, "training"), *_notes(self.valid, "validation")]
         self._restored = {"sequences": 0, "step": 0}
@@ -76,10 +79,14 @@ class QATData(lightning.LightningDataModule):
         """The same data from its first batch on, for another training."""
         return QATData(self.data_config, (self.train, self.valid), self.names, seed=self.seed, total_batches=self.total_batches)
 
+    def order(self) -> Callable[[int], int]:
+        """Which training sequence stands at each position of the stream."""
+        return self.train.order(self.seed) if isinstance(self.train, Mixture) else Shuffled(len(self.train), self.seed)
+
     @property
     def train_tokens(self) -> int:
         """Tokens in one epoch of training sequences; for chats without the padding."""
-        return len(self.train) * self.train.length if isinstance(self.train, Windows) else len(self.train.tokens())
+        return len(self.train.tokens()) if isinstance(self.train, Chats) else len(self.train) * self.train.length
 
     @property
     def eval_tokens(self) -> torch.Tensor:
@@ -103,7 +110,7 @@ class QATData(lightning.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         done = self._restored["step"] * self._accumulate if self.trainer else None
         batches = StreamBatches(
-            len(self.train), self.data_config.batch_size, seed=self.seed, total_batches=self.total_batches,
+            self.order(), self.data_config.batch_size, total_batches=self.total_batches,
             start=self._restored["sequences"], done=done, rank=rank, world=world,
         )  # fmt: skip
         return StreamLoader(self, batch_sampler=batches, **self._loader_arguments())
@@ -137,7 +144,7 @@ class QATData(lightning.LightningDataModule):
         self._restored = dict(state_dict)
 
 
-def _notes(part: Part, kind: str) -> list[str]:
+def _notes(part: Training, kind: str) -> list[str]:
     if not isinstance(part, Chats):
         return []
     found = ((part.truncated, f"cut to {part.length} tokens"), (part.dropped, "dropped: no assistant's word within that length"))

@@ -8,7 +8,7 @@ import torch
 
 from qat.config import TrainConfig
 from qat.data import preview
-from qat.data.build import build_datamodule, text_tokens
+from qat.data.build import build_datamodule, check_text, text_tokens
 from qat.data.datamodule import QATData
 from qat.models.hub import context_length, embedding_rows
 
@@ -23,7 +23,8 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, batches: 
     """
     for text in config.eval.texts.values():
         text_tokens(text, tokenizer, config.data, config.eval.max_tokens)
-    if config.data.kind == "selfgen":
+    if config.data.sampled:
+        check_text(config.data, tokenizer)
         return None
     data = build_datamodule(config.data, tokenizer, seed=config.seed, total_batches=batches)
     for line in data.notes:

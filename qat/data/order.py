@@ -7,7 +7,7 @@ between epochs: a batch may hold the end of one and the start of the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -47,8 +47,22 @@ class Windows(Dataset):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
+class Shuffled:
+    """The sequence at a position of an endless stream, epoch after epoch, each in the order of (seeds, epoch)."""
+
+    def __init__(self, count: int, *seeds: int) -> None:
+        self.count, self.seeds = count, seeds
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __call__(self, position: int) -> int:
+        epoch, within = divmod(position, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.count, *self.seeds, epoch)
+        return int(self._order[within])
+
+
 class StreamBatches(Sampler):
-    """Batches of indices from stream position `start` (in sequences, all devices together) on: all but `done` of `total_batches`.
+    """Batches of `index(position)` from position `start` (in sequences of all devices) on: all but `done` of `total_batches`.
 
     `done` does not follow from `start`, as batches may have had another size before a resume; by default they had the same. The
     length is `total_batches` however far the run had come: lightning adds the batches that a resumed run has behind it to those
@@ -56,13 +70,12 @@ class StreamBatches(Sampler):
     """
 
     def __init__(
-        self, count: int, batch_size: int, *, seed: int, total_batches: int, start: int = 0,
+        self, index: Callable[[int], int], batch_size: int, *, total_batches: int, start: int = 0,
         done: int | None = None, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        self.count, self.batch_size, self.seed, self.total_batches = count, batch_size, seed, total_batches
+        self.index, self.batch_size, self.total_batches = index, batch_size, total_batches
         self.start, self.rank, self.world = start, rank, world
         self.done = start // (batch_size * world) if done is None else done
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return self.total_batches
@@ -73,17 +86,10 @@ class StreamBatches(Sampler):
             first = self.start + batch * step + self.rank * self.batch_size
             yield [self.index(position) for position in range(first, first + self.batch_size)]
 
-    def index(self, position: int) -> int:
-        """The sequence at a position of the stream."""
-        epoch, within = divmod(position, self.count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.count, self.seed, epoch)
-        return int(self._order[within])
 
-
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order [count] of one epoch, int64, from the pair (seed, epoch) alone."""
-    return torch.randperm(count, generator=generator(seed, epoch)).numpy()
+def permutation(count: int, *seeds: int) -> np.ndarray:
+    """The order [count] of one epoch, int64, from the numbers (seed, epoch) alone."""
+    return torch.randperm(count, generator=generator(*seeds)).numpy()
 
 
 def generator(*seeds: int) -> torch.Generator:

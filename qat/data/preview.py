@@ -9,7 +9,8 @@ import torch
 
 from qat.data.chat import Chats
 from qat.data.chat.masked import IGNORED
-from qat.data.datamodule import QATData
+from qat.data.datamodule import QATData, Training
+from qat.data.mixture import Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,12 +26,20 @@ def lines(data: QATData, tokenizer: PreTrainedTokenizerFast, devices: int = 1) -
     found = [
         f"training        {data.name}: {len(train):,} sequences, {data.train_tokens:,} tokens",
         f"validation      {data.eval_name}: {len(valid):,} sequences, {len(data.eval_tokens):,} tokens",
-        f"epochs          {sequences / len(train):,.2f}: {sequences:,} sequences in all",
+        f"epochs          {_epochs(train, sequences)}: {sequences:,} sequences in all",
     ]
     if isinstance(train, Chats):
         count = sum(int(mask[1:].sum()) for _, mask in train.items)
         found.append(f"learned         {count:,} of {data.train_tokens:,} tokens, {100 * count / data.train_tokens:.1f} %")
     return [*found, f"sample          {sample(train[0], tokenizer)}"]
+
+
+def _epochs(train: Training, sequences: int) -> str:
+    """How often a training text is seen; of a mixture each of the two."""
+    if not isinstance(train, Mixture):
+        return f"{sequences / len(train):,.2f}"
+    text, samples = (count / len(part) for count, part in zip(train.counts(sequences), train.parts, strict=True))
+    return f"{text:,.2f} of the text, {samples:,.2f} of what was sampled"
 
 
 def sample(item: dict[str, torch.Tensor], tokenizer: Any, most: int = MOST) -> str:

@@ -102,7 +102,8 @@ def test_wrong_override_is_one_clear_error(arguments: list[str], words: list[str
         (DistillConfig, {"ce": 0.0}, "leave no loss"),
         (OptimConfig, {"schedule": "step"}, "optim.schedule='step'"),
         (OptimConfig, {"lr": float("nan")}, "optim.lr=nan"),
-        (TrainerConfig, {"precision": "bf16-true"}, "trainer.precision='bf16-true'"),
+        (TrainerConfig, {"precision": "bf16-true"}, "trainer.precision=bf16-true would keep the latent weights in 16 bits"),
+        (TrainerConfig, {"precision": "64-true"}, "trainer.precision='64-true'"),
         (TrainerConfig, {"max_steps": 0}, "trainer.max_steps=0"),
     ],
 )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qat.config import DataConfig
 from qat.data import build_datamodule, text_tokens
-from qat.data.order import StreamBatches, permutation
+from qat.data.order import Shuffled, StreamBatches, permutation
 
 
 def test_split_windows_and_labels(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -35,18 +35,18 @@ def test_text_shorter_than_a_sequence_is_refused(data: DataConfig, tokenizer: Pr
 
 
 def test_every_epoch_is_its_own_permutation_and_nothing_is_dropped() -> None:
-    stream = [index for batch in StreamBatches(7, 3, seed=1, total_batches=7) for index in batch]  # 21 = three epochs of 7
+    stream = [index for batch in StreamBatches(Shuffled(7, 1), 3, total_batches=7) for index in batch]  # 21 = three epochs of 7
     epochs = [stream[:7], stream[7:14], stream[14:]]
     assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 3
     assert epochs[0] != epochs[1] != epochs[2] and epochs[1] == permutation(7, 1, 1).tolist()
-    assert stream != [index for batch in StreamBatches(7, 3, seed=2, total_batches=7) for index in batch]
+    assert stream != [index for batch in StreamBatches(Shuffled(7, 2), 3, total_batches=7) for index in batch]
 
 
 def test_devices_share_a_batch_and_positions_continue() -> None:
-    whole = list(StreamBatches(10, 4, seed=3, total_batches=5))
-    parts = [list(StreamBatches(10, 2, seed=3, total_batches=5, rank=rank, world=2)) for rank in (0, 1)]
+    whole = list(StreamBatches(Shuffled(10, 3), 4, total_batches=5))
+    parts = [list(StreamBatches(Shuffled(10, 3), 2, total_batches=5, rank=rank, world=2)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
-    rest = StreamBatches(10, 4, seed=3, total_batches=5, start=12)
+    rest = StreamBatches(Shuffled(10, 3), 4, total_batches=5, start=12)
     assert list(rest) == whole[3:] and len(rest) == 5
 
 
