@@ -121,6 +121,58 @@ std::tuple<Tensor, Tensor> cpu_quantize_activation(const Tensor& x, bool per_ten
   return {result.x_q, result.x_scale};
 }
 
+constexpr int64_t kSlice = 4096;  // elements that are worked on at once, so that a single long row has work for all threads
+
+int64_t slices_of(int64_t length) { return (length + kSlice - 1) / kSlice; }
+
+// The double that `sum` gives of each slice of r rows [length] of x.
+void sum_slices(const Tensor& x, int64_t r, int64_t length, double (*sum)(const float*, int64_t), double* parts) {
+  const Dtype dtype = dtype_of(x);
+  const auto* in = static_cast<const char*>(x.const_data_ptr());
+  const int64_t size = x.element_size(), slices = slices_of(length);
+  torch::stable::parallel_for(0, r * slices, grain(length < kSlice ? length : kSlice), [&](int64_t begin, int64_t end) {
+    float floats[kSlice];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % slices * kSlice, count = length - first < kSlice ? length - first : kSlice;
+      const char* from = in + (i / slices * length + first) * size;
+      if (dtype != Dtype::f32) isa().to_float(from, dtype, count, floats);
+      parts[i] = sum(dtype == Dtype::f32 ? reinterpret_cast<const float*>(from) : floats, count);
+    }
+  });
+}
+
+double total(const double* parts, int64_t count) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) sum += parts[i];
+  return sum;
+}
+
+// Means float32 [R, 1] of rows [R, L], or of their magnitudes, summed in double: by slices, and then over the slices in their
+// order, so that it is the same for any number of threads.
+Tensor cpu_mean(const Tensor& rows, bool magnitudes) {
+  const int64_t r = rows.size(0), length = rows.size(1), slices = slices_of(length);
+  STD_TORCH_CHECK(rows.is_contiguous() && length > 0, "rows must be contiguous and hold something");
+  const Scratch<double> parts(r * slices);
+  sum_slices(rows, r, length, magnitudes ? isa().magnitudes : isa().sum, parts.get());
+  Tensor mean = empty({r, 1}, ScalarType::Float);
+  auto* out = static_cast<float*>(mean.mutable_data_ptr());
+  for (int64_t row = 0; row < r; ++row)
+    out[row] = static_cast<float>(total(parts.get() + row * slices, slices) / static_cast<double>(length));
+  return mean;
+}
+
+// The sum in double of all squares: one call, as a small model's gradients are many and each is small.
+double cpu_square_sum(std::vector<Tensor> tensors) {
+  double sum = 0.0;
+  for (const Tensor& x : tensors) {
+    STD_TORCH_CHECK(x.is_contiguous(), "tensors must be contiguous");
+    const Scratch<double> parts(slices_of(x.numel()));
+    sum_slices(x, 1, x.numel(), isa().squares, parts.get());
+    sum += total(parts.get(), slices_of(x.numel()));
+  }
+  return sum;
+}
+
 // int8 t of float32 rows [R, L]: with scale [R], ternary; with threshold [R], binary.
 Tensor cpu_codes(const Tensor& rows, const Tensor& value, bool binary) {
   const int64_t r = rows.size(0), length = rows.size(1);
@@ -128,11 +180,10 @@ Tensor cpu_codes(const Tensor& rows, const Tensor& value, bool binary) {
   Tensor t = empty({r, length}, ScalarType::Char);
   auto* out = static_cast<int8_t*>(t.mutable_data_ptr());
   const auto codes = binary ? isa().binary : isa().ternary;
-  // A unit is a slice of a row, so that a single long row (one scale a tensor) is shared among the threads too.
-  const int64_t slice = 4096, slices = (length + slice - 1) / slice;
-  torch::stable::parallel_for(0, r * slices, grain(slice), [&](int64_t begin, int64_t end) {
+  const int64_t slices = slices_of(length);
+  torch::stable::parallel_for(0, r * slices, grain(kSlice), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / slices, first = i % slices * slice, count = length - first < slice ? length - first : slice;
+      const int64_t row = i / slices, first = i % slices * kSlice, count = length - first < kSlice ? length - first : kSlice;
       codes(in + row * length + first, count, row_value[row], out + row * length + first);
     }
   });
@@ -177,6 +228,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
       "cpu_bitlinear(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int n, int k, int groups, bool per_tensor, float eps)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("cpu_quantize_activation(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor)");
+  m.def("cpu_mean(Tensor rows, bool magnitudes) -> Tensor");
+  m.def("cpu_square_sum(Tensor[] tensors) -> float");
   m.def("cpu_codes(Tensor rows, Tensor value, bool binary) -> Tensor");
   m.def("cpu_dequantize(Tensor codes, Tensor scale, int kind) -> Tensor");
 }
@@ -187,6 +240,8 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_bitlinear", TORCH_BOX(&cpu_bitlinear));
   m.impl("cpu_quantize_activation", TORCH_BOX(&cpu_quantize_activation));
+  m.impl("cpu_mean", TORCH_BOX(&cpu_mean));
+  m.impl("cpu_square_sum", TORCH_BOX(&cpu_square_sum));
   m.impl("cpu_codes", TORCH_BOX(&cpu_codes));
   m.impl("cpu_dequantize", TORCH_BOX(&cpu_dequantize));
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from qat.config import QuantConfig
 from qat.ops import reference
 from qat.ops.options import PackedOptions, weight_options
-from qat.quantizers import latent
+from qat.quantizers import latent, scales
 from qat.quantizers.record import WeightOptions, resolve
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,12 +56,14 @@ def on_the_gpu(name: str, *arguments: Any) -> Any:
 
 
 def check_weight_codes(w: Tensor, t: Tensor, scale: Tensor, config: QuantConfig, parameters: Sequence[Tensor] = ()) -> None:
-    """The scale is the reference's but for the order of the sum; the codes are those of this very scale."""
+    """The scale is the reference's, a fitted one but for the order of its sums; the codes are those of this very scale."""
     o = WeightOptions(*weight_options(config))
     rows, wanted, shape = latent.weight_scale(w, o, parameters)
     assert scale.dtype == torch.float32 and scale.shape == shape
     assert t.dtype == torch.int8 and t.shape == (w.shape[0], w.shape[1] * o.components)
     rounding = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}[config.scale_dtype]  # a neighbour of the wanted one
+    if resolve(config.quantizer.scale) is scales.statistic:
+        rounding = 0
     torch.testing.assert_close(scale, latent.from_rows(wanted, shape), rtol=rounding, atol=0)
     named = latent.by_name(config.quantizer, o, parameters)
     expected = resolve(config.quantizer.codes)(rows, latent.as_rows(scale, o.components), **named).to(torch.int8)

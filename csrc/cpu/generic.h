@@ -129,6 +129,34 @@ QAT_TARGET void dequantize(const int8_t* codes, int64_t n, float scale, float* o
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]) * scale;
 }
 
+constexpr int kSums = 32;  // partial sums in double: enough additions under way on every path, and one order for all
+
+template <class Term>
+QAT_TARGET inline double total(const float* x, int64_t n, const Term& term) {
+  double lanes[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int lane = 0; lane < kSums; ++lane) lanes[lane] += term(x[i + lane]);
+  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += term(x[i]);
+  for (int half = kSums / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+struct Value {
+  QAT_TARGET double operator()(float x) const { return static_cast<double>(x); }
+};
+struct Magnitude {
+  QAT_TARGET double operator()(float x) const { return static_cast<double>(bits_to_float(float_to_bits(x) & 0x7fffffffu)); }
+};
+struct Square {  // exact in double, so that a fused multiply-add gives the same
+  QAT_TARGET double operator()(float x) const { return static_cast<double>(x) * static_cast<double>(x); }
+};
+
+QAT_TARGET double sum(const float* x, int64_t n) { return total(x, n, Value()); }
+QAT_TARGET double magnitudes(const float* x, int64_t n) { return total(x, n, Magnitude()); }
+QAT_TARGET double squares(const float* x, int64_t n) { return total(x, n, Square()); }
+
 // e^x to a relative 2e-7, without a branch, so that the compiler vectorizes it: 2^n e^r with |r| <= ln(2) / 2.
 QAT_TARGET inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -228,6 +256,9 @@ constexpr Isa path(const char* name, int tokens, decltype(Isa::dot) dot) {
   isa.accumulate = accumulate;
   isa.ternary = ternary;
   isa.binary = binary;
+  isa.sum = sum;
+  isa.magnitudes = magnitudes;
+  isa.squares = squares;
   isa.dequantize = dequantize;
   isa.rms_norm = rms_norm;
   isa.gate = gate;

@@ -60,6 +60,10 @@ struct Isa {
   // t = clip(round(w / scale), -1, 1), or w > threshold ? 1 : -1.
   void (*ternary)(const float* w, int64_t n, float scale, int8_t* t);
   void (*binary)(const float* w, int64_t n, float threshold, int8_t* t);
+  // Sums in double of x, |x| and x^2: each in one order, whatever the path.
+  double (*sum)(const float* x, int64_t n);
+  double (*magnitudes)(const float* x, int64_t n);
+  double (*squares)(const float* x, int64_t n);
   void (*dequantize)(const int8_t* codes, int64_t n, float scale, float* out);
   // What lies between the linears of a decoder, for one token (decode.h): y = x / rms(x) * weight;
   // y = silu(y) * up; rotary embedding in halves over a head's first n elements, x cos + (-x2, x1) sin; and one head's

@@ -34,15 +34,17 @@ struct Larger {  // keeps a NaN
 
 template <class T>
 __device__ __forceinline__ void gather(const Weight<T>& p, const Chunk<T>& chunk, Moments& m) {
-  float size = 0.0f, sum = 0.0f;
+  float most = 0.0f;
 #pragma unroll
   for (int i = 0; i < Chunk<T>::kSize; ++i) {
-    size = p.absmax ? max_nan(size, magnitude(chunk[i])) : add(size, magnitude(chunk[i]));
-    sum = add(sum, chunk[i]);
+    if (p.absmax) {
+      most = max_nan(most, magnitude(chunk[i]));
+    } else {
+      m.magnitude += static_cast<double>(magnitude(chunk[i]));
+    }
+    if (p.binary) m.sum += static_cast<double>(chunk[i]);
   }
-  const auto found = static_cast<double>(size);
-  m.magnitude = p.absmax ? Larger()(m.magnitude, found) : m.magnitude + found;
-  if (p.binary) m.sum += static_cast<double>(sum);
+  if (p.absmax) m.magnitude = Larger()(m.magnitude, static_cast<double>(most));
 }
 
 template <int THREADS>

@@ -7,9 +7,10 @@
 // runs backwards, so that it meets what the first left in the L2 cache (up to 50 of the 141 MB). All loads are 16 bytes,
 // four or more under way a thread: 1024 threads an SM x 64 bytes = 64 KB in flight, more than the 40 KB needed.
 // No division: rint(w / scale) is not 0 exactly where |2 w| > scale (w / scale rounds to 0.5, and then to 0, only if equal).
-// Sums are in double from each thread's 16 bytes on: the mean is torch's up to the last bit, whatever order torch took.
-// Not measured: no GPU was there when this was written. On consumer GPUs (sm_86, sm_89, sm_120) doubles run at 1/64 of the
-// float rate; one addition for 4 or 8 weights keeps that below the time of the read.
+// Every weight is added in double, so that the mean, rounded once, is that of any other order and device. Adding a thread's 16
+// bytes in float first was one double addition for 4 or 8 weights, but gave another scale now and then. Data-centre GPUs have
+// doubles to spare (H100: 64 an SM and clock, against 20 weights that memory brings); consumer ones (sm_86, sm_89, sm_120)
+// convert and add 2 an SM and clock, about as many float weights as their memory brings.
 #include "internal.h"
 #include "weight_codes.h"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,13 @@ from qat.ops.choice import Status, choose, say_left
 from qat.ops.derived import Derived
 from qat.ops.operands import DTYPES, ELSEWHERE, FITTED, MAX_WIDTH, float_bias, multiplies, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, weight_options
-from qat.quantizers import binary, components, latent, packing, ternary
-from qat.quantizers.record import Quantizer, resolve
+from qat.quantizers import binary, components, latent, packing, scales, ternary
+from qat.quantizers.record import Function, Quantizer, resolve
 
 _PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
 _CODES = {ternary.codes: False, binary.codes: True}
-"""What the kernel `cpu_codes` computes, and its flag for it; scales are torch's here, so any will do."""
+"""What the kernel `cpu_codes` computes, and its flag for it; any scale will do, as torch computes what no kernel does."""
 
 
 _status: Status | None = None
@@ -157,6 +157,23 @@ def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor
     return torch.ops.qat.cpu_quantize_activation(narrow(x), granularity == "tensor", eps)
 
 
+def _statistic(rows: Tensor, options: WeightOptions, **parameters: Tensor) -> Tensor:
+    """`scales.statistic`, in one pass where it is a mean."""
+    if options.scale != "absmean":
+        return scales.statistic(rows, options, **parameters)
+    return torch.ops.qat.cpu_mean(rows.contiguous(), True)
+
+
+_SCALES: dict[Function, Callable[..., Tensor]] = {scales.statistic: _statistic}
+
+
+def square_sum(tensors: Sequence[Tensor]) -> float | None:
+    """The sum of all squares, in float64 and in one order for every path and number of threads; None where no kernel serves."""
+    if not compiled() or not all([x.is_cpu and x.dtype in DTYPES and x.is_contiguous() for x in tensors]):
+        return None
+    return torch.ops.qat.cpu_square_sum(tensors)
+
+
 def quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     return _quantize(w, parameters, WeightOptions(*options))
 
@@ -169,8 +186,8 @@ def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tupl
     if flag is None:
         say_left("cpu", o.weight, latent.record_of(o), serves)
         return latent.quantize_weight(w, o, parameters)
-    rows, value, shape = latent.weight_scale(w, o, parameters)
-    limit = binary.threshold(rows) if flag else value
+    rows, value, shape = latent.weight_scale(w, o, parameters, _SCALES)
+    limit = torch.ops.qat.cpu_mean(rows.contiguous(), False) if flag else value
     return torch.ops.qat.cpu_codes(rows.contiguous(), limit.contiguous(), flag).reshape(w.shape), value.reshape(shape)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat.quantizers.scales import mean
+
 
 def threshold(rows: Tensor) -> Tensor:
     """The mean [R, 1], above which a weight is +1."""
-    return rows.mean(-1, keepdim=True)
+    return mean(rows)
 
 
 def codes(rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.quantizers.record import WeightOptions
+from qat.quantizers.scales import mean
 
 _ROUNDS = 20
 """More lower the error by 4 % at most, and usually not at all."""
@@ -88,8 +89,9 @@ def _greedy(rows: Tensor, components: int) -> Tensor:
     """One after another: absmean codes of what is left, and their least-squares scale."""
     rest, scales = rows, []
     for _ in range(components):
-        codes = (rest / rest.abs().mean(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)).round().clamp(-1, 1)
-        scales.append((rest * codes).sum(1, keepdim=True) / codes.abs().sum(1, keepdim=True).clamp_min(1))
+        codes = (rest / mean(rest.abs()).clamp_min(torch.finfo(rows.dtype).tiny)).round().clamp(-1, 1)
+        total = (rest * codes).sum(1, keepdim=True, dtype=torch.float64).float()
+        scales.append(total / codes.abs().sum(1, keepdim=True).clamp_min(1))
         rest = rest - scales[-1] * codes
     return torch.cat(scales, 1)
 

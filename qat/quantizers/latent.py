@@ -6,14 +6,16 @@ scale as float32 [1 | N, planes * G]. Legend: N out_features, K in_features, G g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qat.quantizers import find
-from qat.quantizers.record import Quantizer, WeightOptions, resolve
+from qat.quantizers.record import Function, Quantizer, WeightOptions, resolve
 from qat.quantizers.scales import check_weight, round_scale, scale_rows, scale_shape
+
+_NONE: Mapping[Function, Callable[..., Tensor]] = {}
 
 
 def record_of(o: WeightOptions) -> Quantizer:
@@ -39,8 +41,12 @@ def from_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.reshape(shape[0], shape[1] // value.shape[1], value.shape[1]).mT.reshape(shape).contiguous()
 
 
-def weight_scale(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def weight_scale(
+    w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = (), kernels: Mapping[Function, Callable[..., Tensor]] = _NONE
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """w as float32 [R, L], each row sharing one scale; the scales [R, planes]; and the shape they are returned in.
+
+    `kernels` are a device's, for the functions that they do the same as.
 
     Raises:
         ValueError: w is not a floating-point matrix, or its width is not a multiple of the group size.
@@ -50,7 +56,8 @@ def weight_scale(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = ())
     if w.numel() == 0:
         return rows, w.new_full((shape[0] * shape[1] // o.components, o.components), o.eps, dtype=torch.float32), shape
     record = record_of(o)
-    value: Tensor = resolve(record.scale)(rows, o, **by_name(record, o, parameters))
+    scale = resolve(record.scale)
+    value: Tensor = kernels.get(scale, scale)(rows, o, **by_name(record, o, parameters))
     return rows, round_scale(value.clamp_min(o.eps), o.scale_dtype), shape
 
 

@@ -25,6 +25,7 @@ from qat.losses.means import Means
 from qat.losses.record import Pair, Seen
 from qat.nn.apart import Apart
 from qat.training import schedule
+from qat.training.gradients.clipping import clip
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -137,6 +138,17 @@ class QATModule(pl.LightningModule):
         for group, (lr, _) in zip(optimizer.param_groups, self._peaks, strict=True):
             group.update(initial_lr=lr, lr=lr * factor)
         scheduler.lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """By the norm in float64; lightning's own for other ways, and where it refuses an optimizer that unscales by itself."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if gradient_clip_algorithm in (None, "norm") and not (scaled and getattr(optimizer, "_step_supports_amp_scaling", False)):
+            if gradient_clip_val:
+                clip((p for group in optimizer.param_groups for p in group["params"]), float(gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """Parameter groups, and the schedules as a function of the optimizer step."""

@@ -148,7 +148,7 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     config, folder, done = job.config, Path(book.facts.folder), book.facts.training
     round_floats(job.student, config.export.floats)  # to what will be stored, so that it is what is measured
     book.measured("trained", measure(job.student))
-    packed = measure.place(copy.deepcopy(job.student))  # packed where it was trained, which decides the last bit of a scale
+    packed = measure.place(copy.deepcopy(job.student))  # packed where it was trained: the kernels there are warm
     packing = conversion.pack(packed, layout=config.export.layout)
     packing.skipped = job.record.skipped
     book.measured("packed", measure(packed))

@@ -1,0 +1,1 @@
+"""Between the backward pass and the optimizer: what is done to gradients."""
