@@ -6,7 +6,7 @@ Each wrapper checks its arguments and calls `torch.ops.qat.<name>`; `library` ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from qat.config import QuantConfig
 from qat.ops import cpu, cuda
 from qat.ops import library as library
+from qat.ops.checks import cast_for_autocast as cast_for_autocast
+from qat.ops.checks import check_activation, check_bias, check_device, check_input, describe, need
 from qat.ops.choice import Status, why_left
 from qat.ops.options import WeightOptions, training_options, weight_options
 from qat.quantizers import find, latent
@@ -22,48 +24,6 @@ from qat.quantizers.packing import get_layout
 
 _DEFAULT = QuantConfig()
 _DEVICES = {"cpu": cpu, "cuda": cuda}
-
-
-def _need(condition: bool, message: Callable[[], str]) -> None:
-    """The message is made only where it is needed: describing a tensor takes longer than checking it."""
-    if not condition:
-        raise ValueError(message())
-
-
-def _describe(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)} on {x.device}"
-
-
-def check_input(x: Tensor, k: int) -> None:
-    """ValueError unless x is a floating-point tensor [..., k]."""
-    _need(x.is_floating_point() and x.ndim >= 1, lambda: f"x must be a floating-point tensor [..., {k}], not {_describe(x)}")
-    _need(x.shape[-1] == k, lambda: f"x has {x.shape[-1]} features in its last dimension, but the layer has in_features={k}")
-
-
-def _check_activation(name: str, granularity: str, eps: float) -> None:
-    _need(granularity in ("token", "tensor"), lambda: f"{name}={granularity!r} is not allowed; choose token or tensor")
-    _need(eps > 0, lambda: f"eps={eps} is not allowed; it must be above 0")
-
-
-def _check_bias(bias: Tensor | None, n: int) -> None:
-    if bias is not None:
-        _need(
-            bias.is_floating_point() and bias.shape == (n,), lambda: f"bias must be floating point [{n}], not {_describe(bias)}"
-        )
-
-
-def _check_device(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-
-
-def cast_for_autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on for its device, else x itself."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def backend(config: QuantConfig | None = None) -> dict[str, dict[str, str]]:
@@ -89,7 +49,7 @@ def check_kernels(kernels: str, device: str | None = None) -> None:
     found = {name: status for name, status in backend().items() if name == (device or name)}
     reasons = "; ".join(f"{name} has none: {status['why']}" for name, status in found.items())
     compiled = any(status["kernels"] == "compiled" for status in found.values())
-    _need(compiled, lambda: f"quant.kernels=compiled, but {reasons or f'there are none for {device}'}; use auto or reference")
+    need(compiled, lambda: f"quant.kernels=compiled, but {reasons or f'there are none for {device}'}; use auto or reference")
 
 
 @torch.compiler.assume_constant_result
@@ -110,11 +70,11 @@ def check_config(config: QuantConfig) -> None:
         check_quantizer(config.weight, config.components)
 
 
-def _op(name: str, kernels: str, x: Tensor) -> Any:
-    """The op, or its pure-torch twin."""
+def pick(name: str, kernels: str, x: Tensor) -> Any:
+    """The op of that name, or its pure-torch twin."""
     if kernels == "auto":
         return getattr(torch.ops.qat, name)
-    _need(
+    need(
         kernels in ("compiled", "reference"),
         lambda: f"kernels={kernels!r} is not allowed; choose one of auto, compiled, reference",
     )
@@ -136,17 +96,18 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
     Raises:
         ValueError: x is not floating point or has no dimension; unknown granularity.
     """
-    _need(x.is_floating_point() and x.ndim >= 1, lambda: f"x must be a floating-point tensor [..., K], not {_describe(x)}")
-    _check_activation("granularity", granularity, eps)
-    return _op("quantize_activation", kernels, x)(x, granularity, eps)
+    need(x.is_floating_point() and x.ndim >= 1, lambda: f"x must be a floating-point tensor [..., K], not {describe(x)}")
+    check_activation("granularity", granularity, eps)
+    return pick("quantize_activation", kernels, x)(x, granularity, eps)
 
 
-def _check_weight(w: Tensor, config: QuantConfig) -> None:
+def check_weight(w: Tensor, config: QuantConfig) -> None:
+    """ValueError unless w is a floating-point matrix that the configuration fits."""
     if config.kernels == "compiled":
         check_quantizer(config.weight, config.components, w.device.type)
-    _need(w.is_floating_point() and w.ndim == 2, lambda: f"weight must be a floating-point matrix [N, K], not {_describe(w)}")
+    need(w.is_floating_point() and w.ndim == 2, lambda: f"weight must be a floating-point matrix [N, K], not {describe(w)}")
     group = config.group_size
-    _need(
+    need(
         group is None or w.shape[1] % group == 0,
         lambda: f"in_features={w.shape[1]} is not a multiple of quant.group_size={group}; choose a divisor, or exclude the layer",
     )
@@ -167,17 +128,18 @@ def quantize_weight(
     Raises:
         ValueError: w is not a floating-point matrix; K is not a multiple of the group size; kernels=compiled, but none serve.
     """
-    _check_weight(w, config)
-    return _op("quantize_weight", config.kernels, w)(w, _parameters(w, config, parameters), *weight_options(config))
+    check_weight(w, config)
+    return pick("quantize_weight", config.kernels, w)(w, parameters_of(w, config, parameters), *weight_options(config))
 
 
 def fake_quantize(w: Tensor, config: QuantConfig = _DEFAULT, parameters: Sequence[Tensor] | None = None) -> Tensor:
     """The weight [N, K] in w's dtype that codes and scales stand for, with the quantizer's gradient: for warm-ups."""
-    _check_weight(w, config)
-    return _op("fake_quantize", config.kernels, w)(w, _parameters(w, config, parameters), *weight_options(config))[0]
+    check_weight(w, config)
+    return pick("fake_quantize", config.kernels, w)(w, parameters_of(w, config, parameters), *weight_options(config))[0]
 
 
-def _parameters(w: Tensor, config: QuantConfig, given: Sequence[Tensor] | None) -> list[Tensor]:
+def parameters_of(w: Tensor, config: QuantConfig, given: Sequence[Tensor] | None) -> list[Tensor]:
+    """The quantizer's parameters as given, or as they start for this weight."""
     if given is not None:
         _check_parameters(w, given)
         return list(given)
@@ -248,23 +210,29 @@ def packed_linear(
     """
     row_bytes = get_layout(layout).row_bytes(in_features)
     check_input(x, in_features)
-    _need(
+    need(
         packed.dtype == torch.uint8 and packed.ndim == 2 and packed.shape[1] == row_bytes,
-        lambda: (
-            f"packed must be uint8 [N, {row_bytes}] for in_features={in_features} in layout {layout}, not {_describe(packed)}"
-        ),
+        lambda: f"packed must be uint8 [N, {row_bytes}] for in_features={in_features} in layout {layout}, not {describe(packed)}",
     )
     n = packed.shape[0]
     fits = scale.ndim == 2 and scale.shape[0] in (1, n) and scale.shape[1] >= 1 and in_features % scale.shape[1] == 0
-    _need(
+    need(
         scale.dtype == torch.float32 and fits,
-        lambda: f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {_describe(scale)}",
+        lambda: f"scale must be float32 [1 | {n}, 1 | groups dividing {in_features}], not {describe(scale)}",
     )
-    _check_bias(bias, n)
-    _need(act_bits in (8, None), lambda: f"act_bits={act_bits!r} is not allowed; choose 8 or None")
-    _check_activation("act_granularity", act_granularity, eps)
-    _check_device(x, packed=packed, scale=scale, bias=bias)
-    return _op("packed_linear", kernels, x)(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
+    check_bias(bias, n)
+    need(act_bits in (8, None), lambda: f"act_bits={act_bits!r} is not allowed; choose 8 or None")
+    check_activation("act_granularity", act_granularity, eps)
+    check_device(x, packed=packed, scale=scale, bias=bias)
+    return pick("packed_linear", kernels, x)(x, packed, scale, bias, in_features, layout, act_bits, act_granularity, eps)
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: QuantConfig) -> None:
+    """ValueError unless x [..., K], weight [N, K] and bias [N] fit one another and the configuration."""
+    check_weight(weight, config)
+    check_input(x, weight.shape[1])
+    check_bias(bias, weight.shape[0])
+    check_device(x, weight=weight, bias=bias)
 
 
 def bitlinear(
@@ -286,10 +254,7 @@ def bitlinear(
     Raises:
         ValueError: a wrong dtype, shape or device, with the argument's name and what was expected.
     """
-    _check_weight(weight, config)
-    check_input(x, weight.shape[1])
-    _check_bias(bias, weight.shape[0])
-    _check_device(x, weight=weight, bias=bias)
+    check_linear(x, weight, bias, config)
     x = cast_for_autocast(x)
-    op = _op("bitlinear", config.kernels, x)
-    return op(x, weight, bias, _parameters(weight, config, parameters), *training_options(config))[0]
+    op = pick("bitlinear", config.kernels, x)
+    return op(x, weight, bias, parameters_of(weight, config, parameters), *training_options(config))[0]
