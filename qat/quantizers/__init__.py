@@ -13,6 +13,7 @@ _SUMS = Quantizer(
     levels=(-1, 0, 1),
     codes="qat.quantizers.components:codes",
     scale="qat.quantizers.components:scale",
+    soft="qat.quantizers.components:soft",
     packs_as=("ternary",),
     scales=("absmean",),
     backwards=("input", "bf16"),
@@ -21,8 +22,20 @@ _SUMS = Quantizer(
     why="their scales are fitted, and their gradients input or bf16",
 )
 QUANTIZERS: dict[str, Quantizer] = {
-    "ternary": Quantizer(levels=(-1, 0, 1), codes="qat.quantizers.ternary:codes", packs_as=("ternary",), sums=_SUMS),
-    "binary": Quantizer(levels=(-1, 1), codes="qat.quantizers.binary:codes", packs_as=("binary", "ternary"), scales=("absmean",)),
+    "ternary": Quantizer(
+        levels=(-1, 0, 1),
+        codes="qat.quantizers.ternary:codes",
+        soft="qat.quantizers.ternary:soft",
+        packs_as=("ternary",),
+        sums=_SUMS,
+    ),
+    "binary": Quantizer(
+        levels=(-1, 1),
+        codes="qat.quantizers.binary:codes",
+        soft="qat.quantizers.binary:soft",
+        packs_as=("binary", "ternary"),
+        scales=("absmean",),
+    ),
 }
 
 

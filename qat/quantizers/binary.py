@@ -16,3 +16,8 @@ def threshold(rows: Tensor) -> Tensor:
 def codes(rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
     """{-1, 1} of rows [R, L]; the scale does not matter."""
     return torch.where(rows > threshold(rows), 1.0, -1.0)
+
+
+def soft(rows: Tensor, scale: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels -s, s and the border mean(W) for scales [R, 1]."""
+    return torch.cat([-scale, scale], 1), threshold(rows)

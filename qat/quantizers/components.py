@@ -33,6 +33,12 @@ def codes(rows: Tensor, scale: Tensor) -> Tensor:
     return torch.stack(_nearest(rows, scale))
 
 
+def soft(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The 3^k levels of scales [R, k] in ascending order, and the borders half way between them."""
+    order, borders = _levels(scale)
+    return (scale[:, None] * _digits(scale.shape[1], scale)).sum(-1).gather(1, order), borders
+
+
 def sum_components(values: Tensor, components: int) -> Tensor:
     """[..., components * K] -> [..., K]: what a dequantized weight [N, components * K] stands for."""
     return values.unflatten(-1, (components, -1)).sum(-2) if components > 1 else values

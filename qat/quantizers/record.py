@@ -9,6 +9,7 @@ quantizer need not know of granularities:
     scale(rows, options, **parameters)                  -> [R, planes], before its rounding to `scale_dtype`
     codes(rows, scale, **parameters)                    -> [R, L], or [planes, R, L]
     gradient(grad, rows, codes, scale, **parameters)    -> (gradient of the rows [R, L], {parameter: gradient, shaped like it})
+    soft(rows, scale, **parameters)                     -> (levels [R, m] in ascending order, borders [R, m - 1] between them)
 
 `grad` is the loss's with respect to codes * scale, the weight that was multiplied; all of it is float32.
 """
@@ -64,6 +65,8 @@ class Quantizer:
     scale: Function = "qat.quantizers.scales:statistic"
     gradient: Function | None = None
     """None: straight-through, the identity (arXiv:1308.3432)."""
+    soft: Function | None = None
+    """The levels and borders that `qat.quantizers.soft` anneals. None: these codes cannot be annealed."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     packs_as: tuple[str, ...] = ()
     """The kinds of codes that these can be taken for, of `KINDS`. None: no layout and no file holds them."""

@@ -1,0 +1,80 @@
+"""Soft codes: the mean of a weight's code under logistic thresholds, with its true derivative in place of a straight-through one.
+
+A row's levels l_1 < ... < l_m meet at borders b_1 ... b_m-1, D_i = l_i+1 - l_i apart, and
+
+    Q(w)  = l_1 + sum_i D_i sigma(beta (w - b_i) / D_i)             dQ/dw = sum_i beta sigma'(beta (w - b_i) / D_i)
+
+Large betas are the hard codes, beta 2 is nearly a line: training sharpens it from one to the other (`qat.training.schedule`).
+With t_i = tanh(beta (w - b_i) / (2 D_i)) this is Q = (l_1 + l_m) / 2 + sum_i D_i / 2 t_i and dQ/dw = sum_i beta / 4 (1 - t_i^2):
+one transcendental a border, and levels that lie around 0 keep a weight of 0 there.
+
+Sources: Hestia, arXiv:2601.20745, has a softmax over the codebook, DSQ, arXiv:1908.05033, a tanh a step. The scale is held in the
+derivative, as it is by a straight-through estimate: its own way to a weight is 1 / L of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qat.quantizers.latent import by_name, record_of, weight_scale
+from qat.quantizers.record import WeightOptions, resolve
+from qat.quantizers.scales import scale_rows
+
+
+def soften(rows: Tensor, levels: Tensor, borders: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(Q, dQ/dw) of rows [R, L], each [R, L], for their levels [R, m] in ascending order and borders [R, m - 1].
+
+    Levels that are equal have nothing between them: their border adds nothing to either.
+    """
+    soft = ((levels[:, :1] + levels[:, -1:]) / 2).expand(rows.shape).clone()
+    slope = torch.zeros_like(rows)
+    for i in range(borders.shape[1]):
+        apart = levels[:, i + 1 : i + 2] - levels[:, i : i + 1]
+        there = apart > 0
+        step = torch.tanh((rows - borders[:, i : i + 1]) * (beta / 2 / apart.where(there, 1.0)))
+        soft = soft + apart / 2 * step
+        slope = slope + (1 - step * step) * (beta / 4 * there)
+    return soft, slope
+
+
+def levels_of(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """w as float32 [R, L], each row sharing one scale, the levels [R, m] of its rows, and their borders [R, m - 1].
+
+    Raises:
+        ValueError: the quantizer has no soft form.
+    """
+    record = record_of(o)
+    if record.soft is None:
+        raise ValueError(f"quant.weight={o.weight} has no soft form, so it cannot be annealed")
+    rows, scale, _ = weight_scale(w, o, parameters)
+    levels, borders = resolve(record.soft)(rows, scale, **by_name(record, o, parameters))
+    return rows, levels, borders
+
+
+def soft_weight(
+    w: Tensor, beta: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype, o: WeightOptions
+) -> tuple[Tensor, Tensor]:
+    """(Q, dQ/dw) of a latent weight [N, K], both [N, K] in `dtype`, for beta float32 []."""
+    if w.numel() == 0:
+        return w.to(dtype), w.to(dtype)
+    soft, slope = soften(*levels_of(w, parameters, o), beta)
+    return soft.to(dtype).reshape(w.shape), slope.to(dtype).reshape(w.shape)
+
+
+def parameter_gradients(
+    grad: Tensor, w: Tensor, beta: Tensor, parameters: Sequence[Tensor], o: WeightOptions
+) -> list[Tensor | None]:
+    """Of the quantizer's parameters, from `grad` [N, K], that of the soft weight: by way of the levels and of the borders."""
+    trained = [one.trained for one in record_of(o).parameters.values()]
+    if not any(trained):
+        return [None] * len(parameters)
+    with torch.enable_grad():
+        given = [value.detach().requires_grad_(one) for value, one in zip(parameters, trained, strict=True)]
+        soft, _ = soften(*levels_of(w.detach(), given, o), beta)
+        rows = scale_rows(grad.float(), o.granularity, o.group_size)
+        wanted = [value for value, one in zip(given, trained, strict=True) if one]
+        found = iter(torch.autograd.grad(soft, wanted, rows, allow_unused=True))
+    return [next(found) if one else None for one in trained]
