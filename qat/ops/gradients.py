@@ -24,7 +24,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
-def _bias_gradient(grad: Tensor) -> Tensor:
+def bias_gradient(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
 
 
@@ -39,7 +39,7 @@ def _values(t: Tensor, w_scale: Tensor, dtype: torch.dtype, components: int) -> 
     return sum_components(torch.ops.qat.dequantize(t, w_scale, torch.float32), components).to(dtype)
 
 
-def _input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+def input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     values = torch.ops.qat.dequantize(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype)
     return _weight_gradient(grad, values)
 
@@ -53,7 +53,7 @@ def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) ->
     return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())
 
 
-def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+def bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     return _weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
 
 
@@ -76,13 +76,13 @@ _TINY = 1e-30
 """Lower bound of a gradient's scale: gradients may be far below the eps of activations."""
 
 _MATMULS = {
-    "input": (_input_gradient, _input_weight_gradient),
-    "bf16": (_bf16_gradient, _bf16_weight_gradient),
+    "input": (_input_gradient, input_weight_gradient),
+    "bf16": (_bf16_gradient, bf16_weight_gradient),
     "int8": (_int8_gradient, _int8_weight_gradient),
 }
 
 
-def _below(op: Any, *arguments: Any) -> Any:
+def below(op: Any, *arguments: Any) -> Any:
     """The op without autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
@@ -109,7 +109,7 @@ class _BitLinear(torch.autograd.Function):
     def forward(
         ctx: Any, op: Any, options: Any, x: Tensor, w: Tensor, bias: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        output = _below(op, x, w, bias, parameters, *options)
+        output = below(op, x, w, bias, parameters, *options)
         _, x_q, x_scale, t, w_scale = output
         o = TrainingOptions(*options)
         ctx.matmuls, ctx.components = _MATMULS[o.backward], o.components
@@ -134,7 +134,7 @@ class _BitLinear(torch.autograd.Function):
         if needs_weight or any(needs_parameters):
             grad_latent, rest = _through(ctx, weight_gradient(grad, x, x_scale), [t, w_scale, *kept])
             grad_weight = grad_latent.to(weight_dtype)
-        grad_bias = _bias_gradient(grad).to(bias_dtype) if needs_bias else None
+        grad_bias = bias_gradient(grad).to(bias_dtype) if needs_bias else None
         return None, None, grad_x, grad_weight, grad_bias, *rest
 
 
@@ -143,7 +143,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Any, options: Any, w: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        output = _below(op, w, parameters, *options)
+        output = below(op, w, parameters, *options)
         _, t, w_scale = output
         ctx.save_for_backward(t, w_scale, *_keep(ctx, WeightOptions(*options), w, parameters))
         ctx.mark_non_differentiable(t, w_scale)
@@ -167,7 +167,7 @@ class _PackedLinear(torch.autograd.Function):
         ctx.options = PackedOptions(*options)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(packed, scale)
-        return _below(op, x, packed, scale, bias, *options)
+        return below(op, x, packed, scale, bias, *options)
 
     @staticmethod
     @once_differentiable
@@ -179,7 +179,7 @@ class _PackedLinear(torch.autograd.Function):
             t = packing.decode(packed, ctx.options.in_features, ctx.options.layout)
             grad_x = _input_gradient(grad, t, scale)
         if needs_bias:
-            grad_bias = _bias_gradient(grad).to(ctx.bias_dtype)
+            grad_bias = bias_gradient(grad).to(ctx.bias_dtype)
         return None, None, grad_x, None, None, grad_bias
 
 
@@ -198,6 +198,6 @@ def with_gradient(op: Any, function: type[torch.autograd.Function], count: int, 
         tensors = (*arguments[:count], *arguments[count]) if listed else arguments[:count]
         if torch.is_grad_enabled() and any([value is not None and value.requires_grad for value in tensors]):
             return function.apply(op, arguments[count + listed :], *tensors)  # type: ignore[no-untyped-call]
-        return _below(op, *arguments)
+        return below(op, *arguments)
 
     return call

@@ -16,6 +16,9 @@ from torch import Tensor
 from qat.ops import cpu, cuda, reference
 from qat.ops.gradients import GRADIENTS, with_gradient
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, schema, weight_options
+from qat.ops.soft import kernels as soft_kernels
+from qat.ops.soft import reference as soft_reference
+from qat.ops.soft.gradients import GRADIENTS as SOFT_GRADIENTS
 from qat.quantizers import packing
 from qat.quantizers.scales import scale_shape
 
@@ -56,6 +59,19 @@ def _fake_bitlinear(x: Tensor, w: Tensor, bias: Tensor | None, parameters: Seque
     if o.act_bits is None:
         x_q, x_scale = x_q.new_empty(0), x_scale.new_empty(0)
     return y, x_q, x_scale, *_fake_quantize_weight(w, parameters, *weight_options(o))
+
+
+def _fake_soft_quantize(
+    w: Tensor, beta: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return w.new_empty(w.shape, dtype=dtype), w.new_empty(w.shape, dtype=dtype)
+
+
+def _fake_soft_bitlinear(
+    x: Tensor, w: Tensor, bias: Tensor | None, beta: Tensor, parameters: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, ...]:
+    plain = _fake_bitlinear(x, w, bias, parameters, *options)
+    return *plain[:3], *_fake_soft_quantize(w, beta, parameters, x.dtype)
 
 
 def _fake_quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
@@ -100,6 +116,17 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         reference.bitlinear,
         _fake_bitlinear,
     ),
+    "soft_quantize": (
+        f"(Tensor w, Tensor beta, Tensor[] parameters, ScalarType dtype, {schema(WeightOptions)}) -> (Tensor, Tensor)",
+        soft_reference.soft_quantize,
+        _fake_soft_quantize,
+    ),
+    "soft_bitlinear": (
+        f"(Tensor x, Tensor w, Tensor? bias, Tensor beta, Tensor[] parameters, {schema(TrainingOptions)})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        soft_reference.soft_bitlinear,
+        _fake_soft_bitlinear,
+    ),
     "dequantize": ("(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor", reference.dequantize, _fake_dequantize),
     "quantized_matmul": (
         "(Tensor x, Tensor t, float eps) -> Tensor",
@@ -119,9 +146,9 @@ def _define(name: str, schema: str, fake: Any, implementation: Any) -> None:
 for _name, (_schema, _reference, _fake) in _OPS.items():
     _define(_name, _schema, _fake, _reference)
     _define(f"{_name}_reference", _schema, _fake, _reference)
-    for _key, _kernels in (("CPU", cpu.KERNELS), ("CUDA", cuda.KERNELS)):
+    for _key, _kernels in (("CPU", {**cpu.KERNELS, **soft_kernels.CPU}), ("CUDA", {**cuda.KERNELS, **soft_kernels.CUDA})):
         if _name in _kernels:
             _LIBRARY.impl(_name, _kernels[_name], _key)
-for _name, _gradient in GRADIENTS.items():
+for _name, _gradient in {**GRADIENTS, **SOFT_GRADIENTS}.items():
     for _twin in (_name, f"{_name}_reference"):
         _LIBRARY.impl(_twin, with_gradient(getattr(torch.ops.qat, _twin).default, *_gradient), "Autograd")

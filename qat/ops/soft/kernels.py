@@ -1,0 +1,28 @@
+"""The soft ops by device: the layer is put together of ops that have kernels there, or else are torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.ops.soft import reference
+
+
+def rounded(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.rounded`."""
+    codes, scale = torch.ops.qat.quantize_activation(x, granularity, eps)
+    return torch.ops.qat.dequantize(codes, scale, x.dtype), codes, scale
+
+
+def _soft_quantize(*arguments: Any) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = torch.ops.qat.soft_quantize(*arguments)
+    return found
+
+
+_LAYER = partial(reference.soft_bitlinear, soften=_soft_quantize, activation=rounded)
+CPU: dict[str, Callable[..., Any]] = {"soft_bitlinear": _LAYER}
+CUDA: dict[str, Callable[..., Any]] = {"soft_bitlinear": _LAYER}
