@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
@@ -19,6 +20,15 @@ def set_lambda(model: nn.Module, value: float) -> None:
     """Blend quantization in everywhere: 0 is full precision, 1 is fully quantized."""
     for _, layer in bitlinears(model):
         layer.set_lambda(value)
+
+
+def set_beta(model: nn.Module, value: float | None) -> None:
+    """Train with soft codes of that sharpness everywhere; None: with codes. The layers of a device share one tensor."""
+    carriers: dict[torch.device, Tensor | None] = {}
+    for _, layer in bitlinears(model):
+        device = layer.weight.device
+        layer.set_beta(value, carriers.get(device))
+        carriers[device] = layer.beta
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedBitLinear]:

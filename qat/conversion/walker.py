@@ -128,7 +128,7 @@ def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
     """Replace every BitLinear by PackedBitLinear (`2bit` or `base3`), in place; outputs stay equal to the bit.
 
     Raises:
-        ValueError: no BitLinear; unknown layout; a latent weight that is not finite; lambda still below 1.
+        ValueError: no BitLinear; unknown layout; a latent weight that is not finite; lambda still below 1; codes still soft.
     """
     get_layout(layout)
 
@@ -137,6 +137,10 @@ def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
         if layer.lam is not None:
             raise ValueError(
                 f"{name or 'the model'} still blends quantization in (lambda={layer.lam.item():g}); set_lambda(1) first"
+            )
+        if layer.beta is not None:
+            raise ValueError(
+                f"{name or 'the model'} still trains with soft codes (beta={layer.beta.item():g}); set_beta(None) first"
             )
         _refuse_nonfinite(name, layer.weight)
         return PackedBitLinear.from_bitlinear(layer, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from qat import ops
 from qat.config import QuantConfig
 from qat.nn.norm import input_norm
+from qat.ops.soft.calls import soft_bitlinear, soft_quantize
 from qat.quantizers.components import sum_components
 from qat.quantizers.scales import check_group_size, dequantize_weight
 from qat.quantizers.ste import mix
@@ -52,6 +54,7 @@ class BitLinear(nn.Linear):
         check_group_size(self.in_features, config.group_size)
         self.config = replace(config)
         self.lam: Tensor | None = None
+        self.beta: Tensor | None = None
         self.parameter_names = tuple(config.quantizer.parameters)
 
     def reset_quantizer(self) -> None:
@@ -101,18 +104,48 @@ class BitLinear(nn.Linear):
             else:
                 self.lam.fill_(value)
 
+    def set_beta(self, value: float | None, carrier: Tensor | None = None) -> None:
+        """Train with soft codes of that sharpness, see `qat.quantizers.soft`; None: with codes, straight through.
+
+        Soft codes are of training mode alone: in `eval()` the layer computes with codes, as it will be deployed. A tensor
+        carries the value, so that torch.compile does not recompile at every step; layers may share one, `carrier`, which is set.
+
+        Raises:
+            ValueError: the value is not above 0 and finite, or the quantizer has no soft form.
+        """
+        if value is None:
+            self.beta = None
+            return
+        if not 0 < value < math.inf:
+            raise ValueError(f"beta={value} is not allowed; it must be above 0 and finite")
+        if self.config.quantizer.soft is None:
+            raise ValueError(f"quant.weight={self.config.weight} has no soft form, so it cannot be annealed")
+        if carrier is not None:
+            self.beta = carrier
+            return
+        with torch.inference_mode(False):
+            if self.beta is None or self.beta.device != self.weight.device:
+                self.beta = torch.full((), value, dtype=torch.float32, device=self.weight.device)
+            else:
+                self.beta.fill_(value)
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         x = input  # nn.Linear's name for it, by which some models call
         if self.rms_norm is not None:
             ops.check_input(x, self.in_features)
             x = self.rms_norm(x)
-        if self.lam is None:
-            return ops.bitlinear(x, self.weight, self.bias, self.config, list(self.quantizer_parameters().values()))
-        return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam), self.bias)
+        parameters, beta = list(self.quantizer_parameters().values()), self.beta if self.training else None
+        if self.lam is not None:
+            return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam, beta), self.bias)
+        if beta is not None:
+            return soft_bitlinear(x, self.weight, self.bias, beta, self.config, parameters)
+        return ops.bitlinear(x, self.weight, self.bias, self.config, parameters)
 
-    def _mixed_weight(self, lam: Tensor) -> Tensor:
+    def _mixed_weight(self, lam: Tensor, beta: Tensor | None) -> Tensor:
         parameters = list(self.quantizer_parameters().values())
+        if beta is not None:
+            return self.weight + lam * (soft_quantize(self.weight, beta, self.config, parameters)[0] - self.weight)
         if self.config.quantizer.gradient is not None:
             return self.weight + lam * (ops.fake_quantize(self.weight, self.config, parameters) - self.weight)
         codes, scale = ops.quantize_weight(self.weight.detach(), self.config, parameters)
