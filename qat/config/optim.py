@@ -7,6 +7,9 @@ from typing import Any
 
 from qat.config.checks import at_least, check_types, choose
 
+SHARPEST = 1e5
+"""Of soft codes: 60 tells them from codes at the border alone, and float16 holds a slope of a quarter of this."""
+
 
 @dataclass
 class OptimConfig:
@@ -28,6 +31,14 @@ class OptimConfig:
     """The rate at the last step as a share of the peak (cosine and linear)."""
     lambda_steps: int = 0
     """Steps over which quantization is blended in, W + lambda (Q(W) - W) with lambda 0 -> 1; 0: at once."""
+    anneal: str = "none"
+    """`soft`: weights are their codes' mean under thresholds that sharpen, with its own gradient; `none`: straight through."""
+    anneal_from: float = 2.0
+    """How sharp soft codes are at first: 2 is nearly a line. It rises by a constant factor a step."""
+    anneal_to: float = 60.0
+    """How sharp soft codes are at last, before they are codes."""
+    anneal_share: float = 0.8
+    """The share of the steps that trains with soft codes; the rest trains with codes, as they will be stored."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)
@@ -39,5 +50,15 @@ class OptimConfig:
         at_least("optim.weight_decay", self.weight_decay, 0, most=1e4)
         at_least("optim.warmup_steps", self.warmup_steps, 0)
         at_least("optim.lambda_steps", self.lambda_steps, 0)
+        choose("optim.anneal", self.anneal, ("none", "soft"))
+        at_least("optim.anneal_from", self.anneal_from, 0, open_end=True, most=SHARPEST)
+        at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")
+        if not 0 < self.anneal_share <= 1:
+            raise ValueError(f"optim.anneal_share={self.anneal_share!r} is not allowed; it must be above 0 and at most 1")
         if not 0 <= self.final_lr_fraction <= 1:
             raise ValueError(f"optim.final_lr_fraction={self.final_lr_fraction!r} is not allowed; it must be in 0 to 1")
+
+    @property
+    def annealed(self) -> bool:
+        """Whether codes are soft at first."""
+        return self.anneal != "none"

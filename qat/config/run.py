@@ -89,6 +89,11 @@ class TrainConfig:
                 f"optim.lambda_steps={self.optim.lambda_steps} is above trainer.max_steps={self.trainer.max_steps},"
                 " so training would end before the model is quantized"
             )
+        if self.optim.annealed and self.quant.quantizer.soft is None:
+            raise ValueError(
+                f"optim.anneal={self.optim.anneal} does not fit quant.weight={self.quant.weight}, which has no soft form;"
+                " use optim.anneal=none"
+            )
         for key in ("train", "valid"):
             name = getattr(self.data, key)
             if name and Path(name).suffix in (".txt", ".jsonl", ".parquet") and not local(name).is_file():

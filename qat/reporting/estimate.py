@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,18 @@ def lines(config: TrainConfig, base: nn.Module, student: nn.Module, teacher: nn.
         f"memory          about {total:,.0f} MiB a device: weights, gradients and Adam {state / MIB:,.0f},"
         f" teacher {taught / MIB:,.0f}, activations {activations / MIB:,.0f}",
         f"tokens          {tokens:,} in {config.trainer.max_steps:,} steps of {tokens // config.trainer.max_steps:,}",
+        *annealing(config),
     ]
+
+
+def annealing(config: TrainConfig) -> list[str]:
+    """How long codes are soft, where they are."""
+    optim, total = config.optim, config.trainer.max_steps
+    if not optim.annealed:
+        return []
+    soft = math.ceil(optim.anneal_share * total)
+    words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} with codes"
+    return [f"weights         {words}"]
 
 
 def token_count(config: TrainConfig) -> int:

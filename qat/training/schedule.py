@@ -37,3 +37,12 @@ def second_stage(step: int, total: int) -> bool:
 def lambda_at(step: int, steps: int) -> float:
     """The share of quantization blended in at `step`: min(step / steps, 1), and 1 where steps is 0."""
     return 1.0 if steps == 0 else min(step / steps, 1.0)
+
+
+def beta_at(step: int, total: int, first: float, last: float, share: float) -> float | None:
+    """The sharpness of soft codes at `step` of `total`: first (last / first)^(t / (share total)), None from share total on.
+
+    The rest of the run trains with codes, straight through, so that scales, norms and embeddings settle with what is stored.
+    """
+    progress = step / (share * total)
+    return first * (last / first) ** progress if progress < 1 else None

@@ -14,7 +14,7 @@ from qat.config import DistillConfig, TrainConfig, TrainerConfig
 from qat.data import QATData
 from qat.losses import active, needs
 from qat.models import hub as models
-from qat.training.callbacks import LambdaWarmup, Samples
+from qat.training.callbacks import Anneal, LambdaWarmup, Samples
 from qat.training.fit import FitResult, fit
 from qat.training.module import OptimizerFactory, QATModule
 from qat.training.signals import Signals
@@ -69,6 +69,8 @@ def train_student(
     """Quantization-aware training of the converted student, in place; resumes from the folder's checkpoint."""
     loggers, callbacks = plugins
     callbacks = [*callbacks]
+    if config.optim.annealed:
+        callbacks.append(Anneal(config.optim, config.trainer.max_steps))
     if config.optim.lambda_steps:
         callbacks.append(LambdaWarmup(config.optim.lambda_steps))
     if config.trainer.samples and config.trainer.val_every:
@@ -83,7 +85,7 @@ def train_control(
     config: TrainConfig, base: PreTrainedModel, data: QATData, folder: Path, optimizer: OptimizerFactory, signals: Signals
 ) -> FitResult:
     """The full-precision model fine-tuned by cross-entropy on the same tokens at its own learning rate, in place."""
-    optim = replace(config.optim, lr=config.control.lr, latent_lr_multiplier=1.0, lambda_steps=0)
+    optim = replace(config.optim, lr=config.control.lr, latent_lr_multiplier=1.0, lambda_steps=0, anneal="none")
     base.requires_grad_(True)
     module = _module(replace(config, optim=optim), base, DistillConfig(ce=1.0, kl=0.0), optimizer, None)
     outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")

@@ -1,5 +1,6 @@
 """lightning callbacks, one a file."""
 
+from qat.training.callbacks.anneal import Anneal
 from qat.training.callbacks.checkpoint import Checkpoint
 from qat.training.callbacks.guard import NonFiniteError, NonFiniteGuard
 from qat.training.callbacks.progress import progress
@@ -10,6 +11,7 @@ from qat.training.callbacks.throughput import Throughput
 from qat.training.callbacks.warmup import LambdaWarmup
 
 __all__ = [
+    "Anneal",
     "Checkpoint",
     "LambdaWarmup",
     "NonFiniteError",
