@@ -60,14 +60,14 @@ def check_weight_codes(w: Tensor, t: Tensor, scale: Tensor, config: QuantConfig,
     o = WeightOptions(*weight_options(config))
     rows, wanted, shape = latent.weight_scale(w, o, parameters)
     assert scale.dtype == torch.float32 and scale.shape == shape
-    assert t.dtype == torch.int8 and t.shape == (w.shape[0], w.shape[1] * o.components)
+    assert t.dtype == torch.int8 and t.shape == (w.shape[0], w.shape[1] * o.planes)
     rounding = {"float32": 1e-6, "bfloat16": 2**-7, "float16": 2**-10}[config.scale_dtype]  # a neighbour of the wanted one
     if resolve(config.quantizer.scale) is scales.statistic:
         rounding = 0
     torch.testing.assert_close(scale, latent.from_rows(wanted, shape), rtol=rounding, atol=0)
     named = latent.by_name(config.quantizer, o, parameters)
-    expected = resolve(config.quantizer.codes)(rows, latent.as_rows(scale, o.components), **named).to(torch.int8)
-    same(t, torch.cat(list(expected.reshape(o.components, *w.shape)), 1))
+    expected = resolve(config.quantizer.codes)(rows, latent.as_rows(scale, o.planes), **named).to(torch.int8)
+    same(t, torch.cat(list(expected.reshape(o.planes, *w.shape)), 1))
 
 
 def check_packed_linear(

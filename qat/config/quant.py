@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qat.config.checks import EPSILON, at_least, check_types, choose
-from qat.quantizers import QUANTIZERS, find, summable
+from qat.quantizers import QUANTIZERS, find, planes_of, summable
 from qat.quantizers.record import BACKWARDS, GRANULARITIES, STATISTICS, Quantizer
 
 
@@ -37,6 +37,8 @@ class QuantConfig:
     """`auto` takes compiled kernels where they exist, `compiled` insists on them, `reference` is pure torch."""
     backward: str = "input"
     """The backward matmuls' precision: `input` is the gradient's own; `bf16` and `int8` are faster and less exact."""
+    scale_multiplier: float = 1.0
+    """Times which the scale is taken: 1.25 has more zeros and larger steps. Where the scale is a statistic of the weights."""
 
     def __post_init__(self) -> None:
         check_types("quant", self)
@@ -50,6 +52,7 @@ class QuantConfig:
         choose("quant.backward", self.backward, BACKWARDS)
         at_least("quant.eps", self.eps, EPSILON, most=1)
         choose("quant.components", self.components, (1, 2, 3, 4))
+        at_least("quant.scale_multiplier", self.scale_multiplier, 0.01, most=100)
         at_least("quant.rms_norm_eps", self.rms_norm_eps, EPSILON, most=1)
         if self.act_bits is None and self.backward != "input":
             raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
@@ -68,19 +71,25 @@ class QuantConfig:
     @property
     def quantizer(self) -> Quantizer:
         """The record of the table that quantizes so."""
-        found = find(self.weight, self.components)
-        if found is None:
+        found = find(self.weight, self.planes)
+        if found is None or (found.ratios and self.components > 1):
             names = " or ".join(summable(self.components))
             what = f"quant.weight={self.weight} does not fit quant.components={self.components}"
             raise ValueError(f"{what}: components are {names}")
         return found
 
     @property
+    def planes(self) -> int:
+        """How many matrices of codes a weight is the sum of: `components`, or the digits of the quantizer's codes."""
+        return planes_of(self.weight, self.components)
+
+    @property
     def words(self) -> str:
         """How weights are quantized, for people."""
         group = f" of {self.group_size}" if self.group_size else ""
         what = self.quantizer.words.format(weight=self.weight, scale=self.scale, components=self.components)
-        return f"{what} per {self.granularity}{group}"
+        times = "" if self.scale_multiplier == 1 else f" times {self.scale_multiplier:g}"
+        return f"{what}{times} per {self.granularity}{group}"
 
     def _check_quantizer(self) -> None:
         """ValueError for a key whose value the quantizer's record does not allow."""
@@ -92,3 +101,6 @@ class QuantConfig:
             if value not in allowed:
                 only = f"only {' and '.join(map(str, allowed))} {'do' if len(allowed) > 1 else 'does'}"
                 raise ValueError(f"quant.{key}={value} does not fit {what}: {row.why or only}")
+        if self.scale_multiplier != 1 and not row.statistical:
+            why = "its scale is no statistic of the weights, which alone can be multiplied"
+            raise ValueError(f"quant.scale_multiplier={self.scale_multiplier} does not fit {what}: {why}")

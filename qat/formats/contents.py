@@ -160,10 +160,10 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
     convention = f"{quant.words}, {layout}; weight_scale (float32) multiplies"
     stored = Stored(files)
     for name, k in widths.items():
-        shape = scale_shape(stored.shape(f"{name}.weight")[0], k, quant.granularity, quant.group_size, quant.components)
+        shape = scale_shape(stored.shape(f"{name}.weight")[0], k, quant.granularity, quant.group_size, quant.planes)
         if stored.shape(f"{name}.weight_scale") != list(shape):
             raise ValueError(f"{name}.weight_scale is {stored.shape(f'{name}.weight_scale')}, not {list(shape)}")
-    layers = {name: partial(_packed_layer, stored, name, k, layout, quant.components) for name, k in widths.items()}
+    layers = {name: partial(_packed_layer, stored, name, k, layout, quant.planes) for name, k in widths.items()}
     activations = f"int{quant.act_bits} per {quant.act_granularity}" if quant.act_bits else "floating point"
     if quant.rms_norm_eps is not None:
         activations = f"RMSNorm (eps {quant.rms_norm_eps:g}) in every layer, then {activations}"

@@ -69,7 +69,7 @@ class TiledLinear(LinearLike):
         self.in_features, self.out_features = first.in_features, packed.shape[0]
         self.sizes = (self.out_features, first.width, first.weight_scale.shape[1], base3)
         self.per_tensor, self.eps = first.config.act_granularity == "tensor", first.config.eps
-        self.rms_norm, self.components = first.rms_norm, first.config.components
+        self.rms_norm, self.components = first.rms_norm, first.config.planes
         self.dtype, self.name = first.dtype, first.name
 
     def forward(self, input: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class BitLinear(nn.Linear):
         if self.config.quantizer.gradient is not None:
             return self.weight + lam * (ops.fake_quantize(self.weight, self.config, parameters) - self.weight)
         codes, scale = ops.quantize_weight(self.weight.detach(), self.config, parameters)
-        quantized = sum_components(dequantize_weight(codes, scale), self.config.components)
+        quantized = sum_components(dequantize_weight(codes, scale), self.config.planes)
         return mix(self.weight, quantized.to(self.weight.dtype), lam).to(self.weight.dtype)
 
     def _mixed_activation(self, x: Tensor, lam: Tensor) -> Tensor:

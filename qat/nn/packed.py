@@ -48,14 +48,14 @@ class PackedBitLinear(nn.Module):
         check_group_size(in_features, config.group_size)
         self.in_features, self.out_features = in_features, out_features
         self.config, self.layout, self.dtype = replace(config), layout, dtype
-        self.width = in_features * config.components
-        """Codes a row: those of all components, side by side."""
-        count = f", components={config.components}" if config.components > 1 else ""
+        self.width = in_features * config.planes
+        """Codes a row: those of all planes, side by side."""
+        count = f", components={config.planes}" if config.planes > 1 else ""
         self._version = f"layout {layout}, in_features={in_features}{count}"  # type: ignore[assignment]  # state_dict keeps it
         self._prepared: PreparedLinear | None = None
         self.name = ""
         """In its model, for messages."""
-        scales = scale_shape(out_features, in_features, config.granularity, config.group_size, config.components)
+        scales = scale_shape(out_features, in_features, config.granularity, config.group_size, config.planes)
         row_bytes = get_layout(layout).row_bytes(self.width)
         self.register_buffer("packed", torch.zeros(out_features, row_bytes, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.ones(scales, dtype=torch.float32, device=device))
@@ -94,22 +94,22 @@ class PackedBitLinear(nn.Module):
         return WithheldWeight((self.out_features, self.in_features), self.dtype, self.packed.device, self.name)
 
     def codes(self) -> Tensor:
-        """int8 [out_features, components * in_features] in {-1, 0, 1}; ValueError if a byte holds no codes."""
+        """int8 [out_features, planes * in_features] in {-1, 0, 1}; ValueError if a byte holds no codes."""
         return ops.unpack_ternary(self.packed, self.width, self.layout)
 
     def dequantize(self) -> Tensor:
-        """codes * weight_scale, float32 [out_features, in_features]; components are added."""
-        return sum_components(dequantize_weight(self.codes(), self.weight_scale), self.config.components)
+        """codes * weight_scale, float32 [out_features, in_features]; planes are added."""
+        return sum_components(dequantize_weight(self.codes(), self.weight_scale), self.config.planes)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's, under autocast)."""
         x = input  # nn.Linear's name for it, by which some models call
-        if self.rms_norm is not None or self.config.components > 1:
+        if self.rms_norm is not None or self.config.planes > 1:
             ops.check_input(x, self.in_features)
         if self.rms_norm is not None:
             x = self.rms_norm(x)
-        if self.config.components > 1:
-            x = repeat(x, self.config.components)
+        if self.config.planes > 1:
+            x = repeat(x, self.config.planes)
         if not torch.compiler.is_compiling():
             prepared = self._current()
             if prepared is not None and prepared.serves(x):

@@ -161,7 +161,7 @@ def _statistic(rows: Tensor, options: WeightOptions, **parameters: Tensor) -> Te
     """`scales.statistic`, in one pass where it is a mean."""
     if options.scale != "absmean":
         return scales.statistic(rows, options, **parameters)
-    return torch.ops.qat.cpu_mean(rows.contiguous(), True)
+    return scales.multiplied(torch.ops.qat.cpu_mean(rows.contiguous(), True), options)
 
 
 _SCALES: dict[Function, Callable[..., Tensor]] = {scales.statistic: _statistic}
@@ -228,18 +228,18 @@ def bitlinear(
     x: Tensor, w: Tensor, bias: Tensor | None, parameters: Sequence[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = TrainingOptions(*options)
-    n, k = w.shape[0], w.shape[1] * o.components
+    n, k = w.shape[0], w.shape[1] * o.planes
     if o.act_bits is None or not _serves(x, k) or w.numel() == 0:
         return reference.bitlinear(x, w, bias, parameters, *options)
     if not multiplies(latent.record_of(o)):
         say_left("cpu", o.weight, latent.record_of(o), serves)
         return reference.bitlinear(x, w, bias, parameters, *options)
     t, w_scale, tiles, tile_scale = _latent_codes(w, parameters, o)
-    wide, per_tensor = components.repeat(narrow(x), o.components), o.act_granularity == "tensor"
+    wide, per_tensor = components.repeat(narrow(x), o.planes), o.act_granularity == "tensor"
     y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(
         wide, tiles, tile_scale, float_bias(bias), n, k, w_scale.shape[1], per_tensor, o.eps
     )
-    if o.components > 1:
+    if o.planes > 1:
         x_q = x_q[..., : w.shape[1]].contiguous()
     # Views: an op's results belong to its caller, the cache keeps its own tensors.
     return y.to(x.dtype), x_q, x_scale, t.view(t.shape), w_scale.view(w_scale.shape)

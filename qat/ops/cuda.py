@@ -137,7 +137,7 @@ def weight_arguments(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] =
     """What `cuda_quantize_weight` takes after w; its last argument tells codes from 2-bit bytes."""
     scales.check_group_size(w.shape[1], o.group_size)
     record, given = latent.record_of(o), None
-    own = resolve(record.scale) is scales.statistic
+    own = resolve(record.scale) is scales.statistic and o.scale_multiplier == 1
     reduction = _REDUCTIONS.get(o.scale, _GIVEN) if own else _GIVEN
     shape = latent.shape_of(w, o)
     if reduction == _GIVEN:
@@ -192,16 +192,16 @@ def bitlinear(
     x: Tensor, w: Tensor, bias: Tensor | None, parameters: Sequence[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = TrainingOptions(*options)
-    if o.act_bits is None or x.numel() == 0 or w.numel() == 0 or not _serves(x, w.shape[1] * o.components):
+    if o.act_bits is None or x.numel() == 0 or w.numel() == 0 or not _serves(x, w.shape[1] * o.planes):
         return reference.bitlinear(x, w, bias, parameters, *options)
     if not multiplies(latent.record_of(o)):
         say_left("cuda", o.weight, latent.record_of(o), serves)
         return reference.bitlinear(x, w, bias, parameters, *options)
     t, w_scale = _quantize(w, parameters, o)
     y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(
-        components.repeat(narrow(x), o.components), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps
+        components.repeat(narrow(x), o.planes), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps
     )
-    if o.components > 1:
+    if o.planes > 1:
         x_q = x_q[..., : w.shape[1]].contiguous()
     return y.to(x.dtype), x_q, x_scale, t, w_scale
 

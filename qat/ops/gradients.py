@@ -112,7 +112,7 @@ class _BitLinear(torch.autograd.Function):
         output = below(op, x, w, bias, parameters, *options)
         _, x_q, x_scale, t, w_scale = output
         o = TrainingOptions(*options)
-        ctx.matmuls, ctx.components = _MATMULS[o.backward], o.components
+        ctx.matmuls, ctx.components = _MATMULS[o.backward], o.planes
         ctx.dtypes = x.dtype, w.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, t, w_scale, *_keep(ctx, o, w, parameters))
         ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)

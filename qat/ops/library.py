@@ -32,8 +32,8 @@ def _fake_quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[
 def _fake_quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     o = WeightOptions(*options)
     n, k = w.shape
-    shape = scale_shape(n, k, o.granularity, o.group_size, o.components)
-    return w.new_empty((n, k * o.components), dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
+    shape = scale_shape(n, k, o.granularity, o.group_size, o.planes)
+    return w.new_empty((n, k * o.planes), dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_fake_quantize(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:

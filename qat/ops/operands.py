@@ -11,7 +11,7 @@ from qat.quantizers.record import Quantizer
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of x, in the order of the kernels' enums."""
 MAX_WIDTH = 2**18
-"""Most codes a row, in_features times components: sums stay far from the ends of int32."""
+"""Most codes a row, in_features times planes: sums stay far from the ends of int32."""
 ELSEWHERE = f"float activations and in_features > {MAX_WIDTH} run in pure torch"
 """For people: what is left to the reference."""
 

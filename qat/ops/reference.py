@@ -67,7 +67,7 @@ def fake_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the quantized weight [N, K] in w's dtype, t, w_scale): `options` are WeightOptions, `quantize` a device's."""
     t, w_scale = quantize(w, parameters, *options)
-    value = components.sum_components(dequantize_weight(t, w_scale), WeightOptions(*options).components)
+    value = components.sum_components(dequantize_weight(t, w_scale), WeightOptions(*options).planes)
     return value.to(w.dtype), t, w_scale
 
 
@@ -92,10 +92,10 @@ def bitlinear(
     t, w_scale = quantize_weight(w, parameters, *weight_options(o))
     largest = max(map(abs, latent.record_of(o).levels))
     if o.act_bits is None:
-        y, empty = integer_linear(components.repeat(x, o.components), None, t, w_scale, bias, x.dtype, largest), x.new_empty(0)
+        y, empty = integer_linear(components.repeat(x, o.planes), None, t, w_scale, bias, x.dtype, largest), x.new_empty(0)
         return y, empty.to(torch.int8), empty.float(), t, w_scale
     x_q, divisor = activations.activation_codes(x, o.act_granularity, o.eps)
-    y = integer_linear(components.repeat(x_q, o.components), divisor, t, w_scale, bias, x.dtype, largest)
+    y = integer_linear(components.repeat(x_q, o.planes), divisor, t, w_scale, bias, x.dtype, largest)
     return y, x_q, (1 / divisor).contiguous(), t, w_scale
 
 

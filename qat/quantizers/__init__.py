@@ -47,6 +47,13 @@ def find(weight: str, components: int = 1) -> Quantizer | None:
     return row
 
 
+def planes_of(weight: str, components: int) -> int:
+    """How many planes of codes a weight quantized so has: as many as the user's components, unless its row says."""
+    row = QUANTIZERS.get(weight)
+    return len(row.ratios) if row is not None and row.ratios else components
+
+
 def summable(components: int) -> list[str]:
-    """The rows that can be a sum of that many planes."""
-    return [name for name in QUANTIZERS if find(name, components) is not None]
+    """The rows that can be a sum of that many planes, with a scale each."""
+    found = {name: find(name, components) for name in QUANTIZERS}
+    return [name for name, row in found.items() if row is not None and not row.ratios]

@@ -25,7 +25,7 @@ _ROUNDS = 20
 
 def scale(rows: Tensor, options: WeightOptions) -> Tensor:
     """The fitted scales [R, k] of rows [R, L], the largest first."""
-    return _fit(rows, options.components)
+    return _fit(rows, options.planes)
 
 
 def codes(rows: Tensor, scale: Tensor) -> Tensor:

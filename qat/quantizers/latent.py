@@ -20,15 +20,15 @@ _NONE: Mapping[Function, Callable[..., Tensor]] = {}
 
 def record_of(o: WeightOptions) -> Quantizer:
     """The record that these options are for; ValueError where the table has none."""
-    record = find(o.weight, o.components)
+    record = find(o.weight, o.planes)
     if record is None:
-        raise ValueError(f"quant.weight={o.weight} with quant.components={o.components} is in no row of the quantizers")
+        raise ValueError(f"quant.weight={o.weight} with quant.components={o.planes} is in no row of the quantizers")
     return record
 
 
 def shape_of(w: Tensor, o: WeightOptions) -> tuple[int, int]:
     """The shape of the scale of w [N, K]."""
-    return scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size, o.components)
+    return scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size, o.planes)
 
 
 def as_rows(scale: Tensor, planes: int) -> Tensor:
@@ -54,11 +54,12 @@ def weight_scale(
     check_weight(w)
     shape, rows = shape_of(w, o), scale_rows(w.float(), o.granularity, o.group_size)
     if w.numel() == 0:
-        return rows, w.new_full((shape[0] * shape[1] // o.components, o.components), o.eps, dtype=torch.float32), shape
+        return rows, w.new_full((shape[0] * shape[1] // o.planes, o.planes), o.eps, dtype=torch.float32), shape
     record = record_of(o)
     scale = resolve(record.scale)
-    value: Tensor = kernels.get(scale, scale)(rows, o, **by_name(record, o, parameters))
-    return rows, round_scale(value.clamp_min(o.eps), o.scale_dtype), shape
+    value: Tensor = kernels.get(scale, scale)(rows, o, **by_name(record, o, parameters)).clamp_min(o.eps)
+    planes = value * value.new_tensor(record.ratios) if record.ratios else value
+    return rows, round_scale(planes, o.scale_dtype), shape
 
 
 def quantize_weight(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
@@ -72,11 +73,11 @@ def quantize_weight(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = 
     rows, value, shape = weight_scale(w, o, parameters)
     n, k = w.shape
     if w.numel() == 0:
-        return w.new_zeros((n, o.components * k), dtype=torch.int8), from_rows(value, shape)
+        return w.new_zeros((n, o.planes * k), dtype=torch.int8), from_rows(value, shape)
     record = record_of(o)
     codes: Tensor = resolve(record.codes)(rows, value, **by_name(record, o, parameters))
-    planes = codes.to(torch.int8).reshape(o.components, n, k)
-    return planes.transpose(0, 1).reshape(n, o.components * k), from_rows(value, shape)
+    planes = codes.to(torch.int8).reshape(o.planes, n, k)
+    return planes.transpose(0, 1).reshape(n, o.planes * k), from_rows(value, shape)
 
 
 def gradient(
@@ -89,9 +90,9 @@ def gradient(
     record = record_of(o)
     assert record.gradient is not None
     rows = [scale_rows(value.float(), o.granularity, o.group_size) for value in (grad, w)]
-    planes = t.unflatten(-1, (o.components, -1)).transpose(0, 1).reshape(o.components, *rows[0].shape)
-    codes = planes[0] if o.components == 1 else planes
-    given = resolve(record.gradient)(*rows, codes.float(), as_rows(scale, o.components), **by_name(record, o, parameters))
+    planes = t.unflatten(-1, (o.planes, -1)).transpose(0, 1).reshape(o.planes, *rows[0].shape)
+    codes = planes[0] if o.planes == 1 else planes
+    given = resolve(record.gradient)(*rows, codes.float(), as_rows(scale, o.planes), **by_name(record, o, parameters))
     grad_rows, named = given
     grads = [
         _shaped(named[name], value) if one.trained else None
@@ -102,11 +103,12 @@ def gradient(
 
 def initial_parameters(w: Tensor, o: WeightOptions) -> dict[str, Tensor]:
     """The values that the record's parameters start with for this weight: float32 [1 | N, planes * G], or [1] for one a layer."""
-    rows, shape = scale_rows(w.detach().float(), o.granularity, o.group_size), shape_of(w, o)
-    found = {}
-    for name, one in record_of(o).parameters.items():
+    rows, record = scale_rows(w.detach().float(), o.granularity, o.group_size), record_of(o)
+    own, found = _own(record, o), {}
+    shape = scale_shape(w.shape[0], w.shape[1], o.granularity, o.group_size, own)
+    for name, one in record.parameters.items():
         value = torch.as_tensor(resolve(one.initial)(rows, o), dtype=torch.float32, device=w.device)
-        whole = value.reshape(1) if one.per == "layer" else from_rows(value.expand(rows.shape[0], o.components), shape)
+        whole = value.reshape(1) if one.per == "layer" else from_rows(value.expand(rows.shape[0], own), shape)
         found[name] = whole.clone()
     return found
 
@@ -119,9 +121,14 @@ def by_name(record: Quantizer, o: WeightOptions, parameters: Sequence[Tensor]) -
         )
     pairs = zip(record.parameters.items(), parameters, strict=True)
     return {
-        name: (as_rows(value.float(), o.components) if one.per == "scale" else value.float().reshape(1, 1))
+        name: (as_rows(value.float(), _own(record, o)) if one.per == "scale" else value.float().reshape(1, 1))
         for (name, one), value in pairs
     }
+
+
+def _own(record: Quantizer, o: WeightOptions) -> int:
+    """Scales a row that are not multiples of another one."""
+    return 1 if record.ratios else o.planes
 
 
 def _shaped(grad: Tensor, parameter: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ function may be given as "module:name" and is looked up when it is first called.
 A layer's weights are seen as rows [R, L] that share a scale each (a tensor is one row, a channel one, a group one), so that a
 quantizer need not know of granularities:
 
-    scale(rows, options, **parameters)                  -> [R, planes], before its rounding to `scale_dtype`
+    scale(rows, options, **parameters)                  -> [R, planes], before its rounding to `scale_dtype`; [R, 1] with `ratios`
     codes(rows, scale, **parameters)                    -> [R, L], or [planes, R, L]
     gradient(grad, rows, codes, scale, **parameters)    -> (gradient of the rows [R, L], {parameter: gradient, shaped like it})
     soft(rows, scale, **parameters)                     -> (levels [R, m] in ascending order, borders [R, m - 1] between them)
@@ -30,6 +30,8 @@ KINDS = {"ternary": (-1, 0, 1), "binary": (-1, 1)}
 
 Function = Callable[..., Any] | str
 
+STATISTIC = "qat.quantizers.scales:statistic"
+
 
 @cache
 def resolve(function: Function) -> Callable[..., Any]:
@@ -41,8 +43,8 @@ def resolve(function: Function) -> Callable[..., Any]:
 class Parameter:
     """A value of a layer's quantizer beside its weight: `initial(rows [R, L], options)` gives it, in float32.
 
-    It is handed to the functions as [R, planes] where each scale has one, and as [1, 1] where the layer has one. What is not
-    trained is a buffer, for whoever anneals it from step to step.
+    It is handed to the functions as [R, planes] where each scale has one ([R, 1] where planes have `ratios`), and as [1, 1] where
+    the layer has one. What is not trained is a buffer, for whoever anneals it from step to step.
     """
 
     initial: Function
@@ -62,7 +64,7 @@ class Quantizer:
     levels: tuple[int, ...]
     """What a code can be, int8, in ascending order."""
     codes: Function
-    scale: Function = "qat.quantizers.scales:statistic"
+    scale: Function = STATISTIC
     gradient: Function | None = None
     """None: straight-through, the identity (arXiv:1308.3432)."""
     soft: Function | None = None
@@ -76,7 +78,9 @@ class Quantizer:
     act_bits: tuple[int | None, ...] = (8, None)
     backwards: tuple[str, ...] = BACKWARDS
     planes: tuple[int, ...] = (1,)
-    """How many matrices of codes a weight may be the sum of: values of `quant.components`."""
+    """How many matrices of codes a weight may be the sum of: values of `quant.components`, 1 where there are `ratios`."""
+    ratios: tuple[float, ...] = ()
+    """Where the planes are the digits of one code: plane i's scale is ratios[i] times the one that `scale` gives, the last 1."""
     sums: Quantizer | None = None
     """What quantizes to more planes of these codes, where something does."""
     words: str = "{weight} {scale}"
@@ -91,6 +95,10 @@ class Quantizer:
                 raise ValueError(f"codes {self.levels} cannot pack as {kind!r}; kinds are {KINDS}")
         if "int8" in self.backwards and not set(self.levels) <= set(KINDS["ternary"]):
             raise ValueError(f"codes {self.levels} do not fit the int8 backward pass, whose sums are of -1, 0, 1; leave it out")
+        if self.ratios and (self.planes != (len(self.ratios),) or self.ratios[-1] != 1):
+            raise ValueError(f"ratios {self.ratios} must end in 1 and be one for each of the planes {self.planes}")
+        if self.planes != (1,) and "int8" in self.backwards:
+            raise ValueError("the int8 backward pass is of one plane; leave it out")
         if {"weight", "bias"} & set(self.parameters):
             raise ValueError("a quantizer's parameter cannot be called weight or bias: the layer has those")
         if self.gradient is None and any(one.trained for one in self.parameters.values()):
@@ -102,6 +110,11 @@ class Quantizer:
             return None
         return f"its codes are {', '.join(map(str, self.levels))}, and {kind} ones are {', '.join(map(str, KINDS[kind]))}"
 
+    @property
+    def statistical(self) -> bool:
+        """Whether `quant.scale_multiplier` can say something: its scale is a statistic of the weights, and no more."""
+        return self.scale == STATISTIC
+
 
 class Options:
     """Values that an op takes one by one: `op(x, *options)`."""
@@ -112,12 +125,13 @@ class Options:
 
 @dataclass
 class WeightOptions(Options):
-    """How a latent weight becomes codes: these keys of QuantConfig."""
+    """How a latent weight becomes codes: these keys and properties of QuantConfig."""
 
     weight: str
     scale: str
     granularity: str
     group_size: int | None
-    components: int
+    planes: int
     scale_dtype: str
     eps: float
+    scale_multiplier: float

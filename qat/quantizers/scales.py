@@ -35,8 +35,13 @@ _SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 
 def statistic(rows: Tensor, options: WeightOptions, **_: Tensor) -> Tensor:
-    """`quant.scale` of the magnitudes of rows [R, L]: [R, 1]."""
-    return _REDUCE[options.scale](rows.abs())
+    """`quant.scale` of the magnitudes of rows [R, L], times `quant.scale_multiplier`: [R, 1]."""
+    return multiplied(_REDUCE[options.scale](rows.abs()), options)
+
+
+def multiplied(statistic: Tensor, options: WeightOptions) -> Tensor:
+    """A statistic times `quant.scale_multiplier`."""
+    return statistic if options.scale_multiplier == 1 else statistic * options.scale_multiplier
 
 
 def check_group_size(k: int, group_size: int | None) -> None:

@@ -54,7 +54,7 @@ def linear_bytes(student: nn.Module, layout: str) -> tuple[int, int]:
     """Bytes of the converted layers' weights in bf16, and of their packed codes."""
     form = get_layout(layout)
     layers = [layer for _, layer in bitlinears(student)]
-    packed = sum(layer.out_features * form.row_bytes(layer.in_features * layer.config.components) for layer in layers)
+    packed = sum(layer.out_features * form.row_bytes(layer.in_features * layer.config.planes) for layer in layers)
     return sum(2 * layer.weight.numel() for layer in layers), packed
 
 

@@ -195,7 +195,9 @@ def test_a_row_that_contradicts_itself_is_refused() -> None:
 
 def test_the_wrong_number_of_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"quant.weight=learned has the parameters step, but 0 came"):
-        latent.quantize_weight(torch.randn(2, 4), latent.WeightOptions("learned", "absmean", "tensor", None, 1, "float32", 1e-5))
+        latent.quantize_weight(
+            torch.randn(2, 4), latent.WeightOptions("learned", "absmean", "tensor", None, 1, "float32", 1e-5, 1.0)
+        )
 
 
 def test_parameters_on_another_device_are_refused() -> None:

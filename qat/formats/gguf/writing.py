@@ -170,10 +170,9 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
             raise ValueError(f"{found.name} in llama.cpp has no place for {name}.rms_norm, the norm of this layer's own input")
         if reason := layer.config.quantizer.unfit("ternary"):
             raise ValueError(f"{name}: quant.weight={layer.config.weight}; {reason}")
-        if layer.config.components > 1:
-            raise ValueError(
-                f"{name} is a sum of {layer.config.components} ternary matrices (quant.components); a block holds one"
-            )
+        if layer.config.planes > 1:
+            key = "quant.components" if layer.config.components > 1 else f"quant.weight={layer.config.weight}"
+            raise ValueError(f"{name} is a sum of {layer.config.planes} ternary matrices ({key}); a block holds one")
     padding = plan(model, config, gguf_tensors.width_multiple(type))
     return found, padding.raise_config(config), padding
 
