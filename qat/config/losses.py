@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qat.config.checks import at_least, check_types
+from qat.config.checks import at_least, check_types, fraction
 
 
 @dataclass
 class DistillConfig:
-    """The loss: ce * cross-entropy + kl * tau^2 * KL(teacher || student) (Hinton et al., arXiv:1503.02531, section 2)."""
+    """The loss: ce * cross-entropy + kl * tau^2 * KL(teacher || student) (Hinton et al., arXiv:1503.02531, section 2), and terms
+    on the residual stream after each layer, before the final norm: hidden * |h_S - h_T|^2 / |h_T|^2 + cosine * (1 - cos)."""
 
     ce: float = 1.0
     """Weight of the cross-entropy with the text."""
@@ -17,11 +18,38 @@ class DistillConfig:
     """Weight of the divergence from the teacher's distribution."""
     temperature: float = 1.0
     """tau of the divergence."""
+    kl_from: float | None = None
+    """Share of the run from which kl has its weight, as where the learning rate has fallen; null: from the first step."""
+    kl_until: float | None = None
+    """Share of the run at which kl's weight has fallen in a line to 0; null: it stays."""
+    hidden: float = 0.0
+    """Weight of the distance of student's and teacher's residual streams as a share of the teacher's, a mean over layers."""
+    hidden_until: float | None = None
+    """Share of the run at which hidden's weight has fallen in a line to 0; null: it stays."""
+    cosine: float = 0.0
+    """Weight of 1 - cosine of student's and teacher's residual streams, a mean over layers."""
 
     def __post_init__(self) -> None:
         check_types("distill", self)
         at_least("distill.ce", self.ce, 0, most=1e6)
         at_least("distill.kl", self.kl, 0, most=1e6)
         at_least("distill.temperature", self.temperature, 1e-4, most=1e4)
+        for key in ("hidden", "cosine"):
+            at_least(f"distill.{key}", getattr(self, key), 0, most=1e6)
+        for key in ("kl_until", "hidden_until"):
+            at_least(f"distill.{key}", getattr(self, key), 0, most=1, open_end=True)
+        if self.kl_from is not None:
+            fraction("distill.kl_from", self.kl_from)
+        if self.kl_from is not None and self.kl_until is not None and self.kl_from >= self.kl_until:
+            raise ValueError(
+                f"distill.kl_from={self.kl_from} is not below distill.kl_until={self.kl_until}, so kl would never count"
+            )
+        self._check_some_loss()
+
+    def _check_some_loss(self) -> None:
+        """Cross-entropy and divergence alone teach the output head."""
         if self.ce == 0 and self.kl == 0:
             raise ValueError("distill.ce=0 and distill.kl=0 leave no loss; set one above 0")
+        if self.ce == 0 and (self.kl_from or (self.kl_until or 1) < 1):
+            keys = f"distill.kl_from={self.kl_from}, distill.kl_until={self.kl_until}"
+            raise ValueError(f"distill.ce=0 with {keys} leaves steps without a loss; set distill.ce above 0")

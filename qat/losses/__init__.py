@@ -7,12 +7,14 @@ states follows from the rows whose weight in `distill` is above 0.
 from __future__ import annotations
 
 from qat.config import DistillConfig
-from qat.losses import logits
+from qat.losses import hidden, logits
 from qat.losses.record import Loss
 
 LOSSES = {
     "ce": Loss(logits.cross_entropy, weight="ce", reported=True),
-    "kl": Loss(logits.kl, weight="kl", teacher=True),
+    "kl": Loss(logits.kl, weight="kl", teacher=True, until="kl_until", begins="kl_from"),
+    "hidden": Loss(hidden.relative, weight="hidden", teacher=True, residuals=True, until="hidden_until"),
+    "cosine": Loss(hidden.cosine, weight="cosine", teacher=True, residuals=True),
 }
 
 
@@ -21,8 +23,17 @@ def active(distill: DistillConfig) -> dict[str, Loss]:
     return {name: row for name, row in LOSSES.items() if getattr(distill, row.weight) > 0}
 
 
+def weight_at(distill: DistillConfig, name: str, step: int, total: int) -> float:
+    """A row's weight at `step` (0-based) of `total`: 0 before its beginning, and falling in a line to 0 at its end."""
+    row = LOSSES[name]
+    begin, end = (getattr(distill, key) if key else None for key in (row.begins, row.until))
+    share = step / max(total, 1)
+    falling = 1.0 if end is None else max(0.0, 1 - share / end)
+    return float(getattr(distill, row.weight)) * falling * (begin is None or share >= begin)
+
+
 def needs(distill: DistillConfig, what: str) -> list[str]:
-    """The active rows that need a `teacher`, `hidden_states` or `attentions`."""
+    """The active rows that need a `teacher`, `residuals`, `hidden_states` or `attentions`."""
     return [name for name, row in active(distill).items() if getattr(row, what)]
 
 

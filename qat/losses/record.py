@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ class Seen(NamedTuple):
     """All that the student's forward gave; `hidden_states` and `attentions` where a loss asks for them."""
     teacher: Any
     """The same of the teacher."""
+    residuals: Sequence[tuple[Tensor, Tensor]] = ()
+    """Of each layer the residual stream after it, [B, L, H] of student and teacher, where a loss asks for them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,13 @@ class Loss:
     """It compares with a teacher."""
     hidden_states: bool = False
     """It reads the hidden states of all layers."""
+    residuals: bool = False
+    """It compares the residual streams of student and teacher, layer by layer."""
     attentions: bool = False
     """It reads the attention weights of all layers."""
+    until: str | None = None
+    """The key of the share of the run at which its weight has fallen to 0."""
+    begins: str | None = None
+    """The key of the share of the run from which it has a weight."""
     reported: bool = False
     """It is measured and logged where its weight is 0, too."""

@@ -9,7 +9,8 @@ step instead would need no look-ahead, but sums overflow float16, and clipping a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from qat.config import DistillConfig, OptimConfig
 from qat.conversion.layers import bitlinears
 from qat.data.order import STEP_TOKENS
-from qat.losses import active, measured, needs
+from qat.losses import active, measured, needs, weight_at
 from qat.losses.logits import predicted, predicting
 from qat.losses.means import Means
-from qat.losses.record import Pair, Seen
+from qat.losses.record import Loss, Pair, Seen
+from qat.losses.taps import Tap
 from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.gradients.clipping import clip
@@ -56,6 +58,16 @@ class QATModule(pl.LightningModule):
         self._optimizer = optimizer
         self._asked = {f"output_{what}": True for what in ("hidden_states", "attentions") if needs(distill_config, what)}
         self._step, self._held_out = Means(), Means()
+        self._taps = [Tap(model) for model in (student, teacher) if model is not None and needs(distill_config, "residuals")]
+
+    def release(self) -> None:
+        """Take the hooks off student and teacher."""
+        for tap in self._taps:
+            tap.remove()
+
+    def weights(self) -> dict[str, float]:
+        """Loss -> its weight at this step, a function of the step alone."""
+        return {name: weight_at(self.distill, name, self.global_step, self.total_steps) for name in active(self.distill)}
 
     def on_fit_start(self) -> None:
         """Move the teacher, which lightning does not know of."""
@@ -63,27 +75,37 @@ class QATModule(pl.LightningModule):
             self._teacher.module.to(self.device)
 
     def pairs(self, batch: dict[str, Tensor]) -> dict[str, Pair]:
-        """Loss -> its sum over the batch's predicted tokens, and their number."""
-        seen = self._seen(batch)
-        found = {}
-        for name, row in measured(self.distill).items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name in active(self.distill)):
+        """Loss -> its sum over the batch's predicted tokens, and their number; in training, of those that have a weight now."""
+        weights, training = self.weights(), torch.is_grad_enabled()
+        rows = {name: row for name, row in measured(self.distill).items() if row.reported or weights[name] or not training}
+        seen, found = self._seen(batch, rows), {}
+        for name, row in rows.items():
+            with torch.set_grad_enabled(training and bool(weights.get(name))):
                 found[name] = row.function(seen, self.distill)
         return found
 
-    def _seen(self, batch: dict[str, Tensor]) -> Seen:
+    def _seen(self, batch: dict[str, Tensor], rows: dict[str, Loss]) -> Seen:
         inputs = {key: value for key, value in batch.items() if key not in ("labels", STEP_TOKENS)}
         labels, teacher, teacher_rows = batch["labels"], None, None
-        student = self._forward.module(**inputs, use_cache=False, **self._asked)
-        if self._teacher is not None:
-            with torch.no_grad():
-                teacher = self._teacher.module(**inputs, use_cache=False, **self._asked)
-                teacher_rows, _ = predicted(teacher.logits, labels)
-        return Seen(*predicted(student.logits, labels), predicting(labels), teacher_rows, student, teacher)
+        with self._listening(rows) as states:
+            student = self._forward.module(**inputs, use_cache=False, **self._asked)
+            if self._teacher is not None and any(row.teacher for row in rows.values()):
+                with torch.no_grad():
+                    teacher = self._teacher.module(**inputs, use_cache=False, **self._asked)
+                    teacher_rows, _ = predicted(teacher.logits, labels)
+        residuals = list(zip(*states, strict=True))
+        return Seen(*predicted(student.logits, labels), predicting(labels), teacher_rows, student, teacher, residuals)
+
+    @contextmanager
+    def _listening(self, rows: dict[str, Loss]) -> Iterator[list[list[Tensor]]]:
+        """The residual streams of the forwards within, of student and teacher, where a row asks for them."""
+        with ExitStack() as stack:
+            asked = self._taps if any(row.residuals for row in rows.values()) else []
+            yield [stack.enter_context(tap.listening()) for tap in asked]
 
     def loss(self, sums: dict[str, Tensor], count: float) -> Tensor:
         """The weighted sum of the losses, each `sums[name] / count`."""
-        terms = (getattr(self.distill, row.weight) * (sums[name] / max(count, 1)) for name, row in active(self.distill).items())
+        terms = (weight * (sums[name] / max(count, 1)) for name, weight in self.weights().items() if weight)
         return functools.reduce(torch.add, terms)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -100,13 +122,14 @@ class QATModule(pl.LightningModule):
     def _log_step(self) -> None:
         """Rows are written at a step's last batch, when the means hold all of it; step 1 is the first."""
         found = self._means(self._step)
-        self.log_dict({f"train/{name}": value for name, value in found.items()}, batch_size=1)
+        unmeasured = dict.fromkeys(measured(self.distill), float("nan"))  # which lightning would repeat from an earlier step
+        self.log_dict({f"train/{name}": value for name, value in {**unmeasured, **found}.items()}, batch_size=1)
         self.log("loss", found["loss"], prog_bar=True, logger=False, batch_size=1)
         self.log("step", float(self.global_step + 1), batch_size=1)
 
     def _means(self, means: Means) -> dict[str, float]:
         found = means.values()
-        loss = sum(getattr(self.distill, row.weight) * found[name] for name, row in active(self.distill).items())
+        loss = sum(weight * found[name] for name, weight in self.weights().items() if weight)
         return {"loss": loss, **found}
 
     def on_validation_epoch_start(self) -> None:

@@ -33,7 +33,7 @@ from qat.training.plugins import callbacks, check_plugins, loggers, optimizer_fa
 from qat.training.recording import Book, Facts, assembled, config_hash, recording
 from qat.training.signals import Signals, listening
 from qat.training.stages import Measure, same_outputs
-from qat.training.trainings import check_teacher, load_teacher, total_batches, train_control, train_student
+from qat.training.trainings import check_comparable, check_teacher, load_teacher, total_batches, train_control, train_student
 
 
 def run(config: TrainConfig) -> RunResult:
@@ -91,6 +91,8 @@ class Job:
     tokenizer: PreTrainedTokenizerFast
     optimizer: Any
     callbacks: list[Callback]
+    teacher: PreTrainedModel | None
+    """The model that the losses compare with, where one asks for it."""
     data: QATData | None
     """None until the model has sampled it."""
 
@@ -116,7 +118,9 @@ def prepare(config: TrainConfig) -> Job:
     record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe_batch(data, base))
     print(f"{config.model.path}: {record.summary()}")
     student.cpu()
-    return Job(config, base, student, record, tokenizer, optimizer, asked, data)
+    teacher = load_teacher(config, base)
+    check_comparable(config, student, teacher)
+    return Job(config, base, student, record, tokenizer, optimizer, asked, teacher, data)
 
 
 def start(job: Job, book: Book) -> Measure:
@@ -133,9 +137,9 @@ def start(job: Job, book: Book) -> Measure:
 def train(job: Job, book: Book, signals: Signals) -> int | None:
     """Train the student; the signal that interrupted it, None where it may be finished."""
     assert job.data is not None
-    teacher, folder = load_teacher(job.config, job.base), Path(book.facts.folder)
+    folder = Path(book.facts.folder)
     extras = loggers(job.config, folder), job.callbacks
-    done = train_student(job.config, job.student, teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
+    done = train_student(job.config, job.student, job.teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
     book.add(training=done)
     if done.signal is not None:
         book.interrupted(done.signal)
@@ -166,6 +170,6 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
 
 def dry_run(job: Job) -> RunResult:
     """Print coverage, memory and tokens of the run that is not made."""
-    for line in estimate.lines(job.config, job.base, job.student, load_teacher(job.config, job.base)):
+    for line in estimate.lines(job.config, job.base, job.student, job.teacher):
         print(line)
     return assembled(Facts(job.config, job.record, status="dry run"))

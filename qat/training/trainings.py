@@ -13,6 +13,7 @@ from torch import nn
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
 from qat.data import QATData
 from qat.losses import active, needs
+from qat.losses.taps import check_alike
 from qat.models import hub as models
 from qat.training.callbacks import Anneal, LambdaWarmup, Samples
 from qat.training.fit import FitResult, fit
@@ -55,6 +56,13 @@ def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel 
     return teacher
 
 
+def check_comparable(config: TrainConfig, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise ValueError where a loss compares what student and teacher do not both have."""
+    for name in needs(config.distill, "residuals"):
+        key = active(config.distill)[name].weight
+        check_alike(student, teacher, f"distill.{key}={getattr(config.distill, key)}")  # type: ignore[arg-type]
+
+
 def train_student(
     config: TrainConfig,
     student: PreTrainedModel,
@@ -76,7 +84,10 @@ def train_student(
     if config.trainer.samples and config.trainer.val_every:
         callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
     module = _module(config, student, config.distill, optimizer, teacher)
-    outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
+    try:
+        outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
+    finally:
+        module.release()
     student.eval()
     return outcome
 

@@ -13,7 +13,8 @@ from qat.losses.record import Seen
 
 def seen(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> Seen:
     teacher_rows = None if teacher is None else predicted(teacher, labels)[0]
-    return Seen(*predicted(logits, labels), predicting(labels), teacher_rows, None, None)
+    residuals = [] if teacher is None else [(logits, teacher), (2 * logits, teacher)]  # as if they had come of two layers
+    return Seen(*predicted(logits, labels), predicting(labels), teacher_rows, None, None, residuals)
 
 
 def mean(name: str, *given: torch.Tensor, **distill: float) -> float:

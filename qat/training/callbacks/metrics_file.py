@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,10 +52,11 @@ class MetricsFile(Logger):
         """They are in config.yaml."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row of what this step's rows do not hold yet."""
+        """Append a row of what this step's rows do not hold yet; NaN says that this step did not measure it."""
         step = int(step or 0)
         known = self._last[1] if self._last[0] == step else set()
-        new = {key: value for key, value in metrics.items() if key not in known and key not in FIRST}
+        fresh = {key: value for key, value in metrics.items() if key not in known and key not in FIRST}
+        new = {key: value for key, value in fresh.items() if not math.isnan(value)}
         if not new:
             return
         if set(new) - set(self.columns) or not self.file.exists():
