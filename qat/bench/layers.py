@@ -201,11 +201,20 @@ def _auto_bit_linear(n: int, k: int) -> nn.Module:
     return AutoBitLinear(k, n, bias=False, online_quant=True)
 
 
+def _annealed(n: int, k: int, backward: str) -> nn.Module:
+    """Half way from a line to codes: the sharpness changes nothing about the time."""
+    layer = BitLinear(k, n, False, QuantConfig(backward=backward))
+    layer.set_beta(8.0)
+    return layer
+
+
 def training_layers(n: int, k: int, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
     """name -> maker, nn.Linear first: what the others are compared with."""
     layers: dict[str, Callable[[], nn.Module]] = {"nn.Linear": lambda: nn.Linear(k, n, bias=False)}
     for backward in ("input", "bf16", "int8"):
         layers[f"qat backward={backward}"] = lambda b=backward: BitLinear(k, n, False, QuantConfig(backward=b))  # type: ignore[misc]
+    for backward in ("input", "bf16"):
+        layers[f"qat annealed, backward={backward}"] = lambda b=backward: _annealed(n, k, b)  # type: ignore[misc]
     layers["fake-quant, eager"] = lambda: EagerFakeQuant(k, n, bias=False)
     if compiled:
         layers["fake-quant, torch.compile"] = lambda: torch.compile(EagerFakeQuant(k, n, bias=False))  # type: ignore[assignment,return-value]

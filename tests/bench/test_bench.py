@@ -30,6 +30,7 @@ def test_rows(tmp_path, monkeypatch):
         ("hot", "qat base3"),
         ("hot", bench_layers.BASELINE),
         ("train fp32", "qat backward=int8"),
+        ("train fp32", "qat annealed, backward=bf16"),
     } <= found
     assert all(row["microseconds"] > 0 and row["gops"] > 0 for row in result["rows"])
 
