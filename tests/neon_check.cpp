@@ -52,11 +52,36 @@ bool same(qat::Dtype dtype, int64_t m, int64_t n, int64_t k, int64_t groups) {
   return solve(qat::isa_at(0), dtype, m, n, k, groups, x, tiles, scale) == solve(qat::isa_at(1), dtype, m, n, k, groups, x, tiles, scale);
 }
 
+// Soft weights and slopes, and sums in double.
+bool same_soft(int64_t n, float beta) {
+  std::vector<float> w(static_cast<size_t>(n));
+  std::normal_distribution<float> normal;
+  for (float& value : w) value = normal(random_bits) / 30;
+  const float s = 0.03f;
+  const qat::Border borders[] = {{-s / 2, beta / s, s / 2, beta}, {s / 2, beta / s, s / 2, beta}};
+  const qat::Soft plan = {0.0f, 2, borders};
+  std::vector<float> answers[2];
+  for (int path = 0; path < 2; ++path) {
+    const qat::Isa& isa = qat::isa_at(path);
+    std::vector<float> found(static_cast<size_t>(4 * n));
+    isa.soften(w.data(), n, plan, found.data(), found.data() + n);
+    isa.soften_ternary(w.data(), n, plan, found.data() + 2 * n, found.data() + 3 * n);
+    for (const double sum : {isa.sum(w.data(), n), isa.magnitudes(w.data(), n), isa.squares(w.data(), n)}) found.push_back(static_cast<float>(sum));
+    answers[path] = found;
+  }
+  return answers[0] == answers[1];
+}
+
 }  // namespace
 
 int main() {
   if (qat::best_isa() < 1 || std::strcmp(qat::isa_at(1).name, "neon") != 0) return std::puts("this machine has no NEON dot products"), 2;
   int problems = 0;
+  for (const int64_t n : {1, 4, 63, 1000})
+    for (const float beta : {2.0f, 60.0f}) {
+      if (!same_soft(n, beta)) return std::printf("soft codes of %d weights differ\n", int(n)), 1;
+      ++problems;
+    }
   for (const auto dtype : {qat::Dtype::f32, qat::Dtype::bf16, qat::Dtype::f16})
     for (const int64_t m : {1, 2, 3, 4, 5, 11})
       for (const int64_t n : {1, 63, 64, 130})

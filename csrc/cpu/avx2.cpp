@@ -4,7 +4,8 @@
 #include <immintrin.h>
 
 #define QAT_TARGET __attribute__((unused, target("avx2,f16c")))
-#include "generic.h"
+#define QAT_VECTOR 32
+#include "soft.h"
 
 namespace qat {
 namespace {
@@ -106,7 +107,7 @@ QAT_TARGET void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, 
 }
 
 constexpr Isa with_avx2() {
-  Isa isa = path("avx2", kTokens, dot);
+  Isa isa = softened(path("avx2", kTokens, dot));
   isa.to_float = to_float8;
   isa.from_float = from_float8;
   isa.quantize = quantize8;

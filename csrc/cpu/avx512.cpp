@@ -8,7 +8,8 @@
 #include <immintrin.h>
 
 #define QAT_TARGET __attribute__((unused, target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))
-#include "generic.h"
+#define QAT_VECTOR 64
+#include "soft.h"
 
 namespace qat {
 namespace {
@@ -254,7 +255,7 @@ QAT_TARGET int64_t peak(int64_t rounds) {
 }
 
 constexpr Isa with_avx512() {
-  Isa isa = path("avx512", kTokens, dot);
+  Isa isa = softened(path("avx512", kTokens, dot));
   isa.to_float = to_float16;
   isa.from_float = from_float16;
   isa.absmax = absmax16;

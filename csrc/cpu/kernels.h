@@ -41,6 +41,18 @@ struct Segments {
   int64_t words(bool base3) const { return base3 ? padded / kSuperBlock * 4 * kPanel : padded / kBlock * kPanel; }
 };
 
+// A border between two levels of a row's codes, as soft.h computes with it.
+struct Border {
+  float at, factor;   // beta / D, for levels D apart; 0 where they are equal
+  float half, slope;  // D / 2; beta, or 0 where they are equal
+};
+struct Soft {
+  static constexpr float kMostSharp = 80.0f;  // largest beta of soften_ternary
+  float middle;  // between the first and the last level
+  int64_t count;
+  const Border* borders;
+};
+
 // One instruction set's kernels. acc is [tokens][64] int32 and is overwritten.
 struct Isa {
   const char* name;
@@ -65,6 +77,9 @@ struct Isa {
   double (*magnitudes)(const float* x, int64_t n);
   double (*squares)(const float* x, int64_t n);
   void (*dequantize)(const int8_t* codes, int64_t n, float scale, float* out);
+  // Soft weights and their slopes (soft.h), for any levels, and for -s, 0, s with the borders half way.
+  void (*soften)(const float* w, int64_t n, const Soft& p, float* soft, float* slope);
+  void (*soften_ternary)(const float* w, int64_t n, const Soft& p, float* soft, float* slope);
   // What lies between the linears of a decoder, for one token (decode.h): y = x / rms(x) * weight;
   // y = silu(y) * up; rotary embedding in halves over a head's first n elements, x cos + (-x2, x1) sin; and one head's
   // softmax(q K^T * scale) V over `length` positions, with `weights` [length] as scratch.

@@ -5,7 +5,8 @@
 #include <arm_neon.h>
 
 #define QAT_TARGET __attribute__((unused, target("arch=armv8.2-a+dotprod")))
-#include "generic.h"
+#define QAT_VECTOR 16
+#include "soft.h"
 
 namespace qat {
 namespace {
@@ -68,7 +69,7 @@ QAT_TARGET void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, 
 
 }  // namespace
 
-constexpr Isa neon = path("neon", kTokens, dot);
+constexpr Isa neon = softened(path("neon", kTokens, dot));
 
 }  // namespace qat
 #endif

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from qat.ops.derived import Derived
 from qat.ops.operands import DTYPES, ELSEWHERE, FITTED, MAX_WIDTH, float_bias, multiplies, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, weight_options
 from qat.quantizers import binary, components, latent, packing, scales, ternary
-from qat.quantizers.record import Function, Quantizer, resolve
+from qat.quantizers.record import Quantizer, resolve
 
 _PATHS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 _PANEL = 64
@@ -164,7 +164,7 @@ def _statistic(rows: Tensor, options: WeightOptions, **parameters: Tensor) -> Te
     return scales.multiplied(torch.ops.qat.cpu_mean(rows.contiguous(), True), options)
 
 
-_SCALES: dict[Function, Callable[..., Tensor]] = {scales.statistic: _statistic}
+SCALES: latent.Kernels = {scales.statistic: _statistic}
 
 
 def square_sum(tensors: Sequence[Tensor]) -> float | None:
@@ -186,7 +186,7 @@ def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tupl
     if flag is None:
         say_left("cpu", o.weight, latent.record_of(o), serves)
         return latent.quantize_weight(w, o, parameters)
-    rows, value, shape = latent.weight_scale(w, o, parameters, _SCALES)
+    rows, value, shape = latent.weight_scale(w, o, parameters, SCALES)
     limit = torch.ops.qat.cpu_mean(rows.contiguous(), False) if flag else value
     return torch.ops.qat.cpu_codes(rows.contiguous(), limit.contiguous(), flag).reshape(w.shape), value.reshape(shape)
 

@@ -15,7 +15,9 @@ from qat.quantizers import find
 from qat.quantizers.record import Function, Quantizer, WeightOptions, resolve
 from qat.quantizers.scales import check_weight, round_scale, scale_rows, scale_shape
 
-_NONE: Mapping[Function, Callable[..., Tensor]] = {}
+Kernels = Mapping[Function, Callable[..., Tensor]]
+"""What a device computes in place of which function of a record."""
+_NONE: Kernels = {}
 
 
 def record_of(o: WeightOptions) -> Quantizer:
@@ -42,7 +44,7 @@ def from_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def weight_scale(
-    w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = (), kernels: Mapping[Function, Callable[..., Tensor]] = _NONE
+    w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = (), kernels: Kernels = _NONE
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """w as float32 [R, L], each row sharing one scale; the scales [R, planes]; and the shape they are returned in.
 

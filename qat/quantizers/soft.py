@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qat.quantizers.latent import by_name, record_of, weight_scale
+from qat.quantizers.latent import Kernels, by_name, record_of, weight_scale
 from qat.quantizers.record import WeightOptions, resolve
 from qat.quantizers.scales import scale_rows
 
@@ -42,8 +42,12 @@ def soften(rows: Tensor, levels: Tensor, borders: Tensor, beta: Tensor | float) 
     return soft, slope.mul_(beta / 4)
 
 
-def levels_of(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tuple[Tensor, Tensor, Tensor]:
+def levels_of(
+    w: Tensor, parameters: Sequence[Tensor], o: WeightOptions, kernels: Kernels | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """w as float32 [R, L], each row sharing one scale, the levels [R, m] of its rows, and their borders [R, m - 1].
+
+    `kernels` are a device's, as for `latent.weight_scale`.
 
     Raises:
         ValueError: the quantizer has no soft form.
@@ -51,7 +55,7 @@ def levels_of(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tupl
     record = record_of(o)
     if record.soft is None:
         raise ValueError(f"quant.weight={o.weight} has no soft form, so it cannot be annealed")
-    rows, scale, _ = weight_scale(w, o, parameters)
+    rows, scale, _ = weight_scale(w, o, parameters, kernels or {})
     levels, borders = resolve(record.soft)(rows, scale, **by_name(record, o, parameters))
     return rows, levels, borders
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def test_scale_depends_on_neither_order_nor_threads(weight: str, kernels: str, i
             same(scale, wanted)
             same(ops.quantize_weight(w.flatten()[order].reshape(w.shape), config)[1], wanted)
             same(t, ops.quantize_weight(w, QuantConfig(weight=weight, kernels="reference"))[0])
+
+
+@pytest.mark.parametrize("statistic", ["absmean", "absmax", "absmedian"])
+def test_multiplied_scales(statistic: str) -> None:
+    w = weights(40, 96)
+    for granularity in ("tensor", "channel"):
+        config = QuantConfig(scale=statistic, granularity=granularity, scale_multiplier=1.25)
+        for ours, theirs in zip(
+            ops.quantize_weight(w, config), ops.quantize_weight(w, replace(config, kernels="reference")), strict=True
+        ):
+            same(ours, theirs)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 64])

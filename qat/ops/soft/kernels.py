@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.ops.soft import reference
+from qat.ops.soft import cpu, reference
 
 
 def rounded(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,6 +23,10 @@ def _soft_quantize(*arguments: Any) -> tuple[Tensor, Tensor]:
     return found
 
 
-_LAYER = partial(reference.soft_bitlinear, soften=_soft_quantize, activation=rounded)
-CPU: dict[str, Callable[..., Any]] = {"soft_bitlinear": _LAYER}
-CUDA: dict[str, Callable[..., Any]] = {"soft_bitlinear": _LAYER}
+CPU: dict[str, Callable[..., Any]] = {
+    "soft_quantize": cpu.soft_quantize,
+    "soft_bitlinear": partial(reference.soft_bitlinear, soften=cpu.soft_quantize, activation=cpu.rounded),
+}
+CUDA: dict[str, Callable[..., Any]] = {
+    "soft_bitlinear": partial(reference.soft_bitlinear, soften=_soft_quantize, activation=rounded),
+}
