@@ -26,16 +26,26 @@ class DistillConfig:
     """Weight of the distance of student's and teacher's residual streams as a share of the teacher's, a mean over layers."""
     hidden_until: float | None = None
     """Share of the run at which hidden's weight has fallen in a line to 0; null: it stays."""
+    kl_chunk: int | None = None
+    """Tokens whose cross-entropy and divergence are computed at a time, and again in the backward pass; null: all at once."""
     cosine: float = 0.0
     """Weight of 1 - cosine of student's and teacher's residual streams, a mean over layers."""
+    relation: float = 0.0
+    """Weight of the divergence of attention relations among queries, among keys and among values (arXiv:2012.15828, 3.1)."""
+    relation_layer: int = -1
+    """The layer whose relations are compared; -1 is the last."""
+    relation_heads: int | None = None
+    """Relation heads that queries, keys and values are each cut into; null: the model's attention heads."""
 
     def __post_init__(self) -> None:
         check_types("distill", self)
         at_least("distill.ce", self.ce, 0, most=1e6)
         at_least("distill.kl", self.kl, 0, most=1e6)
         at_least("distill.temperature", self.temperature, 1e-4, most=1e4)
-        for key in ("hidden", "cosine"):
+        for key in ("hidden", "cosine", "relation"):
             at_least(f"distill.{key}", getattr(self, key), 0, most=1e6)
+        for key in ("kl_chunk", "relation_heads"):
+            at_least(f"distill.{key}", getattr(self, key), 1)
         for key in ("kl_until", "hidden_until"):
             at_least(f"distill.{key}", getattr(self, key), 0, most=1, open_end=True)
         if self.kl_from is not None:

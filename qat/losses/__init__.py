@@ -7,14 +7,15 @@ states follows from the rows whose weight in `distill` is above 0.
 from __future__ import annotations
 
 from qat.config import DistillConfig
-from qat.losses import hidden, logits
+from qat.losses import hidden, logits, relation
 from qat.losses.record import Loss
 
 LOSSES = {
-    "ce": Loss(logits.cross_entropy, weight="ce", reported=True),
-    "kl": Loss(logits.kl, weight="kl", teacher=True, until="kl_until", begins="kl_from"),
-    "hidden": Loss(hidden.relative, weight="hidden", teacher=True, residuals=True, until="hidden_until"),
-    "cosine": Loss(hidden.cosine, weight="cosine", teacher=True, residuals=True),
+    "ce": Loss(logits.cross_entropy, weight="ce", reported=True, whole_rows=False),
+    "kl": Loss(logits.kl, weight="kl", teacher=True, until="kl_until", begins="kl_from", whole_rows=False),
+    "hidden": Loss(hidden.relative, weight="hidden", teacher=True, residuals=True, whole_rows=False, until="hidden_until"),
+    "cosine": Loss(hidden.cosine, weight="cosine", teacher=True, residuals=True, whole_rows=False),
+    "relation": Loss(relation.relation, weight="relation", teacher=True, projections=True, whole_rows=False),
 }
 
 
@@ -33,7 +34,7 @@ def weight_at(distill: DistillConfig, name: str, step: int, total: int) -> float
 
 
 def needs(distill: DistillConfig, what: str) -> list[str]:
-    """The active rows that need a `teacher`, `residuals`, `hidden_states` or `attentions`."""
+    """The active rows that need a `teacher`, `residuals`, `projections`, `hidden_states` or `attentions`."""
     return [name for name, row in active(distill).items() if getattr(row, what)]
 
 

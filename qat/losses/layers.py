@@ -118,9 +118,7 @@ def _calls(model: nn.Module) -> list[_Call]:
         handles += [module.register_forward_pre_hook(before(name), with_kwargs=True)]
         handles += [module.register_forward_hook(after(name))]
     try:
-        with _evaluating(model), torch.no_grad():
-            tokens = torch.ones(1, TOKENS, dtype=torch.long, device=next(model.parameters()).device)
-            model(input_ids=tokens, use_cache=False)
+        small_run(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -129,6 +127,13 @@ def _calls(model: nn.Module) -> list[_Call]:
 
 def _is_stream(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 and value.shape[:2] == (1, TOKENS)
+
+
+def small_run(model: nn.Module) -> None:
+    """TOKENS tokens, in eval mode and without gradients."""
+    tokens = torch.ones(1, TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    with _evaluating(model), torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
 
 
 @contextmanager

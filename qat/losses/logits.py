@@ -32,17 +32,27 @@ def predicted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy(seen: Seen, distill: DistillConfig) -> Pair:
     """Negative log-likelihood of the targets, in nats; 0 where P is 0."""
-    return F.cross_entropy(seen.rows, seen.targets, reduction="sum"), seen.targets.numel()
+    if distill.kl_chunk:
+        return seen.chunked(distill)[0], seen.targets.numel()
+    return F.nll_loss(seen.log_probs, seen.targets, reduction="sum"), seen.targets.numel()
 
 
 def kl(seen: Seen, distill: DistillConfig) -> Pair:
     """tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)), in nats; 0 where P is 0."""
+    if distill.kl_chunk:
+        return seen.chunked(distill)[1], seen.targets.numel()
     assert seen.teacher_rows is not None
+    if distill.temperature == 1:
+        return _divergence(seen.log_probs, F.log_softmax(seen.teacher_rows, -1)), seen.targets.numel()
     return divergence(seen.rows, seen.teacher_rows, distill.temperature), seen.targets.numel()
 
 
 def divergence(rows: Tensor, teacher_rows: Tensor, temperature: float) -> Tensor:
     """The sum over rows [P, V] of tau^2 * KL(teacher || student), a scalar."""
-    student = F.log_softmax(rows / temperature, -1)
-    teacher = F.log_softmax(teacher_rows / temperature, -1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    student, teacher = (F.log_softmax(one / temperature, -1) for one in (rows, teacher_rows))
+    return _divergence(student, teacher) * temperature**2
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of logarithms of probabilities [P, V]."""
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)

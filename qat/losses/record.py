@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qat.config import DistillConfig
+from qat.losses.chunked import cross_entropy_and_kl
 
 Pair = tuple[Tensor, int]
 """A sum over the predicted tokens, in nats or the loss's own unit, scalar float32, and their number: means are made of sums
 over a whole optimizer step, so that no number depends on how its sequences were cut into batches."""
 
 
-class Seen(NamedTuple):
+@dataclass
+class Seen:
     """One batch as losses see it: P tokens are predicted, of B sequences of L tokens, over a vocabulary of V."""
 
     rows: Tensor
-    """The student's logits float32 [P, V]."""
+    """The student's logits float32 [P, V]; none of them, [0, V], where all of the losses go by `distill.kl_chunk`."""
     targets: Tensor
     """The tokens int64 [P] that they predict."""
     predicts: Tensor
@@ -32,6 +37,28 @@ class Seen(NamedTuple):
     """The same of the teacher."""
     residuals: Sequence[tuple[Tensor, Tensor]] = ()
     """Of each layer the residual stream after it, [B, L, H] of student and teacher, where a loss asks for them."""
+    projections: Sequence[tuple[Tensor, Tensor]] = ()
+    """Of `distill.relation_layer` queries, keys and values, [B, L, N] of student and teacher, where a loss asks for them."""
+    attended: Tensor | None = None
+    """bool [B, L]: which positions are no padding; None where none is."""
+    _chunked: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """log_softmax of `rows`, once for all losses, also where the first to ask is only measured."""
+        with torch.set_grad_enabled(self.rows.requires_grad):
+            return F.log_softmax(self.rows, -1)
+
+    def chunked(self, distill: DistillConfig) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and divergence of `distill.kl_chunk` tokens at a time, computed at once and once."""
+        if self._chunked is None:
+            index = F.pad(self.predicts, (0, 1)).flatten().nonzero()[:, 0]
+            with torch.set_grad_enabled(self.student.logits.requires_grad):
+                mine = self.student.logits.flatten(0, 1)
+                theirs = None if self.teacher is None else self.teacher.logits.flatten(0, 1)
+                rest = distill.temperature, distill.kl_chunk or max(len(index), 1)
+                self._chunked = cross_entropy_and_kl(mine, theirs, index, self.targets, *rest)
+        return self._chunked
 
 
 @dataclass(frozen=True)
@@ -46,8 +73,12 @@ class Loss:
     """It reads the hidden states of all layers."""
     residuals: bool = False
     """It compares the residual streams of student and teacher, layer by layer."""
+    projections: bool = False
+    """It compares queries, keys and values of student and teacher in one layer."""
     attentions: bool = False
     """It reads the attention weights of all layers."""
+    whole_rows: bool = True
+    """It reads `rows` or `teacher_rows` where `distill.kl_chunk` is set, too."""
     until: str | None = None
     """The key of the share of the run at which its weight has fallen to 0."""
     begins: str | None = None

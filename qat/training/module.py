@@ -9,8 +9,7 @@ step instead would need no look-ahead, but sums overflow float16, and clipping a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +23,8 @@ from qat.losses import active, measured, needs, weight_at
 from qat.losses.logits import predicted, predicting
 from qat.losses.means import Means
 from qat.losses.record import Loss, Pair, Seen
-from qat.losses.taps import Tap
+from qat.losses.relation import settled
+from qat.losses.taps import TAPS, Taps
 from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.gradients.clipping import clip
@@ -54,16 +54,15 @@ class QATModule(pl.LightningModule):
         # The student itself stays eager: it is what is evaluated and packed.
         self._forward = Apart(torch.compile(student) if compile else student)  # type: ignore[arg-type]
         self._teacher = Apart(teacher.eval().requires_grad_(False)) if teacher is not None else None
-        self.distill, self.optim, self.total_steps = distill_config, optim_config, total_steps
+        self.distill, self.optim, self.total_steps = settled(distill_config, student), optim_config, total_steps
         self._optimizer = optimizer
         self._asked = {f"output_{what}": True for what in ("hidden_states", "attentions") if needs(distill_config, what)}
         self._step, self._held_out = Means(), Means()
-        self._taps = [Tap(model) for model in (student, teacher) if model is not None and needs(distill_config, "residuals")]
+        self._taps = Taps(student, teacher, [what for what in TAPS if needs(self.distill, what)], self.distill)
 
     def release(self) -> None:
         """Take the hooks off student and teacher."""
-        for tap in self._taps:
-            tap.remove()
+        self._taps.remove()
 
     def weights(self) -> dict[str, float]:
         """Loss -> its weight at this step, a function of the step alone."""
@@ -87,21 +86,19 @@ class QATModule(pl.LightningModule):
     def _seen(self, batch: dict[str, Tensor], rows: dict[str, Loss]) -> Seen:
         inputs = {key: value for key, value in batch.items() if key not in ("labels", STEP_TOKENS)}
         labels, teacher, teacher_rows = batch["labels"], None, None
-        with self._listening(rows) as states:
+        asked = {what for what in TAPS if any(getattr(row, what) for row in rows.values())}
+        with self._taps.listening(asked) as pairs:
             student = self._forward.module(**inputs, use_cache=False, **self._asked)
             if self._teacher is not None and any(row.teacher for row in rows.values()):
                 with torch.no_grad():
                     teacher = self._teacher.module(**inputs, use_cache=False, **self._asked)
-                    teacher_rows, _ = predicted(teacher.logits, labels)
-        residuals = list(zip(*states, strict=True))
-        return Seen(*predicted(student.logits, labels), predicting(labels), teacher_rows, student, teacher, residuals)
-
-    @contextmanager
-    def _listening(self, rows: dict[str, Loss]) -> Iterator[list[list[Tensor]]]:
-        """The residual streams of the forwards within, of student and teacher, where a row asks for them."""
-        with ExitStack() as stack:
-            asked = self._taps if any(row.residuals for row in rows.values()) else []
-            yield [stack.enter_context(tap.listening()) for tap in asked]
+        chosen, targets = predicting(labels), labels[:, 1:][predicting(labels)]
+        student_rows = student.logits.new_empty(0, student.logits.shape[-1])
+        if not self.distill.kl_chunk or any(row.whole_rows for row in rows.values()):
+            student_rows, targets = predicted(student.logits, labels)
+            teacher_rows = None if teacher is None else predicted(teacher.logits, labels)[0]
+        attended = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+        return Seen(student_rows, targets, chosen, teacher_rows, student, teacher, **pairs, attended=attended)
 
     def loss(self, sums: dict[str, Tensor], count: float) -> Tensor:
         """The weighted sum of the losses, each `sums[name] / count`."""

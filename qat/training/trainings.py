@@ -13,7 +13,8 @@ from torch import nn
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
 from qat.data import QATData
 from qat.losses import active, needs
-from qat.losses.taps import check_alike
+from qat.losses.relation import settled
+from qat.losses.taps import TAPS
 from qat.models import hub as models
 from qat.training.callbacks import Anneal, LambdaWarmup, Samples
 from qat.training.fit import FitResult, fit
@@ -58,9 +59,11 @@ def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel 
 
 def check_comparable(config: TrainConfig, student: nn.Module, teacher: nn.Module | None) -> None:
     """Raise ValueError where a loss compares what student and teacher do not both have."""
-    for name in needs(config.distill, "residuals"):
-        key = active(config.distill)[name].weight
-        check_alike(student, teacher, f"distill.{key}={getattr(config.distill, key)}")  # type: ignore[arg-type]
+    distill = settled(config.distill, student)
+    for what, kind in TAPS.items():
+        for name in needs(distill, what):
+            key = active(distill)[name].weight
+            kind.check(student, teacher, distill, f"distill.{key}={getattr(distill, key)}")  # type: ignore[arg-type]
 
 
 def train_student(

@@ -13,12 +13,12 @@ from qat.losses.record import Seen
 
 def seen(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> Seen:
     teacher_rows = None if teacher is None else predicted(teacher, labels)[0]
-    residuals = [] if teacher is None else [(logits, teacher), (2 * logits, teacher)]  # as if they had come of two layers
-    return Seen(*predicted(logits, labels), predicting(labels), teacher_rows, None, None, residuals)
+    pairs = [] if teacher is None else [(logits, teacher), (2 * logits, teacher)]  # as if they had come of two layers
+    return Seen(*predicted(logits, labels), predicting(labels), teacher_rows, None, None, pairs, pairs)
 
 
 def mean(name: str, *given: torch.Tensor, **distill: float) -> float:
-    total, count = LOSSES[name].function(seen(*given), DistillConfig(**distill))
+    total, count = LOSSES[name].function(seen(*given), DistillConfig(relation_heads=1, **distill))
     return total.item() / max(count, 1)
 
 
@@ -50,7 +50,7 @@ def test_kl_against_its_definition(temperature: float) -> None:
 def test_sums_and_counts_of_parts_add_up(name: str) -> None:
     logits, teacher, labels = torch.randn(3, 6, 7), torch.randn(3, 6, 7), torch.randint(0, 7, (3, 6))
     labels[0, 2:] = -100
-    distill = DistillConfig(temperature=2.0)
+    distill = DistillConfig(temperature=2.0, relation_heads=1)
     total, count = LOSSES[name].function(seen(logits, labels, teacher), distill)
     parts = [LOSSES[name].function(seen(logits[i : i + 1], labels[i : i + 1], teacher[i : i + 1]), distill) for i in range(3)]
     assert count == sum(n for _, n in parts) == 11

@@ -64,6 +64,23 @@ def test_eight_chats_at_once_or_one_by_one(chats: TrainConfig, tmp_path: Path) -
         torch.testing.assert_close(shapes[name], weight, rtol=1e-6, atol=1e-7)
 
 
+def test_every_term_of_a_distillation_in_any_batches(chats: TrainConfig, tmp_path: Path) -> None:
+    """Padding, masked words and chunks of the vocabulary's rows included."""
+    chats.distill = DistillConfig(ce=0.5, kl=0.5, kl_chunk=7, hidden=0.5, cosine=0.5, relation=0.5)
+    weights, values = trained(chats, tmp_path / "8x1", 8, 1)
+    others, again = trained(chats, tmp_path / "1x8", 1, 8)
+    for name in ("loss", "ce", "kl", "hidden", "cosine", "relation"):
+        assert again[f"train/{name}"] == pytest.approx(values[f"train/{name}"], rel=1e-5) and values[f"train/{name}"] > 0
+        assert again[f"val/{name}"] == pytest.approx(values[f"val/{name}"], rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-5, atol=1e-6)
+    chats.distill = replace(chats.distill, kl_chunk=None)
+    whole, plain = trained(chats, tmp_path / "whole", 8, 1)
+    assert plain["train/kl"] == pytest.approx(values["train/kl"], rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(whole[name], weight, rtol=1e-5, atol=1e-6)
+
+
 def test_text_in_whole_batches_is_the_plain_mean(chats: TrainConfig, text_file: Path, tmp_path: Path) -> None:
     """`train/loss` is the whole step's: it equals the mean of the accumulated batches' means where all are full."""
     chats.data = DataConfig(train=str(text_file), sequence_length=32, valid_fraction=0.1)
