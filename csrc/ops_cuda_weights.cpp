@@ -43,6 +43,26 @@ std::tuple<Tensor, Tensor> cuda_quantize_weight(const Tensor& w_any, int64_t gra
   return {codes, scale};
 }
 
+// (soft codes, slopes) [R, L] in a dtype, of float32 rows [R, L] with levels [R, m], borders [R, m - 1] and beta [].
+std::tuple<Tensor, Tensor> cuda_soften(const Tensor& rows, const Tensor& levels, const Tensor& borders, const Tensor& beta,
+                                       int64_t kind) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  const Device device(rows);
+  device.check(rows, ScalarType::Float, "rows");
+  device.check(levels, ScalarType::Float, "levels");
+  device.check(borders, ScalarType::Float, "borders");
+  device.check(beta, ScalarType::Float, "beta");
+  const int64_t r = rows.size(0), length = rows.size(1), m = levels.size(1);
+  STD_TORCH_CHECK(kind >= 0 && kind < 3 && levels.numel() == r * m && borders.numel() == r * (m - 1) && beta.numel() == 1,
+                  "levels must be [R, m], borders [R, m - 1] and beta one value");
+  Tensor soft = device.empty({r, length}, kTypes[kind]), slope = device.empty({r, length}, kTypes[kind]);
+  const auto floats = [](const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); };
+  done(soften_weight(floats(rows), r, length, floats(levels), floats(borders), m, floats(beta), static_cast<Dtype>(kind),
+                     soft.mutable_data_ptr(), slope.mutable_data_ptr(), device.stream),
+       "soften_weight");
+  return {soft, slope};
+}
+
 // `bad`, int64 [1] holding -1, becomes the smallest flat index of what holds no ternary code.
 uint64_t* first_bad(const Device& device, Tensor& bad) {
   device.check(bad, ScalarType::Long, "bad");
@@ -88,6 +108,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
       "cuda_quantize_weight(Tensor w, int granularity, int reduce, int groups, bool binary, int scale_dtype, float eps,"
       " Tensor? given, bool packed) -> (Tensor, Tensor)");
+  m.def("cuda_soften(Tensor rows, Tensor levels, Tensor borders, Tensor beta, int kind) -> (Tensor, Tensor)");
   m.def("cuda_pack(Tensor t, bool base3, Tensor(a!) bad) -> Tensor");
   m.def("cuda_unpack(Tensor packed, int k, bool base3, Tensor(a!) bad) -> Tensor");
   m.def("cuda_repack(Tensor base3, int k) -> Tensor");
@@ -95,6 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qat, QAT_DEVICE, m) {
   m.impl("cuda_quantize_weight", TORCH_BOX(&cuda_quantize_weight));
+  m.impl("cuda_soften", TORCH_BOX(&cuda_soften));
   m.impl("cuda_pack", TORCH_BOX(&cuda_pack));
   m.impl("cuda_unpack", TORCH_BOX(&cuda_unpack));
   m.impl("cuda_repack", TORCH_BOX(&cuda_repack));

@@ -86,6 +86,10 @@ const char* emulation_sites() {
 
 int run_quantize_activation(const QuantizeActivation* p) { return quantize_activation(*p, nullptr); }
 int run_quantize_weight(const QuantizeWeight* p) { return quantize_weight(*p, nullptr); }
+int run_soften(const float* w, int64_t rows, int64_t length, const float* levels, const float* borders, int64_t m,
+               const float* beta, int64_t dtype, void* soft, void* slope) {
+  return soften_weight(w, rows, length, levels, borders, m, beta, static_cast<Dtype>(dtype), soft, slope, nullptr);
+}
 int run_pack(const int8_t* t, int64_t n, int64_t k, int64_t layout, uint8_t* packed, uint64_t* bad) {
   return pack(t, n, k, static_cast<Layout>(layout), packed, bad, nullptr);
 }

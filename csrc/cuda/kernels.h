@@ -62,6 +62,11 @@ struct QuantizeWeight {
 };
 int quantize_weight(const QuantizeWeight& p, cudaStream_t stream);
 
+// Soft codes and their slopes [R, L] in `dtype`, of rows [R, L] with levels [R, m] in ascending order and borders [R, m - 1];
+// beta [1] is on the device (qat/quantizers/soft.py). Within 4e-7 of a row's largest level, slopes within 5e-7 of beta.
+int soften_weight(const float* w, int64_t rows, int64_t length, const float* levels, const float* borders, int64_t m,
+                  const float* beta, Dtype dtype, void* soft, void* slope, cudaStream_t stream);
+
 // int8 t [N, K] <-> bytes [N, ceil(K / 4)] or [N, ceil(K / 5)], padded with code 1. `bad`, if not null, is lowered to the
 // smallest flat index of an element (pack) or byte (unpack, repack) that holds no ternary code; the caller fills it with
 // all ones before. A bad element or byte gives an unspecified code.

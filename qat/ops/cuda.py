@@ -14,6 +14,7 @@ Legend: M tokens, N out_features, K in_features, G groups along K.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -133,6 +134,20 @@ def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tupl
     return torch.ops.qat.cuda_quantize_weight(narrow(w), *weight_arguments(w, o, parameters), False)
 
 
+def _statistic(rows: Tensor, options: WeightOptions, **parameters: Tensor) -> Tensor:
+    """`scales.statistic`, its mean by the kernel that also writes codes: a byte a weight, where torch would write twelve."""
+    (r, length), one = rows.shape, rows.shape[0] == 1
+    if options.scale != "absmean" or not _serves(rows, 1 if one else length):
+        return scales.statistic(rows, options, **parameters)
+    w = rows.view(-1, math.gcd(length, MAX_WIDTH)) if one else rows
+    arguments = _GRANULARITIES["tensor" if one else "channel"], _REDUCTIONS["absmean"], 1, False, 0, 0.0, None
+    mean = torch.ops.qat.cuda_quantize_weight(w.contiguous(), *arguments, False)[1]
+    return scales.multiplied(mean.reshape(r, 1), options)
+
+
+SCALES: latent.Kernels = {scales.statistic: _statistic}
+
+
 def weight_arguments(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = ()) -> tuple[Any, ...]:
     """What `cuda_quantize_weight` takes after w; its last argument tells codes from 2-bit bytes."""
     scales.check_group_size(w.shape[1], o.group_size)
@@ -141,7 +156,7 @@ def weight_arguments(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] =
     reduction = _REDUCTIONS.get(o.scale, _GIVEN) if own else _GIVEN
     shape = latent.shape_of(w, o)
     if reduction == _GIVEN:
-        given = latent.weight_scale(w, o, parameters)[1].reshape(shape).contiguous()
+        given = latent.weight_scale(w, o, parameters, SCALES)[1].reshape(shape).contiguous()
     flag, scale_dtype = _CODES[resolve(record.codes)], _SCALE_DTYPES[o.scale_dtype]
     return _GRANULARITIES[o.granularity], reduction, shape[1], flag, scale_dtype, o.eps, given
 
