@@ -70,9 +70,15 @@ THROWAWAY = {
 
 GROUP = 24
 CASES = [
-    {"weight": weight, "components": planes, "granularity": granularity, "group_size": GROUP if granularity == "group" else None}
+    {
+        "weight": weight,
+        "components": planes,
+        "component_scales": component_scales,
+        "granularity": granularity,
+        "group_size": GROUP if granularity == "group" else None,
+    }
     for weight, row in {**QUANTIZERS, **THROWAWAY}.items()
-    for record in (row, *([row.sums] if row.sums else []))
+    for component_scales, record in (("fitted", row), *row.sums.items())
     for planes in record.planes
     for granularity in record.granularities
     if planes < 4

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qat.config.checks import EPSILON, at_least, check_types, choose
 from qat.quantizers import QUANTIZERS, find, planes_of, summable
-from qat.quantizers.record import BACKWARDS, GRANULARITIES, STATISTICS, Quantizer
+from qat.quantizers.record import BACKWARDS, COMPONENT_SCALES, GRANULARITIES, STATISTICS, Quantizer
 
 
 @dataclass
@@ -22,7 +22,9 @@ class QuantConfig:
     group_size: int | None = None
     """Weights a group; must divide the layer's `in_features`. Only with `granularity=group`."""
     components: int = 1
-    """Ternary matrices a weight is the sum of, up to 4: 2 have 9 levels in twice the bits. Their fit slows training steps."""
+    """Ternary matrices a weight is the sum of, up to 4: 2 have 9 levels in twice the bits."""
+    component_scales: str = "fitted"
+    """Scales of 2 or more components: `fitted` anew at every step, which is slow, or `learned` parameters that start so."""
     act_bits: int | None = 8
     """8: activations are quantized to int8. null: they stay in floating point."""
     act_granularity: str = "token"
@@ -52,6 +54,7 @@ class QuantConfig:
         choose("quant.backward", self.backward, BACKWARDS)
         at_least("quant.eps", self.eps, EPSILON, most=1)
         choose("quant.components", self.components, (1, 2, 3, 4))
+        choose("quant.component_scales", self.component_scales, COMPONENT_SCALES)
         at_least("quant.scale_multiplier", self.scale_multiplier, 0.01, most=100)
         at_least("quant.rms_norm_eps", self.rms_norm_eps, EPSILON, most=1)
         if self.act_bits is None and self.backward != "input":
@@ -71,7 +74,7 @@ class QuantConfig:
     @property
     def quantizer(self) -> Quantizer:
         """The record of the table that quantizes so."""
-        found = find(self.weight, self.planes)
+        found = find(self.weight, self.planes, self.component_scales)
         if found is None or (found.ratios and self.components > 1):
             names = " or ".join(summable(self.components))
             what = f"quant.weight={self.weight} does not fit quant.components={self.components}"

@@ -53,9 +53,9 @@ def check_kernels(kernels: str, device: str | None = None) -> None:
 
 
 @torch.compiler.assume_constant_result
-def check_quantizer(weight: str, planes: int = 1, device: str | None = None) -> None:
+def check_quantizer(weight: str, planes: int = 1, component_scales: str = "fitted", device: str | None = None) -> None:
     """Raise ValueError when no compiled kernels, of the device or of any if None, serve that quantizer."""
-    record = find(weight, planes)
+    record = find(weight, planes, component_scales)
     asked = {name: kernels for name, kernels in _DEVICES.items() if name == (device or name)}
     if record is None or not asked or any(kernels.serves(record) for kernels in asked.values()):
         return
@@ -67,7 +67,7 @@ def check_config(config: QuantConfig) -> None:
     """Raise ValueError when `quant.kernels=compiled` cannot be honoured for a layer of this configuration on any device."""
     check_kernels(config.kernels)
     if config.kernels == "compiled":
-        check_quantizer(config.weight, config.planes)
+        check_quantizer(config.weight, config.planes, config.component_scales)
 
 
 def pick(name: str, kernels: str, x: Tensor) -> Any:
@@ -104,7 +104,7 @@ def quantize_activation(x: Tensor, granularity: str = "token", eps: float = 1e-5
 def check_weight(w: Tensor, config: QuantConfig) -> None:
     """ValueError unless w is a floating-point matrix that the configuration fits."""
     if config.kernels == "compiled":
-        check_quantizer(config.weight, config.planes, w.device.type)
+        check_quantizer(config.weight, config.planes, config.component_scales, w.device.type)
     need(w.is_floating_point() and w.ndim == 2, lambda: f"weight must be a floating-point matrix [N, K], not {describe(w)}")
     group = config.group_size
     need(

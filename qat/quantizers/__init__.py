@@ -7,9 +7,11 @@ the row says it packs as. `record` says what a row is made of.
 
 from __future__ import annotations
 
-from qat.quantizers.record import Quantizer
+from dataclasses import replace
 
-_SUMS = Quantizer(
+from qat.quantizers.record import Parameter, Quantizer
+
+_FITTED = Quantizer(
     levels=(-1, 0, 1),
     codes="qat.quantizers.components:codes",
     scale="qat.quantizers.components:scale",
@@ -21,13 +23,21 @@ _SUMS = Quantizer(
     words="{components} {weight} components, least squares",
     why="their scales are fitted, and their gradients input or bf16",
 )
+_LEARNED = replace(
+    _FITTED,
+    scale="qat.quantizers.components:learned_scale",
+    gradient="qat.quantizers.components:learned_gradient",
+    parameters={"component_scales": Parameter("qat.quantizers.components:scale")},
+    words="{components} {weight} components, learned scales",
+    why="their scales start as a fit, and their gradients are input or bf16",
+)
 QUANTIZERS: dict[str, Quantizer] = {
     "ternary": Quantizer(
         levels=(-1, 0, 1),
         codes="qat.quantizers.ternary:codes",
         soft="qat.quantizers.ternary:soft",
         packs_as=("ternary",),
-        sums=_SUMS,
+        sums={"fitted": _FITTED, "learned": _LEARNED},
     ),
     "binary": Quantizer(
         levels=(-1, 1),
@@ -39,11 +49,11 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-def find(weight: str, components: int = 1) -> Quantizer | None:
+def find(weight: str, components: int = 1, component_scales: str = "fitted") -> Quantizer | None:
     """The record for a weight quantized so, as a sum of that many planes; None where the table has none."""
     row = QUANTIZERS.get(weight)
     while row is not None and components not in row.planes:
-        row = row.sums
+        row = row.sums.get(component_scales)
     return row
 
 

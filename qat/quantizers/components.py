@@ -9,6 +9,13 @@ and twice that at k = 3. Where a row's fit ends depends on where it starts, so i
 
 A fit of [576, 1536] takes 0.1 s on one core (k = 2, per channel) to 1 s (k = 3, groups of 64), where k = 1 takes 3 ms. Layers
 with int8 activations keep its result until the weight changes; others fit at each call.
+
+Learned scales (`quant.component_scales=learned`) are the layer's parameters, start at that fit and are never fitted again: a step
+takes the nearest levels only. The gradient of the weight is straight-through, that of a scale <dQ, T_i> over its row, exact
+while no code changes. The scale is the parameter's magnitude. The levels are the same for s and -s, and for any order of the
+components, so a parameter may cross 0 and pass another one, and nothing is sorted or clipped to keep it from that: where a
+lower bound is clipped, a parameter that was driven below it has no way back. What the bound of every scale (`quant.eps`) and
+`scale_dtype` make of the magnitude is straight-through; it is the value trained with, and the one that is stored.
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ from qat.quantizers.scales import mean
 
 _ROUNDS = 20
 """More lower the error by 4 % at most, and usually not at all."""
+_COUNTED = 26
+"""Up to that many borders, those of k = 3, one comparison with each is faster than a search."""
 
 
 def scale(rows: Tensor, options: WeightOptions) -> Tensor:
@@ -28,15 +37,52 @@ def scale(rows: Tensor, options: WeightOptions) -> Tensor:
     return _fit(rows, options.planes)
 
 
-def codes(rows: Tensor, scale: Tensor) -> Tensor:
-    """Codes [k, R, L] of the levels nearest to rows [R, L], for the scales [R, k]."""
-    return torch.stack(_nearest(rows, scale))
+def codes(rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
+    """Codes int8 [k, R, L] of the levels nearest to rows [R, L], for the scales [R, k]."""
+    return nearest_codes(rows, *code_book(scale))
 
 
-def soft(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The 3^k levels of scales [R, k] in ascending order, and the borders half way between them."""
-    order, borders = _levels(scale)
-    return (scale[:, None] * _digits(scale.shape[1], scale)).sum(-1).gather(1, order), borders
+def learned_scale(rows: Tensor, options: WeightOptions, component_scales: Tensor) -> Tensor:
+    """The scales [R, k] that the parameter stands for."""
+    return component_scales.abs()
+
+
+def learned_gradient(
+    grad: Tensor, rows: Tensor, codes: Tensor, scale: Tensor, component_scales: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of rows [R, L] the identity; of a scale <grad, T_i>, and of its parameter that with its sign."""
+    of_scale = (codes * grad).sum(-1).T
+    return grad, {"component_scales": torch.where(component_scales < 0, -of_scale, of_scale)}
+
+
+def soft(rows: Tensor, scale: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
+    """What a weight can become, [R, 3^k] in ascending order for scales [R, k], and the borders half way between, [R, 3^k - 1]."""
+    values, _order = _ordered(scale)
+    return values, _between(values)
+
+
+def code_book(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(borders [R, 3^k - 1], codes int8 [R, 3^k, k] of each level in ascending order) for scales [R, k]."""
+    values, order = _ordered(scale)
+    return _between(values), _digits(scale.shape[1], scale).to(torch.int8)[order]
+
+
+def nearest_codes(rows: Tensor, borders: Tensor, book: Tensor) -> Tensor:
+    """The codes int8 [k, R, L] of each weight's level, from `code_book`: the level's number is that of the borders below it.
+
+    What a compiled kernel must equal to the bit: codes[i, r, l] = book[r, #{j: borders[r, j] < rows[r, l]}, i], for rows float32
+    [R, L], borders float32 [R, 3^k - 1], book int8 [R, 3^k, k]; a weight on a border takes the level below. The caller wants
+    them side by side, [N, k K]: of a row r of N rows of a weight in G groups, L = K / G, code l of plane i lies in row r // G at
+    i K + (r % G) L + l, and per tensor, R = 1, at row l // K, i K + l % K.
+    """
+    if borders.shape[1] <= _COUNTED:
+        number = torch.zeros(rows.shape, dtype=torch.int8, device=rows.device)
+        for border in borders.unbind(1):
+            number += rows > border[:, None]
+        number = number.long()
+    else:
+        number = torch.searchsorted(borders, rows.contiguous())
+    return book.permute(2, 0, 1).gather(2, number.expand(book.shape[2], -1, -1))
 
 
 def sum_components(values: Tensor, components: int) -> Tensor:
@@ -56,20 +102,17 @@ def _digits(components: int, like: Tensor) -> Tensor:
     return (combination // place % 3 - 1).to(like.dtype)
 
 
-def _levels(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """For scales [R, k]: which combination each level is, in the levels' order [R, 3^k], and their borders [R, 3^k - 1].
+def _ordered(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """For scales [R, k]: the levels, ascending, and which combination each is; both [R, 3^k].
 
     A sum of products and no matmul, which autocast would round.
     """
-    levels, order = (scale[:, None] * _digits(scale.shape[1], scale)).sum(-1).sort(dim=1, stable=True)
-    return order, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+    values, order = (scale[:, None] * _digits(scale.shape[1], scale)).sum(-1).sort(dim=1, stable=True)
+    return values, order
 
 
-def _nearest(rows: Tensor, scale: Tensor) -> list[Tensor]:
-    """For each of the k scales [R, k] the codes int8 [R, L] of the weights' nearest levels."""
-    order, borders = _levels(scale)
-    combination = order.gather(1, torch.searchsorted(borders, rows.contiguous()))
-    return [plane[combination] for plane in _digits(scale.shape[1], scale).to(torch.int8).T]
+def _between(levels: Tensor) -> Tensor:
+    return ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
 
 
 def _fit(rows: Tensor, components: int) -> Tensor:
@@ -114,8 +157,8 @@ def _alternate(ordered: Tensor, sums: Tensor, scale: Tensor) -> tuple[Tensor, Te
 
 def _normal_equations(ordered: Tensor, sums: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(T^T T [R, k, k], T^T w [R, k]) in float64 for the codes T of the nearest levels."""
-    order, borders = _levels(scale)
-    ends = torch.searchsorted(ordered, borders, right=True)
+    values, order = _ordered(scale)
+    ends = torch.searchsorted(ordered, _between(values), right=True)
     ends = torch.cat([torch.zeros_like(ends[:, :1]), ends, torch.full_like(ends[:, :1], ordered.shape[1])], 1)
     count, total = ends.diff(dim=1).double(), sums.gather(1, ends).diff(dim=1)
     count, total = (torch.zeros_like(cells).scatter(1, order, cells) for cells in (count, total))

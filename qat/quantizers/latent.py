@@ -22,7 +22,7 @@ _NONE: Kernels = {}
 
 def record_of(o: WeightOptions) -> Quantizer:
     """The record that these options are for; ValueError where the table has none."""
-    record = find(o.weight, o.planes)
+    record = find(o.weight, o.planes, o.component_scales)
     if record is None:
         raise ValueError(f"quant.weight={o.weight} with quant.components={o.planes} is in no row of the quantizers")
     return record

@@ -25,6 +25,7 @@ from typing import Any
 STATISTICS = ("absmean", "absmax", "absmedian")
 GRANULARITIES = ("tensor", "channel", "group")
 BACKWARDS = ("input", "bf16", "int8")
+COMPONENT_SCALES = ("fitted", "learned")
 KINDS = {"ternary": (-1, 0, 1), "binary": (-1, 1)}
 """Kinds of codes that bytes can hold: what layouts and files are made for."""
 
@@ -81,8 +82,8 @@ class Quantizer:
     """How many matrices of codes a weight may be the sum of: values of `quant.components`, 1 where there are `ratios`."""
     ratios: tuple[float, ...] = ()
     """Where the planes are the digits of one code: plane i's scale is ratios[i] times the one that `scale` gives, the last 1."""
-    sums: Quantizer | None = None
-    """What quantizes to more planes of these codes, where something does."""
+    sums: Mapping[str, Quantizer] = field(default_factory=dict)
+    """What quantizes to more planes of these codes, where something does, by `quant.component_scales`."""
     words: str = "{weight} {scale}"
     """How it is called before people, from the configuration's keys."""
     why: str = ""
@@ -132,6 +133,7 @@ class WeightOptions(Options):
     granularity: str
     group_size: int | None
     planes: int
+    component_scales: str
     scale_dtype: str
     eps: float
     scale_multiplier: float

@@ -90,7 +90,7 @@ def test_quantize_weight(gpu: Emulator, reduce: str, dtype: torch.dtype, scheme:
         found = quantize_weight(gpu, w, scheme, reduce, granularity, groups, scale_dtype)
         names = ("float32", "bfloat16", "float16")
         group = k // groups if granularity == "group" else None
-        options = WeightOptions(scheme, reduce, granularity, group, 1, names[scale_dtype], EPS, 1.0)
+        options = WeightOptions(scheme, reduce, granularity, group, 1, "fitted", names[scale_dtype], EPS, 1.0)
         rows, expected, shape = latent.weight_scale(w, options)
         same(found.scale, expected.reshape(shape))
         scale = found.scale.reshape(-1, 1)

@@ -96,18 +96,20 @@ def test_codes_are_levels_and_gradients_the_records(config: QuantConfig) -> None
     if record.gradient is None:
         same(layer.weight.grad, of_weight)
         return
-    rows = [scale_rows(value, config.granularity, config.group_size) for value in (of_weight, layer.weight.detach(), t.float())]
+    k, planes = config.components, t.float().chunk(config.components, 1)
+    rows = [scale_rows(value, config.granularity, config.group_size) for value in (of_weight, layer.weight.detach(), *planes)]
+    codes = rows[2] if k == 1 else torch.stack(rows[2:])
     named = {
-        name: value.detach().reshape(-1, 1) if record.parameters[name].per == "scale" else value.reshape(1, 1)
+        name: latent.as_rows(value.detach(), k) if record.parameters[name].per == "scale" else value.reshape(1, 1)
         for name, value in layer.quantizer_parameters().items()
     }
-    wanted, of_parameters = resolve(record.gradient)(*rows, scale.reshape(-1, 1), **named)
+    wanted, of_parameters = resolve(record.gradient)(*rows[:2], codes, latent.as_rows(scale, k).detach(), **named)
     same(layer.weight.grad, wanted.reshape(layer.weight.shape))
-    assert not torch.equal(wanted, rows[0])
+    assert torch.equal(wanted, rows[0]) == (k > 1)  # learned scales of a sum are straight-through
     for name, value in of_parameters.items():
         parameter = layer.get_parameter(name)
         assert parameter.grad is not None and parameter.shape == scale.shape
-        same(parameter.grad, value.reshape(scale.shape))
+        same(parameter.grad, latent.from_rows(value, tuple(scale.shape)))
 
 
 def test_the_ops_trace(config: QuantConfig) -> None:
@@ -196,7 +198,7 @@ def test_a_row_that_contradicts_itself_is_refused() -> None:
 def test_the_wrong_number_of_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"quant.weight=learned has the parameters step, but 0 came"):
         latent.quantize_weight(
-            torch.randn(2, 4), latent.WeightOptions("learned", "absmean", "tensor", None, 1, "float32", 1e-5, 1.0)
+            torch.randn(2, 4), latent.WeightOptions("learned", "absmean", "tensor", None, 1, "fitted", "float32", 1e-5, 1.0)
         )
 
 

@@ -26,7 +26,7 @@ from qat.nn.packed import PackedBitLinear
 from qat.quantizers.packing import get_layout
 
 METHOD, VERSION = "qat", 2
-_NEWER = {"rms_norm_eps": None, "components": 1, "scale_multiplier": 1.0}
+_NEWER = {"rms_norm_eps": None, "components": 1, "component_scales": "fitted", "scale_multiplier": 1.0}
 _KEYS = ("quant_method", "version", "layout", "quant", "layers", "skipped", "crc32")
 
 
