@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from throwaway import THROWAWAY
 from torch import Tensor
 
-from qat import QuantConfig, ops
+from qat import BitLinear, QuantConfig, ops
 from qat.ops.options import weight_options
 from qat.ops.soft.calls import soft_quantize
+from qat.quantizers import QUANTIZERS
 from qat.quantizers.components import sum_components
 from qat.quantizers.record import WeightOptions
 from qat.quantizers.scales import dequantize_weight
@@ -108,3 +112,19 @@ def test_levels_that_are_equal_count_once() -> None:
 def test_empty_weights() -> None:
     soft, slope = soft_quantize(torch.empty(0, 8), torch.tensor(2.0), QuantConfig())
     assert soft.shape == slope.shape == (0, 8)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.5])
+def test_a_learned_scale_has_the_true_gradient(monkeypatch: pytest.MonkeyPatch, lam: float) -> None:
+    """By way of the levels and of the borders, unlike that of codes."""
+    monkeypatch.setitem(QUANTIZERS, "learned", replace(THROWAWAY["learned"], soft="qat.quantizers.ternary:soft"))
+    layer = BitLinear(12, 4, False, QuantConfig(weight="learned", granularity="channel", act_bits=None))
+    x, grad = torch.randn(5, 12), torch.randn(5, 4)
+    layer.set_beta(3.0)
+    layer.set_lambda(lam)
+    layer(x).backward(grad)
+    scale, w = (value.detach().double().requires_grad_() for value in (layer.step, layer.weight))
+    soft = scale / 2 * (torch.tanh(3 * (w.detach() / scale - 0.5) / 2) + torch.tanh(3 * (w.detach() / scale + 0.5) / 2))
+    (x.double() @ (lam * soft).T).backward(grad.double())
+    torch.testing.assert_close(layer.step.grad.double(), scale.grad, rtol=1e-4, atol=1e-5)
+    assert layer.step.grad.abs().min() > 1e-4
