@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qat.ops import cpu
 from qat.ops.operands import DTYPES, MAX_WIDTH
-from qat.ops.options import WeightOptions
-from qat.ops.soft import reference
+from qat.ops.options import TrainingOptions, WeightOptions, weight_options
+from qat.ops.soft import planes, reference
 from qat.quantizers import soft
 
 
@@ -34,3 +34,15 @@ def rounded(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor, Te
         return torch.ops.qat.dequantize(codes, scale, x.dtype), codes, scale
     values, codes, scale = torch.ops.qat.cpu_rounded(x.reshape(-1, k).contiguous(), eps)
     return values.view(x.shape), codes.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def soft_bitlinear(
+    x: Tensor, w: Tensor, bias: Tensor | None, beta: Tensor, parameters: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.soft_bitlinear`."""
+    o = TrainingOptions(*options)
+    if o.act_bits is None or not planes.serves(x, w):
+        return reference.soft_bitlinear(x, w, bias, beta, parameters, *options, soften=soft_quantize, activation=rounded)
+    weight, slope = soft_quantize(w, beta, parameters, x.dtype, *weight_options(o))
+    codes, scale = cpu.quantize_activation(x, o.act_granularity, o.eps)
+    return planes.linear(codes, scale, weight, bias), codes, scale, weight, slope

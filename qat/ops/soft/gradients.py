@@ -39,12 +39,15 @@ def _keep(o: WeightOptions, w: Tensor, beta: Tensor, parameters: tuple[Tensor, .
 
 
 def _through(ctx: Any, grad: Tensor, slope: Tensor, kept: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradients of the latent weight and of the quantizer's parameters, from that of the soft weight."""
+    """The gradients of the latent weight and of the quantizer's parameters, from that of the soft weight, which is overwritten.
+
+    A new matrix takes longer to come by than to fill, and torch is slow with two dtypes at once.
+    """
     rest: list[Tensor | None] = [None] * ctx.count
     if kept:
         w, beta, *parameters = kept
         rest = soft.parameter_gradients(grad, w, beta, parameters, ctx.options)
-    return grad * slope, rest
+    return grad.to(slope.dtype).mul_(slope), rest
 
 
 class SoftBitLinear(torch.autograd.Function):
@@ -101,7 +104,7 @@ class SoftQuantize(torch.autograd.Function):
         if grad is None:
             return (None,) * (4 + ctx.count)
         slope, *kept = ctx.saved_tensors
-        grad_weight, rest = _through(ctx, grad, slope, kept)
+        grad_weight, rest = _through(ctx, grad.clone(), slope, kept)
         return None, None, grad_weight.to(ctx.dtype), None, *rest
 
 

@@ -10,7 +10,7 @@ from qat.ops.soft import cpu, cuda, reference
 
 CPU: dict[str, Callable[..., Any]] = {
     "soft_quantize": cpu.soft_quantize,
-    "soft_bitlinear": partial(reference.soft_bitlinear, soften=cpu.soft_quantize, activation=cpu.rounded),
+    "soft_bitlinear": cpu.soft_bitlinear,
 }
 CUDA: dict[str, Callable[..., Any]] = {
     "soft_quantize": cuda.soft_quantize,
