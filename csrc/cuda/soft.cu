@@ -39,8 +39,8 @@ __device__ __forceinline__ float decay(float z) {
 template <bool WIDE>
 __device__ __forceinline__ void store_chunk(void* y, Dtype dtype, int64_t at, int64_t count, const float (&value)[4]) {
   if (WIDE && dtype == Dtype::f32) {
-    uint4 words = {float_to_bits(value[0]), float_to_bits(value[1]), float_to_bits(value[2]), float_to_bits(value[3])};
-    memcpy(__builtin_assume_aligned(static_cast<float*>(y) + at, 16), &words, 16);
+    *reinterpret_cast<uint4*>(static_cast<float*>(y) + at) = {float_to_bits(value[0]), float_to_bits(value[1]),
+                                                              float_to_bits(value[2]), float_to_bits(value[3])};
   } else if (WIDE) {
     uint32_t words[2];
 #pragma unroll
@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_chunk(void* y, Dtype dtype, int64_t at, in
       const uint32_t high = bf16 ? float_to_bfloat(value[2 * i + 1]) : float_to_half(value[2 * i + 1]);
       words[i] = low | high << 16;
     }
-    memcpy(__builtin_assume_aligned(static_cast<uint16_t*>(y) + at, 8), words, 8);
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(y) + at) = {words[0], words[1]};
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
