@@ -80,6 +80,11 @@ struct Isa {
   // Soft weights and their slopes (soft.h), for any levels, and for -s, 0, s with the borders half way.
   void (*soften)(const float* w, int64_t n, const Soft& p, float* soft, float* slope);
   void (*soften_ternary)(const float* w, int64_t n, const Soft& p, float* soft, float* slope);
+  // y = x factor; y = x - y; and y = (a by_a + b by_b) factor + bias for integers a and b, bias perhaps null.
+  void (*scale)(const float* x, int64_t n, float factor, float* y);
+  void (*subtract)(const float* x, int64_t n, float* y);
+  void (*join)(const int32_t* a, const int32_t* b, int64_t n, const float* by_a, const float* by_b, float factor,
+               const float* bias, float* y);
   // What lies between the linears of a decoder, for one token (decode.h): y = x / rms(x) * weight;
   // y = silu(y) * up; rotary embedding in halves over a head's first n elements, x cos + (-x2, x1) sin; and one head's
   // softmax(q K^T * scale) V over `length` positions, with `weights` [length] as scratch.

@@ -94,7 +94,25 @@ QAT_TARGET void soften_ternary(const float* w, int64_t n, const Soft& p, float* 
   by_vectors(w, n, soft, slope, Ternary(p.borders[1]));
 }
 
+QAT_TARGET void scale(const float* x, int64_t n, float factor, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
+}
+
+QAT_TARGET void subtract(const float* x, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] - y[i];
+}
+
+QAT_TARGET void join(const int32_t* a, const int32_t* b, int64_t n, const float* by_a, const float* by_b, float factor,
+                     const float* bias, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = (static_cast<float>(a[i]) * by_a[i] + static_cast<float>(b[i]) * by_b[i]) * factor;
+  if (bias)
+    for (int64_t i = 0; i < n; ++i) y[i] += bias[i];
+}
+
 constexpr Isa softened(Isa isa) {
+  isa.scale = scale;
+  isa.subtract = subtract;
+  isa.join = join;
   isa.soften = soften;
   isa.soften_ternary = soften_ternary;
   return isa;
