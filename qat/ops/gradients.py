@@ -20,7 +20,7 @@ from qat.quantizers import latent, packing
 from qat.quantizers.components import sum_components
 
 
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
@@ -41,7 +41,7 @@ def _values(t: Tensor, w_scale: Tensor, dtype: torch.dtype, components: int) -> 
 
 def input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     values = torch.ops.qat.dequantize(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype)
-    return _weight_gradient(grad, values)
+    return weight_gradient(grad, values)
 
 
 def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) -> Tensor:
@@ -54,7 +54,7 @@ def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) ->
 
 
 def bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    return _weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
+    return weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
 
 
 def _int8_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) -> Tensor:

@@ -6,31 +6,45 @@ matmuls to bfloat16, the activations' codes not at all. int8 has no codes of a w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qat.ops.gradients import below, bf16_weight_gradient, bias_gradient, input_weight_gradient
+from qat.ops import cpu
+from qat.ops.gradients import below, bias_gradient, input_weight_gradient, weight_gradient
 from qat.ops.options import TrainingOptions, WeightOptions
 from qat.quantizers import soft
 from qat.quantizers.latent import record_of
 
-
-def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad @ weight.to(grad.dtype)
-
-
-def _bf16_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad.bfloat16() @ weight.bfloat16()
+Gradients = tuple[Tensor | None, Tensor | None]
+"""Of x and of the soft weight, where they are needed."""
 
 
-_MATMULS = {
-    "input": (_input_gradient, input_weight_gradient),
-    "bf16": (_bf16_gradient, bf16_weight_gradient),
-    "int8": (_bf16_gradient, bf16_weight_gradient),
-}
+def _as_it_comes(grad: Tensor, weight: Tensor, x: Tensor, x_scale: Tensor, needs: Sequence[bool]) -> Gradients:
+    grad_x = grad @ weight.to(grad.dtype) if needs[0] else None
+    return grad_x, input_weight_gradient(grad, x, x_scale) if needs[1] else None
+
+
+def _bf16(grad: Tensor, weight: Tensor, x: Tensor, x_scale: Tensor, needs: Sequence[bool]) -> Gradients:
+    """The codes of x are exact in bfloat16; their scales are the gradient's rows', which is read once for both matmuls."""
+    plain, scaled = _halves(grad, x_scale)
+    grad_x = plain @ weight.bfloat16() if needs[0] else None
+    return grad_x, weight_gradient(scaled, x.bfloat16()) if needs[1] else None
+
+
+def _halves(grad: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad, grad * x_scale) in bfloat16."""
+    if not (grad.is_cpu and grad.dtype == torch.float32 and grad.numel() > 0 and cpu.compiled()):
+        return grad.bfloat16(), (grad * x_scale).bfloat16()
+    rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+    plain, scaled = torch.ops.qat.cpu_scaled_bf16(rows, x_scale.reshape(-1, 1).contiguous())
+    return plain.view(grad.shape), scaled.view(grad.shape)
+
+
+_MATMULS = {"input": _as_it_comes, "bf16": _bf16, "int8": _bf16}
 
 
 def _keep(o: WeightOptions, w: Tensor, beta: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
@@ -74,13 +88,14 @@ class SoftBitLinear(torch.autograd.Function):
             return (None,) * (6 + ctx.count)
         x, x_scale, weight, slope, *kept = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        input_gradient, weight_gradient = ctx.matmuls
         _, _, needs_x, needs_weight, needs_bias, _, *needs_parameters = ctx.needs_input_grad
-        grad_x = input_gradient(grad, weight).to(x_dtype) if needs_x else None
+        needs = needs_x, needs_weight or any(needs_parameters)
+        grad_x, grad_soft = ctx.matmuls(grad, weight, x, x_scale, needs)
+        grad_x = None if grad_x is None else grad_x.to(x_dtype)
         grad_weight: Tensor | None = None
         rest: list[Tensor | None] = [None] * ctx.count
-        if needs_weight or any(needs_parameters):
-            grad_latent, rest = _through(ctx, weight_gradient(grad, x, x_scale), slope, kept)
+        if grad_soft is not None:
+            grad_latent, rest = _through(ctx, grad_soft, slope, kept)
             grad_weight = grad_latent.to(weight_dtype)
         grad_bias = bias_gradient(grad).to(bias_dtype) if needs_bias else None
         return None, None, grad_x, grad_weight, grad_bias, None, *rest

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from qat.ops import cpu
+from qat.ops.operands import float_bias
 
 LEAST_WEIGHTS, LEAST_TOKENS, MAX_WIDTH = 2**18, 64, 2**17
 """Smaller matmuls take no longer than making the planes; sums of wider ones leave int32."""
-_TINY = 1e-30
 
 
 def serves(x: Tensor, w: Tensor) -> bool:
@@ -26,10 +26,8 @@ def serves(x: Tensor, w: Tensor) -> bool:
 
 def linear(codes: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(codes * scale) @ weight^T + bias float32 [..., N] for int8 [..., K], float32 [..., 1], float32 [N, K] and [N]."""
-    high, coarse = torch.ops.qat.cpu_quantize_activation(weight, False, _TINY)
-    rest = torch.ops.qat.dequantize(high, coarse, torch.float32).neg_().add_(weight)
-    low, fine = torch.ops.qat.cpu_quantize_activation(rest, False, _TINY)
+    high, coarse, low, fine = torch.ops.qat.cpu_planes(weight.contiguous())
     rows = codes.reshape(-1, codes.shape[-1])
-    y = torch._int_mm(rows, high.t()).float().mul_(coarse.t())
-    y = y.addcmul_(torch._int_mm(rows, low.t()).float(), fine.t()).mul_(scale.reshape(-1, 1))
-    return (y if bias is None else y.add_(bias)).view(*codes.shape[:-1], weight.shape[0])
+    products = torch._int_mm(rows, high.t()), torch._int_mm(rows, low.t())
+    y = torch.ops.qat.cpu_join_planes(*products, coarse, fine, scale.reshape(-1, 1).contiguous(), float_bias(bias))
+    return y.view(*codes.shape[:-1], weight.shape[0])
