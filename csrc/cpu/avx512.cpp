@@ -14,6 +14,18 @@
 namespace qat {
 namespace {
 
+using Lanes = __m512;
+
+QAT_TARGET inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+
+}  // namespace
+}  // namespace qat
+
+#include "attention.h"
+
+namespace qat {
+namespace {
+
 constexpr int kVectors = kPanel / 16;
 constexpr int kTokens = 6;  // 6 tokens x 4 vectors = 24 accumulators, and 4 weights, a mask and a broadcast: 30 registers
 
@@ -260,6 +272,7 @@ constexpr Isa with_avx512() {
   isa.from_float = from_float16;
   isa.absmax = absmax16;
   isa.quantize = quantize16;
+  isa.attention = causal_attention;
   isa.dot_base3 = dot_base3;
   isa.expand_base3 = expand_base3_64;
   isa.peak = peak;

@@ -53,6 +53,31 @@ struct Soft {
   const Border* borders;
 };
 
+// Rows [T, D] of one head, `stride` floats apart.
+struct View {
+  float* data;
+  int64_t stride;
+  float* row(int64_t i) const { return data + i * stride; }
+};
+
+// [B, heads, T, D] wherever it lies, its last dimension dense; head b * heads + h is one of B * heads.
+struct Heads {
+  float* data;
+  int64_t heads, batch_stride, head_stride, row_stride;
+  View of(int64_t head) const { return {data + head / heads * batch_stride + head % heads * head_stride, row_stride}; }
+};
+
+// softmax(scale * Q K^T, causal) V and its gradients, for T a multiple of 16. `shared` query heads read one key head.
+struct Attention {
+  static constexpr int64_t kRows = 16;
+  Heads q, k, v, out;
+  Heads grad, grad_q, grad_k, grad_v;  // backward only; grad is that of `out`
+  float *most, *inverse, *drift;       // [B, H, T]: the softmax's maximum and the reciprocal of its sum; sum of dO * O
+  int64_t tokens, width, shared;
+  float scale;
+};
+enum class Pass { forward, queries, keys };
+
 // One instruction set's kernels. acc is [tokens][64] int32 and is overwritten.
 struct Isa {
   const char* name;
@@ -93,6 +118,8 @@ struct Isa {
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t n);
   void (*attend)(const float* q, const float* keys, const float* values, int64_t length, int64_t width, float scale,
                  float* weights, float* y);
+  // 16 rows of a head of training's attention (attention.h), of queries or of keys; null where torch's own is faster.
+  void (*attention)(const Attention& p, Pass pass, int64_t head, int64_t first);
   // y = rows x, for `n` rows [K] in float32 or bfloat16: every product and sum is one of float32 values.
   void (*rows)(const float* x, const void* rows, Dtype dtype, int64_t n, int64_t k, float* y);
   // For qat.bench: a sum that reads n words, and `rounds` of nothing but dot products, giving the number of operations.

@@ -16,7 +16,8 @@ class OptimConfig:
     """Optimizer, learning rates and schedules."""
 
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.95]})
-    """A `_target_` and its arguments; parameters, lr and weight_decay are passed to it."""
+    """A `_target_` and its arguments; parameters, lr and weight_decay are passed to it, and `fused: true` if it has that (not
+    in mixed precision): all in one pass, rounded a little otherwise; `+optim.optimizer.fused=false` undoes it."""
     lr: float = 1e-3
     """Peak learning rate of everything but the latent weights."""
     latent_lr_multiplier: float = 1.0

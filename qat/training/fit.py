@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qat.config import TrainerConfig
 from qat.losses import measured
+from qat.models.attention import narrow_heads
 from qat.training.callbacks import Checkpoint, NonFiniteGuard, RandomState, StopAtStep, Throughput, progress
 from qat.training.callbacks.metrics_file import WriteRows, continued
 from qat.training.callbacks.stopping import Blame, words
@@ -70,7 +71,7 @@ def fit(
     chain = [NonFiniteGuard(), throughput, RandomState(), *theirs, *ours, *last]
     with misconfiguration():
         trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
-    with _quiet(), signals.wait_for_step(), misconfiguration():
+    with _quiet(), signals.wait_for_step(), misconfiguration(), narrow_heads():
         trainer.fit(module, datamodule=data, ckpt_path=found.file if found else None, weights_only=True)
     for logger in loggers or []:
         _close(logger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def optimizer_factory(config: TrainConfig) -> Any:
         ValueError: it cannot be made with its arguments, or does not step.
     """
     optim = config.optim
-    factory = instantiated({**optim.optimizer, "_partial_": True})
+    factory = instantiated({**_fused(optim.optimizer, config.trainer), **optim.optimizer, "_partial_": True})
     weights = [nn.Parameter(torch.ones([2] * n)) for n in (1, 2)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -44,6 +45,21 @@ def optimizer_factory(config: TrainConfig) -> Any:
         said = ", ".join(f"optim.optimizer.{key}={value}" for key, value in optim.optimizer.items())
         raise ValueError(f"{said}: this optimizer cannot be used: {error or type(error).__name__}") from error
     return factory
+
+
+def _fused(node: dict[str, Any], trainer: TrainerConfig) -> dict[str, Any]:
+    """`fused: true` for an optimizer that has it and was not told: one pass over the weights instead of a dozen calls for each.
+
+    Not in mixed precision, where lightning refuses to clip the gradients of an optimizer that could unscale them by itself.
+    """
+    told = {"fused", "foreach", "capturable", "differentiable"} & set(node)
+    if told or not trainer.precision.endswith("-true"):
+        return {}
+    try:
+        names = inspect.signature(get_object(node["_target_"])).parameters
+    except Exception:  # the same attempt is made, and its error said, where it is instantiated
+        return {}
+    return {"fused": True} if "fused" in names else {}
 
 
 def check_plugins(config: TrainConfig) -> None:

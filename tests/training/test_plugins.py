@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from qat.config import ModelConfig, OptimConfig, TrainConfig
+from qat.config import ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from qat.config.data import DataConfig
 from qat.training.plugins import callbacks, check_plugins, loggers, optimizer_factory
 from qat.training.run import run
@@ -92,3 +93,16 @@ def test_an_import_error_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="cannot be imported"):
         check_plugins(TrainConfig(callbacks={"mine": {"_target_": "lightning.pytorch.callbacks.NoSuch"}}))
     assert capfd.readouterr() == ("", "")
+
+
+def fused(optimizer: dict, **trainer) -> object:
+    config = TrainConfig(optim=OptimConfig(optimizer=optimizer), trainer=TrainerConfig(**trainer))
+    return optimizer_factory(config)([torch.nn.Parameter(torch.ones(2))]).defaults.get("fused")
+
+
+def test_an_optimizer_is_fused_where_it_can_be():
+    adamw = {"_target_": "torch.optim.AdamW"}
+    assert fused(adamw) is True and fused({"_target_": "torch.optim.SGD", "lr": 0.1}) is True
+    assert fused({**adamw, "fused": False}) is False and not fused({**adamw, "foreach": True})
+    assert not fused(adamw, precision="bf16-mixed")  # lightning refuses to clip there
+    assert fused({"_target_": "torch.optim.RAdam"}) is None
