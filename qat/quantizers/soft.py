@@ -73,14 +73,57 @@ def soft_weight(
 def parameter_gradients(
     grad: Tensor, w: Tensor, beta: Tensor, parameters: Sequence[Tensor], o: WeightOptions
 ) -> list[Tensor | None]:
-    """Of the quantizer's parameters, from `grad` [N, K], that of the soft weight: by way of the levels and of the borders."""
-    trained = [one.trained for one in record_of(o).parameters.values()]
+    """Of the quantizer's parameters, from `grad` [N, K], that of the soft weight: by way of the levels and of the borders.
+
+    What the scale's lower bound and its dtype make of it is straight-through: a parameter that is below the bound can rise again.
+    """
+    record = record_of(o)
+    trained = [one.trained for one in record.parameters.values()]
     if not any(trained):
         return [None] * len(parameters)
+    rows, rounded, _ = weight_scale(w.detach(), o, parameters)
     with torch.enable_grad():
         given = [value.detach().requires_grad_(one) for value, one in zip(parameters, trained, strict=True)]
-        soft, _ = soften(*levels_of(w.detach(), given, o), beta)
-        rows = scale_rows(grad.float(), o.granularity, o.group_size)
-        wanted = [value for value, one in zip(given, trained, strict=True) if one]
-        found = iter(torch.autograd.grad(soft, wanted, rows, allow_unused=True))
+        named = by_name(record, o, given)
+        exact = resolve(record.scale)(rows, o, **named)
+        levels, borders = resolve(record.soft or "")(rows, exact + (rounded - exact).detach(), **named)
+    through = level_gradients(
+        scale_rows(grad.float(), o.granularity, o.group_size), rows, levels.detach(), borders.detach(), beta
+    )
+    ways = [(value, one) for value, one in zip((levels, borders), through, strict=True) if value.requires_grad]
+    if not ways:  # none of them says anything about a soft code
+        return [None] * len(parameters)
+    wanted = [value for value, one in zip(given, trained, strict=True) if one]
+    found = iter(torch.autograd.grad([value for value, _ in ways], wanted, [one for _, one in ways], allow_unused=True))
     return [next(found) if one else None for one in trained]
+
+
+def level_gradients(grad: Tensor, rows: Tensor, levels: Tensor, borders: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Of levels [R, m] and borders [R, m - 1], from `grad`, that of Q, as rows [R, L].
+
+    dQ/dD_i = t_i / 2 - beta / 4 (1 - t_i^2) (w - b_i) / D_i and dQ/db_i = -beta / 4 (1 - t_i^2): sums over a row, for as many
+    borders at once as a cache holds.
+    """
+    apart = levels.diff(dim=1)
+    there = apart > 0
+    gain = beta / 2 / apart.where(there, 1.0)
+    size = max(_AT_ONCE // max(rows.numel(), 1), 1)
+    parts = [_sums(grad, rows, b, g) for b, g in zip(borders.split(size, 1), gain.split(size, 1), strict=True)]
+    flat, bent, moved = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    of_apart = (flat / 2 - gain / 2 * moved) * there
+    ends = grad.sum(1, keepdim=True) / 2
+    of_levels = torch.cat([ends, torch.zeros_like(levels[:, 2:]), ends], 1)
+    of_levels = of_levels + torch.nn.functional.pad(of_apart, (1, 0)) - torch.nn.functional.pad(of_apart, (0, 1))
+    return of_levels, bent * there * (-beta / 4)
+
+
+_AT_ONCE = 2**18
+"""Weights times borders."""
+
+
+def _sums(grad: Tensor, rows: Tensor, borders: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each border of a row the sums of grad t, grad (1 - t^2) and grad (1 - t^2) (w - b), each [R, borders]."""
+    away = rows[:, None] - borders[:, :, None]
+    step = (away * gain[:, :, None]).tanh_()
+    steep = (1 - step * step).mul_(grad[:, None])
+    return step.mul_(grad[:, None]).sum(-1), steep.sum(-1), steep.mul_(away).sum(-1)

@@ -34,6 +34,7 @@ def expected(layer: BitLinear, x: Tensor, beta: float) -> tuple[Tensor, Tensor, 
     QuantConfig(granularity="group", group_size=8, backward="bf16"),
     QuantConfig(weight="binary", backward="int8"),
     QuantConfig(components=2, granularity="channel", backward="bf16"),
+    QuantConfig(components=2, component_scales="learned", granularity="group", group_size=4),
     QuantConfig(act_bits=None),
 ], ids=lambda c: f"{c.weight}-{c.granularity}-{c.components}-{c.backward}")  # fmt: skip
 def test_value_and_gradients(config: QuantConfig, kernels: str) -> None:
@@ -122,6 +123,16 @@ def test_soft_layers_are_not_packed() -> None:
     set_beta(model, 3.0)
     with pytest.raises(ValueError, match="0 still trains with soft codes"):
         qat.pack(model)
+
+
+def test_learned_scales_compile() -> None:
+    torch._dynamo.reset()
+    layer, x = BitLinear(8, 3, config=QuantConfig(components=2, component_scales="learned")), torch.randn(2, 8)
+    layer.set_beta(5.0)
+    traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found, wanted = (torch.autograd.grad(f(x).pow(2).sum(), list(layer.parameters())) for f in (traced, layer))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.5])
