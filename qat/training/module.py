@@ -57,6 +57,8 @@ class QATModule(pl.LightningModule):
         self.distill, self.optim, self.total_steps = settled(distill_config, student), optim_config, total_steps
         self._optimizer = optimizer
         self._asked = {f"output_{what}": True for what in ("hidden_states", "attentions") if needs(distill_config, what)}
+        self.factors: dict[str, float] = {}
+        """Loss -> what balancing multiplies its weight by; 1 where it says nothing."""
         self._step, self._held_out = Means(), Means()
         self._taps = Taps(student, teacher, [what for what in TAPS if needs(self.distill, what)], self.distill)
 
@@ -65,8 +67,11 @@ class QATModule(pl.LightningModule):
         self._taps.remove()
 
     def weights(self) -> dict[str, float]:
-        """Loss -> its weight at this step, a function of the step alone."""
-        return {name: weight_at(self.distill, name, self.global_step, self.total_steps) for name in active(self.distill)}
+        """Loss -> its weight at this step: a function of the step, times its factor where weights are balanced."""
+        return {
+            name: weight_at(self.distill, name, self.global_step, self.total_steps) * self.factors.get(name, 1.0)
+            for name in active(self.distill)
+        }
 
     def on_fit_start(self) -> None:
         """Move the teacher, which lightning does not know of."""
@@ -75,20 +80,32 @@ class QATModule(pl.LightningModule):
 
     def pairs(self, batch: dict[str, Tensor]) -> dict[str, Pair]:
         """Loss -> its sum over the batch's predicted tokens, and their number; in training, of those that have a weight now."""
-        weights, training = self.weights(), torch.is_grad_enabled()
-        rows = {name: row for name, row in measured(self.distill).items() if row.reported or weights[name] or not training}
-        seen, found = self._seen(batch, rows), {}
+        training = torch.is_grad_enabled()
+        graded = {name for name, weight in self.weights().items() if weight and training}
+        return self._measured(batch, self._rows(training), graded, self._forward.module)
+
+    def terms(self, batch: dict[str, Tensor]) -> dict[str, Pair]:
+        """The same, on the eager student, each with its gradient whatever its weight."""
+        rows = self._rows(training=True)
+        return self._measured(batch, rows, set(rows), self.student)
+
+    def _rows(self, training: bool) -> dict[str, Loss]:
+        weights = self.weights()
+        return {name: row for name, row in measured(self.distill).items() if row.reported or weights[name] or not training}
+
+    def _measured(self, batch: dict[str, Tensor], rows: dict[str, Loss], graded: set[str], forward: nn.Module) -> dict[str, Pair]:
+        seen, found = self._seen(batch, rows, forward), {}
         for name, row in rows.items():
-            with torch.set_grad_enabled(training and bool(weights.get(name))):
+            with torch.set_grad_enabled(name in graded):
                 found[name] = row.function(seen, self.distill)
         return found
 
-    def _seen(self, batch: dict[str, Tensor], rows: dict[str, Loss]) -> Seen:
+    def _seen(self, batch: dict[str, Tensor], rows: dict[str, Loss], forward: nn.Module) -> Seen:
         inputs = {key: value for key, value in batch.items() if key not in ("labels", STEP_TOKENS)}
         labels, teacher, teacher_rows = batch["labels"], None, None
         asked = {what for what in TAPS if any(getattr(row, what) for row in rows.values())}
         with self._taps.listening(asked) as pairs:
-            student = self._forward.module(**inputs, use_cache=False, **self._asked)
+            student = forward(**inputs, use_cache=False, **self._asked)
             if self._teacher is not None and any(row.teacher for row in rows.values()):
                 with torch.no_grad():
                     teacher = self._teacher.module(**inputs, use_cache=False, **self._asked)
@@ -121,6 +138,8 @@ class QATModule(pl.LightningModule):
         found = self._means(self._step)
         unmeasured = dict.fromkeys(measured(self.distill), float("nan"))  # which lightning would repeat from an earlier step
         self.log_dict({f"train/{name}": value for name, value in {**unmeasured, **found}.items()}, batch_size=1)
+        if self.distill.balance is not None:
+            self.log_dict({f"train/weight/{name}": weight for name, weight in self.weights().items()}, batch_size=1)
         self.log("loss", found["loss"], prog_bar=True, logger=False, batch_size=1)
         self.log("step", float(self.global_step + 1), batch_size=1)
 

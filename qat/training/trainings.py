@@ -18,6 +18,7 @@ from qat.losses.taps import TAPS
 from qat.models import hub as models
 from qat.training.callbacks import Anneal, LambdaWarmup, Samples
 from qat.training.fit import FitResult, fit
+from qat.training.gradients.terms import TermGradients
 from qat.training.module import OptimizerFactory, QATModule
 from qat.training.signals import Signals
 
@@ -86,6 +87,8 @@ def train_student(
         callbacks.append(LambdaWarmup(config.optim.lambda_steps))
     if config.trainer.samples and config.trainer.val_every:
         callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
+    if len(active(config.distill)) > 1 and (config.distill.balance or config.trainer.val_every):
+        callbacks.append(TermGradients(config.distill.balance, config.trainer.val_every))
     module = _module(config, student, config.distill, optimizer, teacher)
     try:
         outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)

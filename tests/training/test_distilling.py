@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import os
@@ -9,6 +10,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 
@@ -19,8 +21,13 @@ from tiny import write_model
 from tiny_run import TRAINER, losses
 from transformers import AutoModelForCausalLM
 
+from qat import QuantConfig, convert
 from qat.config import DistillConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from qat.conversion.layers import bitlinears
+from qat.data.order import STEP_TOKENS
+from qat.losses.balance import factors
 from qat.training import run as job
+from qat.training.gradients.terms import TermGradients
 from qat.training.module import QATModule
 from qat.training.run import run
 
@@ -121,6 +128,13 @@ def test_steps_before_kl_begins_run_no_teacher(tiny_model: Path) -> None:
         assert made.pairs(batch()).keys() == {"ce", "kl"} and len(calls) == 1
 
 
+class Precision:
+    """lightning's, of 32-true."""
+
+    def train_step_context(self) -> Any:
+        return contextlib.nullcontext()
+
+
 class Terminates(pl.Callback):
     """Sends SIGTERM within step 3."""
 
@@ -141,6 +155,70 @@ def test_a_run_with_falling_weights_resumes_exactly(config: TrainConfig, tmp_pat
     run(config)
     assert losses(parts) == losses(whole)
     assert rows(parts) == [{**row, "train/tokens_per_second": ANY} if "train/loss" in row else row for row in rows(whole)]
+
+
+def gradient_norms(made: QATModule, given: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of each term alone, by a forward and a backward pass of its own."""
+    norms = {}
+    for name in ("ce", "kl", "hidden"):
+        made.student.zero_grad()
+        total, count = made.pairs(given)[name]
+        (total / count).backward()
+        norms[name] = sum(float(p.grad.square().sum()) for p in latents(made)) ** 0.5  # type: ignore[union-attr]
+    return norms
+
+
+def latents(made: QATModule) -> list[torch.nn.Parameter]:
+    return [layer.weight for _, layer in bitlinears(made.student)]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_terms_are_measured_and_weighed_by_their_gradients(parts: int, tiny_model: Path) -> None:
+    made, given = module(tiny_model, DistillConfig(kl=1.0, hidden=3.0, balance=5)), batch()
+    convert(made.student, QuantConfig())
+    expected = gradient_norms(made, given)
+    made.student.zero_grad()
+    trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=parts, precision_plugin=Precision())
+    terms, random = TermGradients(5, None), torch.get_rng_state()
+    terms.on_train_start(trainer, made)
+    for i in range(parts):
+        some = {key: value.chunk(parts)[i] for key, value in given.items()}
+        terms.on_train_batch_start(trainer, made, {**some, STEP_TOKENS: 10}, i)
+        assert all(p.grad is None for p in made.student.parameters())
+        assert made.weights() == {"ce": 1.0, "kl": 1.0, "hidden": 3.0}
+        trainer.global_step += i + 1 == parts
+        terms.on_train_batch_end(trainer, made, None, some, i)
+    assert terms.norms == pytest.approx(expected, rel=1e-4) and torch.equal(torch.get_rng_state(), random)
+    weighed = {name: weight * terms.norms[name] for name, weight in made.weights().items()}
+    assert weighed == pytest.approx({"ce": expected["ce"], "kl": expected["ce"], "hidden": 3 * expected["ce"]}, rel=1e-4)
+    again = TermGradients(5, None)
+    again.load_state_dict(terms.state_dict())
+    assert again.factors == terms.factors and terms.factors
+    trainer.global_step = 4
+    terms.on_train_batch_start(trainer, made, given, 0)
+    assert not terms._sums  # until step 5
+
+
+def test_factors_have_bounds() -> None:
+    assert factors({"ce": 2.0, "kl": 0.5, "hidden": 0.0}) == {"ce": 1.0, "kl": 4.0, "hidden": 1e6}
+    assert factors({"ce": 0.0, "kl": 0.5}) == factors({"ce": 1.0, "kl": float("nan")}) == factors({"kl": 1.0}) == {}
+
+
+def test_a_balanced_run_resumes_exactly_and_logs_norms(config: TrainConfig, tmp_path: Path) -> None:
+    config.distill = DistillConfig(kl=0.5, hidden=0.5, balance=2)
+    config.trainer = replace(TRAINER, max_steps=6, val_every=5, accumulate_grad_batches=2, samples=0)
+    whole = Path(run(copy.deepcopy(config)).folder)
+    config.run = RunConfig(dir=str(tmp_path / "parts"))
+    config.callbacks = {"kill": {"_target_": "test_distilling.Terminates"}}
+    parts = Path(run(copy.deepcopy(config)).folder)
+    config.callbacks, config.resume = {}, str(parts)
+    run(config)
+    assert losses(parts) == losses(whole)
+    (held_out,) = [row for row in rows(whole) if "val/loss" in row]
+    assert all(held_out[f"optim/grad_norm/{name}"] > 0 for name in ("ce", "kl", "hidden"))
+    weights = [row["train/weight/hidden"] for row in rows(parts) if "train/loss" in row]
+    assert weights[0] == 0.5 and weights[1] == weights[2] != weights[3] == weights[4] != 0.5
+    assert weights == [row["train/weight/hidden"] for row in rows(whole) if "train/loss" in row]
 
 
 def test_a_teacher_of_other_layers_is_refused_before_anything_runs(config: TrainConfig, tmp_path: Path) -> None:
