@@ -10,8 +10,8 @@ from qat.quantizers import QUANTIZERS
 from qat.quantizers.record import Parameter, Quantizer, WeightOptions
 
 
-def _twn_codes(rows: Tensor, scale: Tensor) -> Tensor:
-    """Ternary Weight Networks, arXiv:1605.04711: the threshold is 0.7 mean|w|."""
+def _coarse_codes(rows: Tensor, scale: Tensor) -> Tensor:
+    """Kept above 0.7 times the scale."""
     return torch.where(rows.abs() > 0.7 * scale, rows.sign(), 0.0)
 
 
@@ -46,7 +46,7 @@ def _quad_codes(rows: Tensor, scale: Tensor) -> Tensor:
 
 
 THROWAWAY = {
-    "twn": Quantizer(levels=(-1, 0, 1), codes=_twn_codes, packs_as=("ternary",), scales=("absmean",)),
+    "coarse": Quantizer(levels=(-1, 0, 1), codes=_coarse_codes, packs_as=("ternary",), scales=("absmean",)),
     "learned": Quantizer(
         levels=(-1, 0, 1),
         codes="qat.quantizers.ternary:codes",
@@ -72,7 +72,7 @@ GROUP = 24
 CASES = [
     {
         "weight": weight,
-        "components": planes,
+        "components": 1 if record.ratios else planes,
         "component_scales": component_scales,
         "granularity": granularity,
         "group_size": GROUP if granularity == "group" else None,

@@ -14,7 +14,7 @@ class QuantConfig:
     """How a linear layer is quantized. The default is BitNet b1.58 (arXiv:2402.17764)."""
 
     weight: str = "ternary"
-    """`ternary` {-1, 0, 1} or `binary` {-1, 1}."""
+    """`ternary` {-1, 0, 1}, `binary` {-1, 1}, or one of the menu: docs/guides/quantizers.md says what each is."""
     scale: str = "absmean"
     """What the weight scale is: `absmean`, `absmax` (codes change at half of it), `absmedian`. Binary: `absmean` only."""
     granularity: str = "tensor"
@@ -104,6 +104,8 @@ class QuantConfig:
             if value not in allowed:
                 only = f"only {' and '.join(map(str, allowed))} {'do' if len(allowed) > 1 else 'does'}"
                 raise ValueError(f"quant.{key}={value} does not fit {what}: {row.why or only}")
+        if (self.group_size or 0) % row.block:
+            raise ValueError(f"quant.group_size={self.group_size} does not fit {what}: it must be a multiple of {row.block}")
         if self.scale_multiplier != 1 and not row.statistical:
             why = "its scale is no statistic of the weights, which alone can be multiplied"
             raise ValueError(f"quant.scale_multiplier={self.scale_multiplier} does not fit {what}: {why}")

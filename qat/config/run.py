@@ -17,7 +17,7 @@ from qat.config.optim import OptimConfig
 from qat.config.quant import QuantConfig
 from qat.config.trainer import TrainerConfig
 from qat.storage import local
-from qat.targets import refuse_file_name
+from qat.targets import FORMATS, refuse_file_name
 
 
 @dataclass
@@ -80,6 +80,7 @@ class TrainConfig:
             )
         if reason := self.quant.quantizer.unfit("ternary"):
             raise ValueError(f"quant.weight={self.quant.weight} does not fit a run, which ends packed: {reason}")
+        self._check_exports()
         self._check_machine()
         self._check_targets()
         if self.distill.kl > 0 and self.model.teacher == "off":
@@ -102,6 +103,17 @@ class TrainConfig:
             raise ValueError(
                 f"data.train is missing; data={self.data.kind} needs a .txt, .jsonl or .parquet file or a hub data set"
             )
+
+    def _check_exports(self) -> None:
+        """What no model of this quantizer can be exported to is known now; what depends on the model is named in the result."""
+        for name in self.export.formats:
+            for room, why in self.quant.quantizer.needs.items():
+                if room not in FORMATS[name].room:
+                    holds = ", ".join(one for one, record in FORMATS.items() if room in record.room)
+                    raise ValueError(
+                        f"export.formats={name} does not fit quant.weight={self.quant.weight}: {why}, and the format has no room"
+                        f" for {room}; take {holds}, or export.formats=[]"
+                    )
 
     def _check_machine(self) -> None:
         """More threads or workers than a machine takes end in a crash of libgomp or a swamp of processes."""

@@ -79,7 +79,7 @@ class Conversion:
         plain = as_linear(linear, transposed)
         if self.kind == "bitlinear":
             return BitLinear.from_linear(plain, self.config)
-        bias = plain.bias is not None
+        bias = plain.bias is not None or self.config.quantizer.bias is not None
         shape, weight = (plain.in_features, plain.out_features), plain.weight
         layer = PackedBitLinear(*shape, bias, self.config, str(self.layout), weight.device, weight.dtype)
         return layer.train(linear.training)

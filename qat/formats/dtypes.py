@@ -43,8 +43,10 @@ def stored_dtypes(model: nn.Module, floats: str = "source") -> dict[str, torch.d
     """
     choose("floats", floats, FLOATS)
     noted = model.__dict__.get(_ATTRIBUTE, {})
-    own = {f"{name}.{key}".lstrip(".") for name, layer in quantized_layers(model).items() for key in layer.state_dict()}
-    plain = {name for name in own if name.rpartition(".")[2] == "bias" or name.endswith("rms_norm.weight")}
+    layers = quantized_layers(model)
+    own = {f"{name}.{key}".lstrip(".") for name, layer in layers.items() for key in layer.state_dict()}
+    added = {f"{name}.bias".lstrip(".") for name, layer in layers.items() if layer.config.quantizer.bias is not None}
+    plain = {name for name in own if name.rpartition(".")[2] == "bias" or name.endswith("rms_norm.weight")} - added
     return {
         name: noted.get(name, tensor.dtype) if floats == "source" else getattr(torch, floats)
         for name, tensor in model.state_dict().items()

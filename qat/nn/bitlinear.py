@@ -17,7 +17,8 @@ from qat.config import QuantConfig
 from qat.nn.norm import input_norm
 from qat.ops.soft.calls import soft_bitlinear, soft_quantize
 from qat.quantizers.components import sum_components
-from qat.quantizers.scales import check_group_size, dequantize_weight
+from qat.quantizers.record import resolve
+from qat.quantizers.scales import check_block, check_group_size, dequantize_weight
 from qat.quantizers.ste import mix
 
 
@@ -52,10 +53,13 @@ class BitLinear(nn.Linear):
     def _configure(self, config: QuantConfig) -> None:
         ops.check_config(config)
         check_group_size(self.in_features, config.group_size)
+        check_block(self.in_features, config.quantizer.block, config.weight)
         self.config = replace(config)
         self.lam: Tensor | None = None
         self.beta: Tensor | None = None
-        self.parameter_names = tuple(config.quantizer.parameters)
+        record = config.quantizer
+        self.parameter_names = tuple(record.parameters)
+        self.added_bias = None if record.bias is None else resolve(record.bias)
 
     def reset_quantizer(self) -> None:
         """Make the quantizer's parameters, and its buffers, what they start with for the weight as it is."""
@@ -73,6 +77,14 @@ class BitLinear(nn.Linear):
     def quantized(self) -> tuple[Tensor, Tensor]:
         """Codes int8 [N, K] and scale float32 [1 | N, G] of the weight as it is, see `qat.ops.quantize_weight`."""
         return ops.quantize_weight(self.weight, self.config, list(self.quantizer_parameters().values()))
+
+    def output_bias(self, share: Tensor | float = 1.0) -> Tensor | None:
+        """What is added to the outputs: the bias, and that share of what the quantizer adds to it (float32 then)."""
+        if self.added_bias is None:
+            return self.bias
+        codes, _ = ops.quantize_weight(self.weight.detach(), self.config, list(self.quantizer_parameters().values()))
+        added: Tensor = share * self.added_bias(self.weight, codes)
+        return added if self.bias is None else added + self.bias.float()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None) -> BitLinear:
@@ -137,10 +149,12 @@ class BitLinear(nn.Linear):
             x = self.rms_norm(x)
         parameters, beta = list(self.quantizer_parameters().values()), self.beta if self.training else None
         if self.lam is not None:
-            return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam, beta), self.bias)
+            bias = self.output_bias(self.lam)
+            bias = None if bias is None else bias.to(self.weight.dtype)
+            return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam, beta), bias)
         if beta is not None:
-            return soft_bitlinear(x, self.weight, self.bias, beta, self.config, parameters)
-        return ops.bitlinear(x, self.weight, self.bias, self.config, parameters)
+            return soft_bitlinear(x, self.weight, self.output_bias(), beta, self.config, parameters)
+        return ops.bitlinear(x, self.weight, self.output_bias(), self.config, parameters)
 
     def _mixed_weight(self, lam: Tensor, beta: Tensor | None) -> Tensor:
         parameters = list(self.quantizer_parameters().values())

@@ -78,7 +78,8 @@ class PackedBitLinear(nn.Module):
             codes, scale = layer.quantized()
             packed.packed = ops.pack_ternary(codes, layout)
             packed.weight_scale = scale
-            packed.bias = None if layer.bias is None else layer.bias.detach().clone()
+            bias = layer.output_bias()
+            packed.bias = None if bias is None else bias.detach().clone()
         if layer.rms_norm is not None:
             packed.rms_norm = copy.deepcopy(layer.rms_norm).requires_grad_(False)
         return packed.train(layer.training)

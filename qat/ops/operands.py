@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qat.quantizers import components
+from qat.quantizers.menu import sparse, steps, stretched, thresholds
 from qat.quantizers.record import Quantizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,8 +18,20 @@ ELSEWHERE = f"float activations and in_features > {MAX_WIDTH} run in pure torch"
 
 LEVELS = frozenset({-1, 0, 1})
 """The codes that the matmuls multiply by."""
-FITTED = frozenset({components.codes})
-"""Codes that torch fits on every device, seldom and at length; the matmuls that follow are compiled."""
+FITTED = frozenset(
+    {
+        components.codes,
+        sparse.codes,
+        steps.TWO.codes,
+        steps.THREE.codes,
+        steps.FOUR.codes,
+        stretched.FOUR.codes,
+        thresholds.twn_codes,
+        thresholds.count_codes,
+        thresholds.learned_codes,
+    }
+)
+"""Codes that torch takes on every device; the matmuls that follow are compiled."""
 
 
 def multiplies(record: Quantizer) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qat.quantizers.menu import ROWS
 from qat.quantizers.record import Parameter, Quantizer
 
 _FITTED = Quantizer(
@@ -46,6 +47,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         packs_as=("binary", "ternary"),
         scales=("absmean",),
     ),
+    **ROWS,
 }
 
 

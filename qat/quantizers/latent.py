@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.quantizers import find
 from qat.quantizers.record import Function, Quantizer, WeightOptions, resolve
-from qat.quantizers.scales import check_weight, round_scale, scale_rows, scale_shape
+from qat.quantizers.scales import check_block, check_weight, round_scale, scale_rows, scale_shape
 
 Kernels = Mapping[Function, Callable[..., Tensor]]
 """What a device computes in place of which function of a record."""
@@ -58,6 +58,7 @@ def weight_scale(
     if w.numel() == 0:
         return rows, w.new_full((shape[0] * shape[1] // o.planes, o.planes), o.eps, dtype=torch.float32), shape
     record = record_of(o)
+    check_block(w.shape[1], record.block, o.weight)
     scale = resolve(record.scale)
     value: Tensor = kernels.get(scale, scale)(rows, o, **by_name(record, o, parameters)).clamp_min(o.eps)
     planes = value * value.new_tensor(record.ratios) if record.ratios else value

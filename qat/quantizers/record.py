@@ -9,6 +9,7 @@ quantizer need not know of granularities:
     scale(rows, options, **parameters)                  -> [R, planes], before its rounding to `scale_dtype`; [R, 1] with `ratios`
     codes(rows, scale, **parameters)                    -> [R, L], or [planes, R, L]
     gradient(grad, rows, codes, scale, **parameters)    -> (gradient of the rows [R, L], {parameter: gradient, shaped like it})
+    bias(weight [N, K], codes [N, planes * K])          -> [N], differentiable in the weight
     soft(rows, scale, **parameters)                     -> (levels [R, m] in ascending order, borders [R, m - 1] between them)
 
 `grad` is the loss's with respect to codes * scale, the weight that was multiplied; all of it is float32.
@@ -71,6 +72,10 @@ class Quantizer:
     soft: Function | None = None
     """The levels and borders that `qat.quantizers.soft` anneals. None: these codes cannot be annealed."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    bias: Function | None = None
+    """What is added to a layer's outputs beside its own bias, whatever its inputs: packed, it is a bias."""
+    block: int = 1
+    """Codes are taken of so many neighbours along the input at once, which must divide it."""
     packs_as: tuple[str, ...] = ()
     """The kinds of codes that these can be taken for, of `KINDS`. None: no layout and no file holds them."""
     scales: tuple[str, ...] = STATISTICS
@@ -110,6 +115,13 @@ class Quantizer:
         if kind in self.packs_as:
             return None
         return f"its codes are {', '.join(map(str, self.levels))}, and {kind} ones are {', '.join(map(str, KINDS[kind]))}"
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """What a file must have room for, of `qat.targets.ROOM`, beside codes and scales, and why."""
+        planes = f"a weight is a sum of {len(self.ratios)} matrices of codes" if self.ratios else ""
+        bias = "every layer gets a bias" if self.bias is not None else ""
+        return {room: why for room, why in (("planes", planes), ("biases", bias)) if why}
 
     @property
     def statistical(self) -> bool:

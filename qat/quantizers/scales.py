@@ -52,6 +52,12 @@ def check_group_size(k: int, group_size: int | None) -> None:
         )
 
 
+def check_block(k: int, block: int, weight: str) -> None:
+    """ValueError unless blocks of that many weights fill a row of K weights."""
+    if k % block:
+        raise ValueError(f"in_features={k} is not a multiple of {block}, as quant.weight={weight} needs; exclude the layer")
+
+
 def scale_rows(w: Tensor, granularity: str, group_size: int | None) -> Tensor:
     """View w [N, K] as [R, L], each row sharing one scale."""
     n, k = w.shape

@@ -14,6 +14,10 @@ from typing import Any
 FLOATS = ("source", "float32", "bfloat16", "float16")
 """How what is not quantized is stored in folders: `source` is the dtype that each tensor had in the pretrained model."""
 
+ROOM = ("planes", "biases")
+"""What a file may have room for beside one matrix of codes and its scale a layer: sums of planes whose scales have fixed ratios,
+and biases of layers whose architecture has none."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -38,6 +42,8 @@ class Format:
     suffix: str = ""
     """Of a file; a format without one is a folder."""
     options: Mapping[str, Option] = field(default_factory=dict)
+    room: tuple[str, ...] = ()
+    """Of `ROOM`."""
     is_a_stage: bool = True
     """Whether the reader computes the model as packed, so that its perplexity is one of the run's stages."""
 
@@ -91,6 +97,7 @@ FORMATS: dict[str, Format] = {
         "torch without transformers",
         ".pt2",
         {"kind": Option("exported (default), or compiled by AOTInductor for this CPU", ("exported", "compiled"), "pt2_kind")},
+        room=ROOM,
     ),
 }
 _FILES = {record.suffix: name for name, record in FORMATS.items() if record.suffix}

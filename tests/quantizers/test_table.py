@@ -93,23 +93,29 @@ def test_codes_are_levels_and_gradients_the_records(config: QuantConfig) -> None
     assert set(t.unique().tolist()) <= set(record.levels)
     x_q, x_scale = ops.quantize_activation(x, kernels="reference")
     of_weight = grad.t() @ (x_q * x_scale)
+    if record.bias is not None:
+        w = layer.weight.detach().requires_grad_()
+        resolve(record.bias)(w, t).backward(grad.sum(0))
+        assert w.grad is not None and bool(w.grad.any())
+        of_weight = of_weight + w.grad
     if record.gradient is None:
         same(layer.weight.grad, of_weight)
         return
-    k, planes = config.components, t.float().chunk(config.components, 1)
+    k, own, planes = config.planes, config.components, t.float().chunk(config.planes, 1)
     rows = [scale_rows(value, config.granularity, config.group_size) for value in (of_weight, layer.weight.detach(), *planes)]
     codes = rows[2] if k == 1 else torch.stack(rows[2:])
     named = {
-        name: latent.as_rows(value.detach(), k) if record.parameters[name].per == "scale" else value.reshape(1, 1)
+        name: latent.as_rows(value.detach(), own) if record.parameters[name].per == "scale" else value.reshape(1, 1)
         for name, value in layer.quantizer_parameters().items()
     }
     wanted, of_parameters = resolve(record.gradient)(*rows[:2], codes, latent.as_rows(scale, k).detach(), **named)
     same(layer.weight.grad, wanted.reshape(layer.weight.shape))
-    assert torch.equal(wanted, rows[0]) == (k > 1)  # learned scales of a sum are straight-through
+    assert of_parameters or not torch.equal(wanted, rows[0])
+    assert own == 1 or torch.equal(wanted, rows[0])  # learned scales of a sum are straight-through
     for name, value in of_parameters.items():
         parameter = layer.get_parameter(name)
-        assert parameter.grad is not None and parameter.shape == scale.shape
-        same(parameter.grad, latent.from_rows(value, tuple(scale.shape)))
+        assert parameter.grad is not None and parameter.numel() * k == scale.numel() * own
+        same(parameter.grad, latent.from_rows(value, tuple(parameter.shape)))
 
 
 def test_the_ops_trace(config: QuantConfig) -> None:
@@ -143,7 +149,7 @@ def test_a_replaced_row_is_noticed_by_the_kernels(monkeypatch: pytest.MonkeyPatc
     """Neither a name nor what was kept for it stands for a function: another one under the old name is another quantizer."""
     x, layer = torch.randn(3, 48), a_layer(QuantConfig())
     before = layer(x)
-    monkeypatch.setitem(QUANTIZERS, "ternary", THROWAWAY["twn"])
+    monkeypatch.setitem(QUANTIZERS, "ternary", THROWAWAY["coarse"])
     same(layer(x), a_layer(QuantConfig(kernels="reference"))(x))
     assert not torch.equal(layer(x), before)
 
@@ -164,17 +170,19 @@ def test_a_changed_parameter_is_noticed_by_the_kernels() -> None:
 @pytest.mark.skipif(not cpu.compiled(), reason="no compiled kernels")
 def test_what_no_kernel_declares_is_said_once_or_refused(capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        ops.quantize_weight(torch.randn(64, 64), QuantConfig(weight="twn"))
+        ops.quantize_weight(torch.randn(64, 64), QuantConfig(weight="coarse"))
         a_layer(QuantConfig(weight="quad"))(torch.randn(2, 48))
         a_layer(QuantConfig(weight="learned"))(torch.randn(2, 48))
         a_layer(QuantConfig(components=2))(torch.randn(2, 48))
-    served = "the compiled CPU kernels serve ternary, binary, learned"
-    wanted = [f"qat: quant.weight={name} runs in pure torch: {served}" for name in ("twn", "quad")]
+    served = (
+        f"the compiled CPU kernels serve {', '.join(name for name in QUANTIZERS if name not in ('coarse', 'annealed', 'quad'))}"
+    )
+    wanted = [f"qat: quant.weight={name} runs in pure torch: {served}" for name in ("coarse", "quad")]
     assert [line for line in capfd.readouterr().err.splitlines() if "pure torch: the" in line] == wanted
-    assert ops.backend(QuantConfig(weight="twn"))["cpu"] == {"kernels": "reference", "why": served}
+    assert ops.backend(QuantConfig(weight="coarse"))["cpu"] == {"kernels": "reference", "why": served}
     assert ops.backend(QuantConfig(weight="learned"))["cpu"]["kernels"] == "compiled"
-    insisting = QuantConfig(weight="twn", kernels="compiled")
-    message = "quant.kernels=compiled does not fit quant.weight=twn: the compiled CPU kernels serve ternary, binary, learned"
+    insisting = QuantConfig(weight="coarse", kernels="compiled")
+    message = "quant.kernels=compiled does not fit quant.weight=coarse: the compiled CPU kernels serve ternary, binary, .*learned"
     for call in (lambda: BitLinear(8, 8, config=insisting), lambda: ops.quantize_weight(torch.randn(2, 2), insisting)):
         with pytest.raises(ValueError, match=message):
             call()

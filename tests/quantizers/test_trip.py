@@ -136,7 +136,7 @@ def test_what_the_row_does_not_allow_is_refused() -> None:
         QuantConfig(weight="signed", granularity="group", group_size=8)
     with pytest.raises(ValueError, match="quant.scale=absmax does not fit quant.weight=signed: only absmean does"):
         QuantConfig(weight="signed", scale="absmax")
-    with pytest.raises(ValueError, match="quant.weight='sign' is not allowed; choose one of ternary, binary, signed"):
+    with pytest.raises(ValueError, match="quant.weight='sign' is not allowed; choose one of ternary, binary, .*signed"):
         QuantConfig(weight="sign")
 
 

@@ -50,6 +50,8 @@ def _config_reason(quant: QuantConfig) -> str | None:
         return f"quant.components={quant.components}; the format holds one ternary matrix a layer"
     if quant.planes > 1:
         return f"quant.weight={quant.weight}, a sum of {quant.planes} ternary matrices; the format holds one a layer"
+    if quant.quantizer.bias is not None:
+        return f"quant.weight={quant.weight} gives it a bias, for which the stock model has no room"
     if quant.granularity != "tensor":
         return f"quant.granularity={quant.granularity}; the format has one scale a tensor"
     if quant.act_bits != 8 or quant.act_granularity != "token":

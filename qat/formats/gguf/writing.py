@@ -170,6 +170,8 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
             raise ValueError(f"{found.name} in llama.cpp has no place for {name}.rms_norm, the norm of this layer's own input")
         if reason := layer.config.quantizer.unfit("ternary"):
             raise ValueError(f"{name}: quant.weight={layer.config.weight}; {reason}")
+        if layer.config.quantizer.bias is not None:
+            raise ValueError(f"{name}: quant.weight={layer.config.weight} gives it a bias, for which {found.name} has no room")
         if layer.config.planes > 1:
             key = "quant.components" if layer.config.components > 1 else f"quant.weight={layer.config.weight}"
             raise ValueError(f"{name} is a sum of {layer.config.planes} ternary matrices ({key}); a block holds one")

@@ -1,0 +1,264 @@
+"""The menu's rows by value and by gradient, each against its paper's formula written another way; and what they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import same
+from tiny import SIZES
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qat
+from qat import BitLinear, PackedBitLinear, QuantConfig, ops
+from qat.config import DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
+from qat.formats.bitnet import limits
+from qat.formats.dtypes import round_floats
+from qat.formats.gguf import writing as gguf
+from qat.formats.packed import folder as packed
+from qat.quantizers.menu import ROWS, steps, stretched, thresholds
+from qat.train import run
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(w: Tensor, weight: str, parameters: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    return ops.quantize_weight(w, QuantConfig(weight=weight, granularity="channel"), parameters)
+
+
+def test_twn_keeps_what_is_above_its_threshold_at_the_mean_of_that() -> None:
+    codes, scale = quantized(torch.tensor([[0.1, -0.2, 0.9, -1.0], [0.5, 0.5, -0.5, 0.5]]), "twn")
+    assert codes.tolist() == [[0, 0, 1, -1], [1, 1, -1, 1]]
+    torch.testing.assert_close(scale, torch.tensor([[0.95], [0.5]]))
+
+
+def test_a_fixed_count_is_kept_whatever_the_distribution() -> None:
+    w = torch.stack([normal(128), normal(128, seed=1) ** 3])
+    codes, scale = quantized(w, "ternary_count")
+    assert codes.abs().sum(1).tolist() == [86, 86]
+    for row, kept, one in zip(w, codes, scale, strict=True):
+        assert row[kept != 0].abs().min() > row[kept == 0].abs().max()
+        torch.testing.assert_close(one[0], row.abs().topk(86).values.mean())
+    codes, scale = quantized(torch.tensor([[0.5, -0.5, 0.5, -0.5]]), "ternary_count")
+    assert codes.tolist() == [[1, -1, 1, -1]] and float(scale) == 0.5
+
+
+def test_a_learned_threshold_starts_as_twns_and_keeps_something_always() -> None:
+    w = normal(6, 64)
+    for found, wanted in zip(quantized(w, "ternary_threshold"), quantized(w, "twn"), strict=True):
+        same(found, wanted)
+    codes, scale = quantized(w, "ternary_threshold", [torch.full((6, 1), 100.0)])
+    assert codes.abs().sum(1).tolist() == [1] * 6
+    torch.testing.assert_close(scale, w.abs().amax(1, keepdim=True))
+
+
+def test_the_gradient_of_a_threshold_is_that_of_weights_that_fall_to_zero_there() -> None:
+    """mean|w| = 1 and theta = .8: the threshold is .8; the scale is 1.3, so what is .15 to 1.45 large counts, four weights."""
+    w, grad, theta = torch.tensor([[0.1, 0.7, -1.4, 1.8, 0.9, -1.1]]), torch.tensor([[3.0, 1.0, 5.0, 7.0, 2.0, -4.0]]), 0.8
+    codes = torch.tensor([[0.0, 0.0, -1.0, 1.0, 1.0, -1.0]])
+    of_w, named = thresholds.learned_gradient(grad, w, codes, torch.tensor([[1.3]]), torch.tensor([[theta]]))
+    assert torch.equal(of_w, grad)
+    torch.testing.assert_close(named["threshold"], torch.tensor([[-(1.0 - 5.0 + 2.0 + 4.0) / 6**0.5]]))
+
+
+def test_sherry_has_one_zero_in_four() -> None:
+    codes, scale = quantized(torch.tensor([[0.1, -0.2, 0.9, -1.0, 0.3, 0.3, -0.6, 0.4]]), "sherry")
+    assert codes.tolist() == [[0, -1, 1, -1, 0, 1, -1, 1]]
+    torch.testing.assert_close(scale, torch.tensor([[(0.2 + 0.9 + 1.0 + 0.3 + 0.6 + 0.4) / 6]]))
+    codes, _ = quantized(torch.zeros(1, 4), "sherry")
+    assert codes.tolist() == [[0, 1, 1, 1]]
+
+
+def test_blocks_of_four_that_do_not_fill_a_row_are_refused() -> None:
+    for call in (lambda: BitLinear(10, 4, config=QuantConfig(weight="sherry")), lambda: quantized(normal(2, 10), "sherry")):
+        with pytest.raises(ValueError, match="in_features=10 is not a multiple of 4, as quant.weight=sherry needs"):
+            call()
+    with pytest.raises(ValueError, match="quant.group_size=6 does not fit quant.weight=sherry: it must be a multiple of 4"):
+        QuantConfig(weight="sherry", granularity="group", group_size=6)
+
+
+def straight(value: Tensor, rounded: Tensor) -> Tensor:
+    return value + (rounded - value).detach()
+
+
+GRIDS = [("lsq", -1, 1), ("uniform2", -2, 1), ("uniform3", -4, 3), ("uniform4", -8, 7)]
+
+
+@pytest.mark.parametrize(("weight", "low", "high"), GRIDS)
+def test_learned_steps_are_lsq(weight: str, low: int, high: int) -> None:
+    """Codes from `low` to `high`; gradients those of the paper's straight-through graph, the step's divided by sqrt(L high)."""
+    layer = a_layer(weight)
+    with torch.no_grad():
+        layer.step.mul_(0.6)
+    w, step = layer.weight.detach().clone().requires_grad_(), (layer.step.detach() * layer.unit).requires_grad_()
+    part = (w / step).clamp(low, high)
+    wanted = step * straight(part, part.round())
+    found = value(layer)
+    torch.testing.assert_close(found, wanted)
+    levels = (found / step).round().unique()
+    assert levels.min() == low and levels.max() == high and len(levels) == high - low + 1
+    grad = backward(layer)
+    wanted.backward(grad)
+    torch.testing.assert_close(layer.weight.grad, w.grad)
+    torch.testing.assert_close(layer.step.grad, step.grad * layer.unit / (w.shape[1] * high) ** 0.5)
+
+
+@pytest.mark.parametrize(("weight", "levels"), [("seq", 3), ("seq2", 4)])
+def test_stretched_ranges_are_those_of_paretoq(weight: str, levels: int) -> None:
+    layer = a_layer(weight)
+    with torch.no_grad():
+        layer.clip.mul_(0.7)
+    w, clip = layer.weight.detach().clone().requires_grad_(), (layer.clip.detach() * layer.unit).requires_grad_()
+    shift = 0.5 if levels == 4 else 0.0
+    part = (w / clip).clamp(-0.99, 0.99) * levels / 2 - shift
+    wanted = clip * (straight(part, part.round()) + shift) * 2 / levels
+    torch.testing.assert_close(value(layer), wanted)
+    assert len((wanted / clip)[0].detach().mul(12).round().unique()) == levels
+    grad = backward(layer)
+    wanted.backward(grad)
+    torch.testing.assert_close(layer.weight.grad, w.grad)
+    torch.testing.assert_close(layer.clip.grad, clip.grad * layer.unit / w.shape[1] ** 0.5)
+
+
+def a_layer(weight: str) -> BitLinear:
+    layer = BitLinear(512, 4, False, QuantConfig(weight=weight, granularity="channel", act_bits=None))
+    with torch.no_grad():
+        layer.weight.copy_(normal(4, 512))
+        layer.reset_quantizer()
+    return layer
+
+
+def value(layer: BitLinear) -> Tensor:
+    return ops.fake_quantize(layer.weight, layer.config, list(layer.quantizer_parameters().values())).detach()
+
+
+def backward(layer: BitLinear) -> Tensor:
+    """Run backward with a gradient of the weight, and give it."""
+    grad = normal(4, 512, seed=5)
+    layer(torch.eye(512)).backward(grad.t().contiguous())
+    return grad
+
+
+def test_a_grid_is_digits_and_back() -> None:
+    for grid, found in ((steps.TWO, (-2, 1)), (steps.THREE, (-4, 3)), (steps.FOUR, (-8, 7))):
+        codes = torch.arange(found[0], found[1] + 1.0)[None]
+        planes = grid.codes(codes, torch.tensor([grid.ratios]))
+        assert planes.abs().max() == 1 and torch.equal(steps.whole(planes, grid.ratios), codes)
+    planes = stretched.FOUR.codes(torch.tensor([[-9.0, -0.3, 0.0, 0.3, 0.7]]), torch.tensor([[0.5, 0.25]]))
+    assert steps.whole(planes, (2.0, 1.0)).tolist() == [[-3, -1, 1, 1, 3]]
+
+
+def test_the_clipped_gradient_is_zero_where_the_clip_acts() -> None:
+    layer = BitLinear(4, 1, False, QuantConfig(weight="ternary_clipped", act_bits=None))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.1, -1.4, 0.9, 1.6]]))  # mean 1
+    layer(torch.eye(4)).backward(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    assert layer.weight.grad.tolist() == [[1, 2, 3, 0]]
+
+
+def test_tequilas_zeros_add_to_the_bias_and_have_its_gradient() -> None:
+    layer = BitLinear(4, 1, False, QuantConfig(weight="tequila", act_bits=None))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.4, -0.2, 1.2, -2.2]]))  # mean 1: codes 0, 0, 1, -1
+    x = torch.tensor([[1.0, 2.0, 3.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+    y = layer(x)
+    torch.testing.assert_close(y, torch.tensor([[-2 + 0.0002], [-1 + 0.0002]]))
+    y.backward(torch.tensor([[1.0], [10.0]]))
+    torch.testing.assert_close(layer.weight.grad, torch.tensor([[1 + 0.011, 2 + 0.011, 3, 15]]))
+    deployed = PackedBitLinear.from_bitlinear(layer)
+    assert deployed.bias is not None and deployed.bias.dtype == torch.float32
+    same(deployed(x), y)
+    layer.set_lambda(0.5)
+    torch.testing.assert_close(layer(x[1:]), torch.tensor([[-1.6 + 0.0001]]))
+
+
+def test_tequila_adds_to_a_bias_that_is_there() -> None:
+    layer, x = BitLinear(64, 6, True, QuantConfig(weight="tequila")), normal(3, 64)
+    deployed = PackedBitLinear.from_bitlinear(layer)
+    assert torch.all(deployed.bias != layer.bias)
+    torch.testing.assert_close(deployed.bias, layer.bias.detach(), rtol=0, atol=0.01)
+    same(deployed(x), layer(x))
+    layer(x).sum().backward()
+    assert layer.bias.grad is not None and layer.bias.grad.tolist() == [3] * 6
+
+
+@pytest.mark.parametrize("weight", ["tequila", "uniform4", "seq2", "sherry"])
+def test_a_model_packs_and_is_read_back(weight: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    qat.convert(model, QuantConfig(weight=weight, granularity="channel"))
+    ids = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(0))
+    round_floats(model, "bfloat16")
+    trained = model(input_ids=ids).logits
+    qat.pack(model, layout="base3")
+    same(model(input_ids=ids).logits, trained)
+    packed.save(model, tmp_path / "packed", floats="bfloat16")
+    same(packed.load(tmp_path / "packed")(input_ids=ids).logits, trained)
+
+
+def test_formats_without_room_say_so() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    qat.convert(model, QuantConfig(weight="uniform4"))
+    assert "quant.weight=uniform4, a sum of 3 ternary matrices; the format holds one a layer" in str(limits.unsupported(model))
+    assert "is a sum of 3 ternary matrices (quant.weight=uniform4); a block holds one" in str(gguf.unsupported(model))
+    other = LlamaForCausalLM(LlamaConfig(**SIZES))
+    qat.convert(other, QuantConfig(weight="tequila"))
+    for found in (limits.unsupported(other), gguf.unsupported(other)):
+        assert "quant.weight=tequila gives it a bias" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("weight", "formats", "message"),
+    [
+        ("uniform3", ["hf"], "export.formats=hf does not fit quant.weight=uniform3: a weight is a sum of 2 matrices of codes"),
+        ("seq2", ["pt2", "gguf"], "export.formats=gguf does not fit quant.weight=seq2: .* no room for planes; take pt2, or"),
+        ("tequila", ["gguf"], "export.formats=gguf does not fit quant.weight=tequila: every layer gets a bias.* for biases"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused_before_training(weight: str, formats: list[str], message: str) -> None:
+    quant = QuantConfig(weight=weight, granularity="channel")
+    config = TrainConfig(model=ModelConfig(path="none"), quant=quant, export=ExportConfig(formats=formats))
+    with pytest.raises(ValueError, match=message):
+        config.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "uniform3", "components": 2}, "quant.weight=uniform3 does not fit quant.components=2: components"),
+        ({"weight": "twn", "components": 2}, "quant.weight=twn does not fit quant.components=2: components are ternary"),
+        ({"weight": "twn", "scale_multiplier": 1.25}, "quant.scale_multiplier=1.25 does not fit quant.weight=twn"),
+        ({"weight": "twn", "scale": "absmax"}, "quant.scale=absmax does not fit quant.weight=twn: its threshold"),
+        ({"weight": "seq"}, "quant.granularity=tensor does not fit quant.weight=seq: its range is learned"),
+        ({"weight": "uniform2", "backward": "int8"}, "quant.backward=int8 does not fit quant.weight=uniform2"),
+    ],
+)
+def test_what_does_not_combine_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", ["seq2", "tequila", "ternary_threshold"])
+def test_a_run_trains_its_parameters_and_packs_what_it_trained(
+    weight: str, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        model=ModelConfig(path=str(tiny_model)),
+        quant=QuantConfig(weight=weight, granularity="channel"),
+        data=DataConfig(train=str(text_file), sequence_length=32, batch_size=4, valid_fraction=0.1),
+        distill=DistillConfig(ce=1, kl=0),
+        optim=OptimConfig(lr=5e-3, warmup_steps=0),
+        trainer=TrainerConfig(max_steps=3, accelerator="cpu", progress=False, threads=1, checkpoint_every=3),
+        export=ExportConfig(formats=[]),
+        run=RunConfig(name=weight, dir=str(tmp_path / "run")),
+    )
+    found = run(config).perplexity
+    assert found["packed"] == found["trained"] != found["converted"]
+    state = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    for name in (name for name, one in ROWS[weight].parameters.items() if one.trained):
+        values = [value for key, value in state.items() if key.endswith(f".{name}")]
+        assert len(values) == 14 and all(len(value.unique()) > 1 for value in values)
