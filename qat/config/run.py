@@ -90,7 +90,7 @@ class TrainConfig:
                 f"optim.lambda_steps={self.optim.lambda_steps} is above trainer.max_steps={self.trainer.max_steps},"
                 " so training would end before the model is quantized"
             )
-        if self.optim.annealed and self.quant.quantizer.soft is None:
+        if self.optim.annealed and self.quant.quantizer.soft is None and not self.quant.quantizer.sharpened:
             raise ValueError(
                 f"optim.anneal={self.optim.anneal} does not fit quant.weight={self.quant.weight}, which has no soft form;"
                 " use optim.anneal=none"

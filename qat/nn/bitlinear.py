@@ -125,12 +125,16 @@ class BitLinear(nn.Linear):
         Raises:
             ValueError: the value is not above 0 and finite, or the quantizer has no soft form.
         """
+        record = self.config.quantizer
+        if record.sharpened and (value is None or 0 < value < math.inf):
+            getattr(self, record.sharpened).fill_(value or 0.0)
+            return
         if value is None:
             self.beta = None
             return
         if not 0 < value < math.inf:
             raise ValueError(f"beta={value} is not allowed; it must be above 0 and finite")
-        if self.config.quantizer.soft is None:
+        if record.soft is None:
             raise ValueError(f"quant.weight={self.config.weight} has no soft form, so it cannot be annealed")
         if carrier is not None:
             self.beta = carrier

@@ -71,6 +71,8 @@ class Quantizer:
     """None: straight-through, the identity (arXiv:1308.3432)."""
     soft: Function | None = None
     """The levels and borders that `qat.quantizers.soft` anneals. None: these codes cannot be annealed."""
+    sharpened: str = ""
+    """The buffer, one a layer, that takes the same sharpness as soft codes' where the gradient is annealed and codes are hard."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     bias: Function | None = None
     """What is added to a layer's outputs beside its own bias, whatever its inputs: packed, it is a bias."""

@@ -18,6 +18,7 @@ from qat.formats.bitnet import limits
 from qat.formats.dtypes import round_floats
 from qat.formats.gguf import writing as gguf
 from qat.formats.packed import folder as packed
+from qat.quantizers import soft
 from qat.quantizers.menu import ROWS, steps, stretched, thresholds
 from qat.train import run
 
@@ -158,6 +159,35 @@ def test_the_clipped_gradient_is_zero_where_the_clip_acts() -> None:
         layer.weight.copy_(torch.tensor([[0.1, -1.4, 0.9, 1.6]]))  # mean 1
     layer(torch.eye(4)).backward(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
     assert layer.weight.grad.tolist() == [[1, 2, 3, 0]]
+
+
+def test_the_annealed_gradient_is_the_soft_codes_slope_and_codes_stay_hard() -> None:
+    layer, w = BitLinear(4, 1, False, QuantConfig(weight="ternary_sharpened", act_bits=None)), [[0.1, -1.4, 0.9, 1.6]]
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(w))
+    grad = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    layer.set_beta(4.0)
+    y = layer(torch.eye(4))
+    assert y[:, 0].tolist() == [0, -1, 1, 1]
+    y.backward(grad)
+    _, slope = soft.soften(torch.tensor(w), torch.tensor([[-1.0, 0, 1]]), torch.tensor([[-0.5, 0.5]]), 4.0)
+    torch.testing.assert_close(layer.weight.grad, grad.t() * slope)
+    layer.set_beta(None)
+    layer.weight.grad = None
+    layer(torch.eye(4)).backward(grad)
+    assert torch.equal(layer.weight.grad, grad.t())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [name for name, row in ROWS.items() if row.soft is not None])
+def test_soft_codes_end_as_the_codes(weight: str) -> None:
+    """Where sharp, off the borders; and every parameter has a gradient by way of levels and borders."""
+    layer = a_layer(weight)
+    layer.set_beta(1e6)
+    hard, found = layer.eval()(torch.eye(512)).detach(), layer.train()(torch.eye(512)).detach()
+    assert ((found - hard).abs() > 1e-4).float().mean() < 0.005
+    layer.set_beta(4.0)
+    layer(torch.eye(512)).square().sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in layer.parameters())
 
 
 def test_tequilas_zeros_add_to_the_bias_and_have_its_gradient() -> None:

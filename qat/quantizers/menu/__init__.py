@@ -10,7 +10,7 @@ from qat.quantizers.record import Parameter, Quantizer
 
 _HERE = "qat.quantizers.menu"
 _TERNARY = (-1, 0, 1)
-_ROUNDED = "qat.quantizers.ternary:codes"
+_ROUNDED, _SOFT = "qat.quantizers.ternary:codes", "qat.quantizers.ternary:soft"
 
 
 def _threshold(name: str, words: str, **more: object) -> Quantizer:
@@ -19,6 +19,7 @@ def _threshold(name: str, words: str, **more: object) -> Quantizer:
         levels=_TERNARY,
         codes=f"{_HERE}.thresholds:{name}_codes",
         scale=f"{_HERE}.thresholds:{name}_scale",
+        soft=f"{_HERE}.thresholds:{name}_soft",
         packs_as=("ternary",),
         scales=("absmean",),
         words=words,
@@ -37,6 +38,7 @@ def _uniform(bits: int, grid: str, ratios: tuple[float, ...]) -> Quantizer:
     return Quantizer(
         levels=_TERNARY,
         codes=f"{_HERE}.steps:{grid}.codes",
+        soft=f"{_HERE}.steps:{grid}.soft",
         scale=f"{_HERE}.steps:scale",
         gradient=f"{_HERE}.steps:{grid}.gradient",
         parameters=_learned(f"{_HERE}.steps:{grid}.unit", "step"),
@@ -76,6 +78,7 @@ ROWS: dict[str, Quantizer] = {
         codes=_ROUNDED,
         scale=f"{_HERE}.steps:scale",
         gradient=f"{_HERE}.steps:TERNARY.gradient",
+        soft=_SOFT,
         parameters=_learned(f"{_HERE}.steps:TERNARY.unit", "step"),
         packs_as=("ternary",),
         scales=("absmean",),
@@ -90,6 +93,7 @@ ROWS: dict[str, Quantizer] = {
         codes=_ROUNDED,
         scale=f"{_HERE}.stretched:THREE.scale",
         gradient=f"{_HERE}.stretched:THREE.gradient",
+        soft=_SOFT,
         parameters=_learned(f"{_HERE}.stretched:THREE.unit", "clip"),
         packs_as=("ternary",),
         scales=("absmean",),
@@ -100,6 +104,7 @@ ROWS: dict[str, Quantizer] = {
     "seq2": Quantizer(
         levels=(-1, 1),
         codes=f"{_HERE}.stretched:FOUR.codes",
+        soft=f"{_HERE}.stretched:FOUR.soft",
         scale=f"{_HERE}.stretched:FOUR.scale",
         gradient=f"{_HERE}.stretched:FOUR.gradient",
         parameters=_learned(f"{_HERE}.stretched:FOUR.unit", "clip"),
@@ -116,6 +121,7 @@ ROWS: dict[str, Quantizer] = {
         levels=_TERNARY,
         codes=_ROUNDED,
         bias=f"{_HERE}.deadzone:bias",
+        soft=_SOFT,
         packs_as=("ternary",),
         words="ternary {scale}, zeros add to the bias (Tequila)",
     ),
@@ -125,5 +131,14 @@ ROWS: dict[str, Quantizer] = {
         gradient=f"{_HERE}.estimators:clipped",
         packs_as=("ternary",),
         words="ternary {scale}, clipped gradient",
+    ),
+    "ternary_sharpened": Quantizer(
+        levels=_TERNARY,
+        codes=_ROUNDED,
+        gradient=f"{_HERE}.estimators:sharpened",
+        parameters={"sharpness": Parameter(f"{_HERE}.estimators:straight", per="layer", trained=False)},
+        sharpened="sharpness",
+        packs_as=("ternary",),
+        words="ternary {scale}, annealed gradient",
     ),
 }

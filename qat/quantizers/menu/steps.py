@@ -72,6 +72,11 @@ class Grid:
         """[planes, R, L] of rows [R, L] and scales [R, planes], the step last; half to even."""
         return digits((rows / scale[:, -1:]).round().clamp(self.low, self.high), self.planes)
 
+    def soft(self, rows: Tensor, scale: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels [R, m] and the borders half way between them, for scales [R, planes]."""
+        numbers = torch.arange(self.low, self.high + 1, dtype=scale.dtype, device=scale.device)
+        return numbers * scale[:, -1:], (numbers[1:] - 0.5) * scale[:, -1:]
+
     def gradient(
         self, grad: Tensor, rows: Tensor, codes: Tensor, scale: Tensor, step: Tensor, unit: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -46,6 +46,10 @@ class Stretched:
         first = torch.where(level < 0, -1.0, 1.0)
         return torch.stack([first, level - 2 * first])
 
+    def soft(self, rows: Tensor, scale: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
+        """The four levels and the borders half way between them, for scales [R, 2]."""
+        return scale.new_tensor([-3, -1, 1, 3]) * scale[:, -1:], scale.new_tensor([-2, 0, 2]) * scale[:, -1:]
+
     def gradient(
         self, grad: Tensor, rows: Tensor, codes: Tensor, scale: Tensor, clip: Tensor, unit: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

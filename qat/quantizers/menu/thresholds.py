@@ -29,9 +29,22 @@ def kept_mean(magnitudes: Tensor, kept: Tensor) -> Tensor:
     return (total / kept.sum(-1, keepdim=True).clamp_min(1)).float()
 
 
+def levels(scale: Tensor, border: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels -s, 0, s and borders -D, D for scales and thresholds [R, 1]."""
+    return torch.cat([-scale, torch.zeros_like(scale), scale], 1), torch.cat([-border, border], 1)
+
+
+def _twn_border(rows: Tensor) -> Tensor:
+    return _TWN * mean(rows.abs())
+
+
 def _twn_kept(rows: Tensor) -> Tensor:
-    magnitudes = rows.abs()
-    return magnitudes > _TWN * mean(magnitudes)
+    return rows.abs() > _twn_border(rows)
+
+
+def twn_soft(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels [R, 3] and borders [R, 2]."""
+    return levels(scale, _twn_border(rows))
 
 
 def twn_scale(rows: Tensor, options: WeightOptions) -> Tensor:
@@ -44,11 +57,21 @@ def twn_codes(rows: Tensor, scale: Tensor) -> Tensor:
     return rows.sign() * _twn_kept(rows)
 
 
+def _count_border(rows: Tensor) -> Tensor:
+    """The smallest magnitude that is kept."""
+    length = rows.shape[-1]
+    zeros = length - max(1, round(length * _KEPT))
+    return rows.abs().kthvalue(zeros + 1, -1, keepdim=True).values
+
+
 def _count_kept(rows: Tensor) -> Tensor:
     """Weights as large as the smallest one kept are kept too, so that rows of one magnitude are no zeros."""
-    magnitudes, length = rows.abs(), rows.shape[-1]
-    zeros = length - max(1, round(length * _KEPT))
-    return magnitudes >= magnitudes.kthvalue(zeros + 1, -1, keepdim=True).values
+    return rows.abs() >= _count_border(rows)
+
+
+def count_soft(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels [R, 3] and borders [R, 2]."""
+    return levels(scale, _count_border(rows))
 
 
 def count_scale(rows: Tensor, options: WeightOptions) -> Tensor:
@@ -81,6 +104,11 @@ def learned_codes(rows: Tensor, scale: Tensor, threshold: Tensor) -> Tensor:
     """{-1, 0, 1} of rows [R, L] for theta [R, 1]."""
     magnitudes = rows.abs()
     return rows.sign() * (magnitudes >= _border(magnitudes, threshold))
+
+
+def learned_soft(rows: Tensor, scale: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels [R, 3] and borders [R, 2]: theta's gradient is by way of these."""
+    return levels(scale, _border(rows.abs(), threshold))
 
 
 def learned_gradient(
