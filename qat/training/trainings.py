@@ -16,6 +16,7 @@ from qat.losses import active, needs
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS
 from qat.models import hub as models
+from qat.models.vocabulary import check_same_words
 from qat.training.callbacks import Anneal, LambdaWarmup, Samples
 from qat.training.fit import FitResult, fit
 from qat.training.gradients.terms import TermGradients
@@ -55,6 +56,7 @@ def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel 
             f"model.teacher={config.model.teacher} has {teacher.config.vocab_size} tokens in its vocabulary,"
             f" but the student has {base.config.vocab_size}; logits can only be compared over one vocabulary"
         )
+    check_same_words(config.model)
     return teacher
 
 
