@@ -58,7 +58,7 @@ docs: $(READY)
 
 # A report ends the process: pytest may not keep what it writes to the terminal.
 sanitize: $(READY)
-	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/ops/test_kernels.py tests/ops/test_kernel_layers.py tests/ops/test_cpu_decode.py tests/ops/test_sums.py tests/ops/test_soft_kernels.py tests/ops/test_planes.py tests/ops/test_attention.py -k "not fullgraph" --capture=sys
+	env $$($(BIN)/python -m qat.ops.build --sanitize) $(BIN)/python -m pytest tests/ops/test_kernels.py tests/ops/test_kernel_layers.py tests/ops/test_cpu_decode.py tests/ops/test_sums.py tests/ops/test_soft_kernels.py tests/ops/test_planes.py tests/ops/test_attention.py tests/ops/test_nearest_kernel.py -k "not fullgraph" --capture=sys
 
 overrides: $(READY)
 	QAT_ALL_OVERRIDES=1 $(BIN)/python -m pytest -q tests/config/test_overrides.py

@@ -61,6 +61,30 @@ std::tuple<Tensor, Tensor> cpu_soften(const Tensor& rows, const Tensor& levels, 
   return {soft, slope};
 }
 
+// Codes int8 [N, planes K], planes side by side, of rows float32 [R, L] that are a weight [N, K]: those of the nearest levels,
+// which borders [R, B] part and book int8 [R, B + 1, planes] holds in ascending order. A weight on a border takes the level below.
+Tensor cpu_nearest(const Tensor& rows, const Tensor& borders, const Tensor& book, int64_t k) {
+  const int64_t length = rows.size(1), n = rows.numel() / k, r = rows.size(0), count = borders.size(1), planes = book.size(2);
+  const float *in = floats(rows, n * k, "rows"), *border = floats(borders, r * count, "borders");
+  STD_TORCH_CHECK(book.scalar_type() == ScalarType::Char && book.is_contiguous() && book.numel() == r * (count + 1) * planes &&
+                      planes >= 1 && planes <= Book::kMostPlanes && n * k == r * length && (length % k == 0 || k % length == 0),
+                  "wrong book, borders or rows");
+  const auto* codes = static_cast<const int8_t*>(book.const_data_ptr());
+  Tensor t = empty({n, planes * k}, ScalarType::Char);
+  auto* to = static_cast<int8_t*>(t.mutable_data_ptr());
+  const int64_t piece = length < k ? length : k, pieces = k / piece;
+  torch::stable::parallel_for(0, n * pieces, grain(piece * count), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / pieces, first = i % pieces * piece, at = i * piece / length;
+      int8_t* out[Book::kMostPlanes];
+      for (int64_t p = 0; p < planes; ++p) out[p] = to + (row * planes + p) * k + first;
+      isa().nearest(in + i * piece, piece,
+                    {count, static_cast<int>(planes), border + at * count, codes + at * (count + 1) * planes}, out);
+    }
+  });
+  return t;
+}
+
 // (what the codes of x [M, K] stand for, in its dtype; the codes; their scales [M, 1]), each token its own scale: a token is
 // measured, rounded and written back while it is in the cache.
 std::tuple<Tensor, Tensor, Tensor> cpu_rounded(const Tensor& x, double least) {
@@ -98,11 +122,13 @@ std::tuple<Tensor, Tensor, Tensor> cpu_rounded(const Tensor& x, double least) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cpu_soften(Tensor rows, Tensor levels, Tensor borders, float beta, int kind) -> (Tensor, Tensor)");
+  m.def("cpu_nearest(Tensor rows, Tensor borders, Tensor book, int in_features) -> Tensor");
   m.def("cpu_rounded(Tensor x, float eps) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_soften", TORCH_BOX(&cpu_soften));
+  m.impl("cpu_nearest", TORCH_BOX(&cpu_nearest));
   m.impl("cpu_rounded", TORCH_BOX(&cpu_rounded));
 }
 

@@ -5,7 +5,7 @@
 
 #define QAT_TARGET __attribute__((unused, target("avx2,f16c")))
 #define QAT_VECTOR 32
-#include "soft.h"
+#include "nearest.h"
 
 namespace qat {
 namespace {
@@ -107,7 +107,7 @@ QAT_TARGET void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, 
 }
 
 constexpr Isa with_avx2() {
-  Isa isa = softened(path("avx2", kTokens, dot));
+  Isa isa = with_nearest(softened(path("avx2", kTokens, dot)));
   isa.to_float = to_float8;
   isa.from_float = from_float8;
   isa.quantize = quantize8;

@@ -9,7 +9,7 @@
 
 #define QAT_TARGET __attribute__((unused, target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")))
 #define QAT_VECTOR 64
-#include "soft.h"
+#include "nearest.h"
 
 namespace qat {
 namespace {
@@ -267,7 +267,7 @@ QAT_TARGET int64_t peak(int64_t rounds) {
 }
 
 constexpr Isa with_avx512() {
-  Isa isa = softened(path("avx512", kTokens, dot));
+  Isa isa = with_nearest(softened(path("avx512", kTokens, dot)));
   isa.to_float = to_float16;
   isa.from_float = from_float16;
   isa.absmax = absmax16;

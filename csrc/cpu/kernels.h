@@ -78,6 +78,15 @@ struct Attention {
 };
 enum class Pass { forward, queries, keys };
 
+// A row's levels in ascending order, as codes, and the borders between them (nearest.h).
+struct Book {
+  static constexpr int kMostPlanes = 4;
+  int64_t borders;
+  int planes;
+  const float* border;  // [borders]
+  const int8_t* codes;  // [borders + 1][planes]
+};
+
 // One instruction set's kernels. acc is [tokens][64] int32 and is overwritten.
 struct Isa {
   const char* name;
@@ -101,6 +110,8 @@ struct Isa {
   double (*sum)(const float* x, int64_t n);
   double (*magnitudes)(const float* x, int64_t n);
   double (*squares)(const float* x, int64_t n);
+  // A code a plane for n weights: those of the level that the borders below a weight number.
+  void (*nearest)(const float* w, int64_t n, const Book& book, int8_t* const* out);
   void (*dequantize)(const int8_t* codes, int64_t n, float scale, float* out);
   // Soft weights and their slopes (soft.h), for any levels, and for -s, 0, s with the borders half way.
   void (*soften)(const float* w, int64_t n, const Soft& p, float* soft, float* slope);

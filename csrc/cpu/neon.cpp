@@ -6,7 +6,7 @@
 
 #define QAT_TARGET __attribute__((unused, target("arch=armv8.2-a+dotprod")))
 #define QAT_VECTOR 16
-#include "soft.h"
+#include "nearest.h"
 
 namespace qat {
 namespace {
@@ -69,7 +69,7 @@ QAT_TARGET void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, 
 
 }  // namespace
 
-constexpr Isa neon = softened(path("neon", kTokens, dot));
+constexpr Isa neon = with_nearest(softened(path("neon", kTokens, dot)));
 
 }  // namespace qat
 #endif

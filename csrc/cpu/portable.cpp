@@ -1,7 +1,7 @@
 // The path for any CPU: plain C++, which the compiler may vectorize for its baseline.
 #define QAT_TARGET __attribute__((unused))
 #define QAT_VECTOR 16
-#include "soft.h"
+#include "nearest.h"
 
 namespace qat {
 namespace {
@@ -23,6 +23,6 @@ void dot(const uint32_t* tiles, const int8_t* words, int64_t stride, int64_t blo
 
 }  // namespace
 
-constexpr Isa portable = softened(path("portable", kMaxTokens, dot));
+constexpr Isa portable = with_nearest(softened(path("portable", kMaxTokens, dot)));
 
 }  // namespace qat

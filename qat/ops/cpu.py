@@ -183,12 +183,22 @@ def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tupl
     flag = _CODES.get(resolve(record.codes))
     if w.numel() == 0 or not compiled():
         return latent.quantize_weight(w, o, parameters)
+    if resolve(record.codes) in FITTED:
+        return _nearest(w, parameters, o)
     if flag is None:
         say_left("cpu", o.weight, latent.record_of(o), serves)
         return latent.quantize_weight(w, o, parameters)
     rows, value, shape = latent.weight_scale(w, o, parameters, SCALES)
     limit = torch.ops.qat.cpu_mean(rows.contiguous(), False) if flag else value
     return torch.ops.qat.cpu_codes(rows.contiguous(), limit.contiguous(), flag).reshape(w.shape), value.reshape(shape)
+
+
+def _nearest(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tuple[Tensor, Tensor]:
+    """Several planes: the nearest levels of scales that torch fits or that are learned."""
+    rows, value, shape = latent.weight_scale(w, o, parameters, SCALES)
+    borders, book = components.code_book(value)
+    t = torch.ops.qat.cpu_nearest(rows.contiguous(), borders.contiguous(), book.contiguous(), w.shape[1])
+    return t, latent.from_rows(value, shape)
 
 
 def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
