@@ -17,7 +17,7 @@ class OptimConfig:
 
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.95]})
     """A `_target_` and its arguments; parameters, lr and weight_decay are passed to it, and `fused: true` if it has that (not
-    in mixed precision): all in one pass, rounded a little otherwise; `+optim.optimizer.fused=false` undoes it."""
+    in 16-mixed): all in one pass, rounded a little otherwise; `+optim.optimizer.fused=false` undoes it."""
     lr: float = 1e-3
     """Peak learning rate of everything but the latent weights."""
     latent_lr_multiplier: float = 1.0
@@ -32,6 +32,8 @@ class OptimConfig:
     """The rate at the last step as a share of the peak (cosine and linear)."""
     lambda_steps: int = 0
     """Steps over which quantization is blended in, W + lambda (Q(W) - W) with lambda 0 -> 1; 0: at once."""
+    beta2_half_life: float | None = None
+    """Tokens after which a squared gradient counts half: beta2 = 0.5^(tokens an update / this); null: the optimizer's own."""
     anneal: str = "none"
     """`soft`: weights are their codes' mean under thresholds that sharpen, with its own gradient; `none`: straight through."""
     anneal_from: float = 2.0
@@ -51,6 +53,7 @@ class OptimConfig:
         at_least("optim.weight_decay", self.weight_decay, 0, most=1e4)
         at_least("optim.warmup_steps", self.warmup_steps, 0)
         at_least("optim.lambda_steps", self.lambda_steps, 0)
+        at_least("optim.beta2_half_life", self.beta2_half_life, 0, open_end=True, most=1e15)
         choose("optim.anneal", self.anneal, ("none", "soft"))
         at_least("optim.anneal_from", self.anneal_from, 0, open_end=True, most=SHARPEST)
         at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qat.config import TrainConfig
 from qat.conversion.layers import bitlinears, full_precision_bf16
 from qat.quantizers.packing import get_layout
+from qat.reporting import updates
 
 MIB = 2**20
 
@@ -20,7 +21,6 @@ def lines(config: TrainConfig, base: nn.Module, student: nn.Module, teacher: nn.
     taught = sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
     state, activations = 16 * parameters, activation_bytes(student, config.data.sequence_length) * config.data.batch_size
     linears, packed = linear_bytes(student, config.export.layout)
-    tokens = token_count(config)
     total = (state + taught + activations) / MIB
     codes, whole = sum(layer.weight.numel() for _, layer in bitlinears(student)), full_precision_bf16(base)
     return [
@@ -28,7 +28,8 @@ def lines(config: TrainConfig, base: nn.Module, student: nn.Module, teacher: nn.
         f"size            {whole / MIB:.1f} MiB in bf16; linear layers {linears / MIB:.2f} -> {packed / MIB:.2f} MiB",
         f"memory          about {total:,.0f} MiB a device: weights, gradients and Adam {state / MIB:,.0f},"
         f" teacher {taught / MIB:,.0f}, activations {activations / MIB:,.0f}",
-        f"tokens          {tokens:,} in {config.trainer.max_steps:,} steps of {tokens // config.trainer.max_steps:,}",
+        f"updates         {updates.in_words(config)}",
+        *([f"warning         {said}"] if (said := updates.warning(config)) else []),
         *annealing(config),
     ]
 
@@ -41,13 +42,6 @@ def annealing(config: TrainConfig) -> list[str]:
     soft = math.ceil(optim.anneal_share * total)
     words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} with codes"
     return [f"weights         {words}"]
-
-
-def token_count(config: TrainConfig) -> int:
-    """Tokens that a run trains on, on all devices."""
-    trainer = config.trainer
-    sequences = trainer.max_steps * trainer.accumulate_grad_batches * config.data.batch_size * trainer.devices * trainer.num_nodes
-    return sequences * config.data.sequence_length
 
 
 def linear_bytes(student: nn.Module, layout: str) -> tuple[int, int]:

@@ -170,12 +170,14 @@ class QATModule(pl.LightningModule):
             counts.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
     def on_train_start(self) -> None:
-        """Rates and decay are the configuration's, also where a checkpoint brought older ones."""
+        """Rates, decay and betas are the configuration's, also where a checkpoint brought older ones."""
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [lr for lr, _ in self._peaks]  # type: ignore[union-attr]
         factor = scheduler.lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
         for group, (lr, _) in zip(optimizer.param_groups, self._peaks, strict=True):
             group.update(initial_lr=lr, lr=lr * factor)
+        for group, betas in zip(optimizer.param_groups, self._betas, strict=True):
+            group.update(betas)
         scheduler.lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
 
     def configure_gradient_clipping(
@@ -193,6 +195,7 @@ class QATModule(pl.LightningModule):
         """Parameter groups, and the schedules as a function of the optimizer step."""
         optimizer = self._optimizer(parameter_groups(self.student, self.optim))
         self._peaks = [(group["lr"], group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
+        self._betas = [{key: group[key] for key in ("betas",) if key in group} for group in optimizer.param_groups]
 
         def factor(step: int) -> float:
             for group, (_, decay) in zip(optimizer.param_groups, self._peaks, strict=True):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Gradient
 from torch import nn
 
 from qat.config import TrainConfig, TrainerConfig
+from qat.reporting import updates
 
 logging.getLogger("hydra.utils").addHandler(logging.NullHandler())  # what it says of an import is in our errors
 
@@ -34,7 +35,7 @@ def optimizer_factory(config: TrainConfig) -> Any:
         ValueError: it cannot be made with its arguments, or does not step.
     """
     optim = config.optim
-    factory = instantiated({**_fused(optim.optimizer, config.trainer), **optim.optimizer, "_partial_": True})
+    factory = _with_half_life(config, {**_fused(optim.optimizer, config.trainer), **optim.optimizer, "_partial_": True})
     weights = [nn.Parameter(torch.ones([2] * n)) for n in (1, 2)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -47,13 +48,36 @@ def optimizer_factory(config: TrainConfig) -> Any:
     return factory
 
 
+def _with_half_life(config: TrainConfig, node: dict[str, Any]) -> Any:
+    """The optimizer's factory; its second beta is that of `optim.beta2_half_life` where one is set."""
+    factory, half_life = instantiated(node), config.optim.beta2_half_life
+    if half_life is None:
+        return factory
+    second = updates.beta2(updates.tokens_per_update(config), half_life)
+
+    def make(groups: list[dict[str, Any]]) -> Any:
+        optimizer = factory(groups)
+        for group in optimizer.param_groups:
+            if not has_betas(group):
+                raise ValueError(f"optim.beta2_half_life={half_life:g} needs one with two betas, such as torch.optim.AdamW")
+            group["betas"] = (group["betas"][0], second)
+        return optimizer
+
+    return make
+
+
+def has_betas(group: dict[str, Any]) -> bool:
+    """Whether the optimizer of this parameter group averages gradients and their squares, as Adam's kin do."""
+    return isinstance(group.get("betas"), (tuple, list)) and len(group["betas"]) == 2
+
+
 def _fused(node: dict[str, Any], trainer: TrainerConfig) -> dict[str, Any]:
     """`fused: true` for an optimizer that has it and was not told: one pass over the weights instead of a dozen calls for each.
 
-    Not in mixed precision, where lightning refuses to clip the gradients of an optimizer that could unscale them by itself.
+    Not in 16-mixed, where lightning refuses to clip the gradients of an optimizer that could unscale them by itself.
     """
     told = {"fused", "foreach", "capturable", "differentiable"} & set(node)
-    if told or not trainer.precision.endswith("-true"):
+    if told or trainer.precision == "16-mixed":
         return {}
     try:
         names = inspect.signature(get_object(node["_target_"])).parameters

@@ -22,7 +22,7 @@ from qat.data import QATData
 from qat.data.opening import open_data, probe_batch, sampled_data
 from qat.formats.dtypes import round_floats
 from qat.models import hub as models
-from qat.reporting import estimate
+from qat.reporting import estimate, updates
 from qat.reporting.result import RunResult, read_result
 from qat.training import fit
 from qat.training.checkpoints import newest
@@ -125,6 +125,9 @@ def prepare(config: TrainConfig) -> Job:
 
 def start(job: Job, book: Book) -> Measure:
     """Sample the data where the model writes it, and measure the model before and after its conversion."""
+    print(updates.in_words(job.config), flush=True)
+    if said := updates.warning(job.config):
+        print(f"warning: {said}", flush=True)
     if job.data is None:
         job.data = sampled_data(job.config, job.tokenizer, job.base, total_batches(job.config.trainer))
     measure = Measure.of(job.config, job.data, job.tokenizer)

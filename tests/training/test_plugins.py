@@ -104,5 +104,27 @@ def test_an_optimizer_is_fused_where_it_can_be():
     adamw = {"_target_": "torch.optim.AdamW"}
     assert fused(adamw) is True and fused({"_target_": "torch.optim.SGD", "lr": 0.1}) is True
     assert fused({**adamw, "fused": False}) is False and not fused({**adamw, "foreach": True})
-    assert not fused(adamw, precision="bf16-mixed")  # lightning refuses to clip there
+    assert fused(adamw, precision="bf16-mixed") is True
+    assert not fused(adamw, precision="16-mixed")  # lightning refuses to clip there
     assert fused({"_target_": "torch.optim.RAdam"}) is None
+
+
+def betas(half_life: float, target: str = "torch.optim.AdamW", **trainer: Any) -> list[Any]:
+    optimizer: dict[str, Any] = {"_target_": target, "betas": [0.8, 0.95]} if "Adam" in target else {"_target_": target}
+    config = TrainConfig(optim=OptimConfig(optimizer=optimizer, beta2_half_life=half_life), trainer=TrainerConfig(**trainer))
+    config.data.batch_size, config.data.sequence_length = 2, 512
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.1} for _ in range(2)]
+    return [group["betas"] for group in optimizer_factory(config)(groups).param_groups]
+
+
+@pytest.mark.parametrize("target", ["torch.optim.AdamW", "torch.optim.Adam", "torch.optim.RAdam", "torch.optim.NAdam"])
+def test_the_second_beta_halves_in_so_many_tokens(target: str) -> None:
+    assert betas(1024.0, target) == [(0.8, 0.5)] * 2
+    assert betas(1024.0, target, accumulate_grad_batches=4) == [(0.8, 0.5**4)] * 2
+    assert betas(102400.0, target) == [(0.8, pytest.approx(0.5**0.01))] * 2
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adafactor"])
+def test_an_optimizer_without_betas_has_no_half_life(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}.*optim.beta2_half_life=1e\+06 needs one with two betas"):
+        betas(1e6, f"torch.optim.{name}")

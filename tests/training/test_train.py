@@ -96,7 +96,7 @@ def test_dry_run_writes_nothing(config: TrainConfig, capsys: pytest.CaptureFixtu
     config.dry_run = True
     run(config)
     output = capsys.readouterr().out
-    assert "14 of 15 linear layers converted" in output and "1,536 in 12 steps of 128" in output
+    assert "14 of 15 linear layers converted" in output and "12 updates of 128 tokens, 1,536 tokens" in output
     assert re.search(r"^epochs +[\d.]+: \d+ sequences in all$", output, re.M) and re.search(r"^sample +.\[\[", output, re.M)
     assert not Path(config.run.dir or "").exists()
 
