@@ -18,6 +18,7 @@ ROOMS = [
     "ops",
     "nn",
     "conversion",
+    "calibration",
     "losses",
     "metrics",
     "inference",

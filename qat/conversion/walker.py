@@ -37,6 +37,12 @@ def listen(listener: Listener) -> Listener:
     return listener
 
 
+def announce(model: nn.Module, done: str) -> None:
+    """Call the listeners: for whoever puts packed layers in place by other means than `pack`."""
+    for listener in _LISTENERS:
+        listener(model, done)
+
+
 def convert(
     model: nn.Module,
     config: QuantConfig | None = None,
@@ -182,8 +188,7 @@ def _exchange(
             raise ValueError(f"{name} and {next(iter(old))} have different configs; have each part {done} on its own")
     layers = {name: build(name, module) for name, module in old.items()}
     swap(model, layers)
-    for listener in _LISTENERS:
-        listener(model, done)
+    announce(model, done)
     return Conversion(done, config, list(layers), {}, layout)
 
 

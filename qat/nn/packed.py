@@ -64,8 +64,12 @@ class PackedBitLinear(nn.Module):
         self.rms_norm = None if norm is None else norm.requires_grad_(False)
 
     @classmethod
-    def from_bitlinear(cls, layer: BitLinear, layout: str = "2bit") -> PackedBitLinear:
+    def from_bitlinear(
+        cls, layer: BitLinear, layout: str = "2bit", quantized: tuple[Tensor, Tensor] | None = None
+    ) -> PackedBitLinear:
         """Pack a trained layer. Its outputs stay the same to the bit (at lambda 1).
+
+        `quantized`: codes and scale to hold in place of the layer's own, as `BitLinear.quantized` shapes them.
 
         Raises:
             ValueError: the layout does not hold the quantizer's codes.
@@ -75,7 +79,7 @@ class PackedBitLinear(nn.Module):
             raise ValueError(f"quant.weight={layer.config.weight} does not fit layout {layout}: {reason}")
         packed = cls(layer.in_features, layer.out_features, False, layer.config, layout, "meta", layer.weight.dtype)
         with torch.no_grad():
-            codes, scale = layer.quantized()
+            codes, scale = layer.quantized() if quantized is None else quantized
             packed.packed = ops.pack_ternary(codes, layout)
             packed.weight_scale = scale
             bias = layer.output_bias()
