@@ -43,28 +43,43 @@ def export(
     Raises:
         ValueError: `run` is no such folder, the format cannot hold the model or lacks an option, or what was read back differs.
     """
-    format = format_for(out, format)
-    given = {key: value for key, value in options.items() if value is not None}
-    _check_options(format, given)
-    folder, writer = packed_folder(run), get_format(format)
+    format, given = chosen(out, format, options)
+    folder = packed_folder(run)
     from qat.config import ModelConfig
-    from qat.formats.dtypes import round_floats
     from qat.formats.packed import folder as packed
     from qat.models.hub import load_tokenizer
 
     model = packed.load(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(ModelConfig(path=str(folder), trust_remote_code=trust_remote_code))
+    windows = text_windows(model, tokenizer, text, max_tokens)
+    facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
+    about = f"the first {max_tokens:,} tokens of {Path(text).name}"
+    return {**write(model, out, tokenizer, format, given, windows, facts), "text": about, "sizes": packed.sizes(folder)}
+
+
+def write(
+    model: Any, out: str, tokenizer: Any, format: str, given: dict[str, Any], windows: list[Window], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a packed model and compare what is read back on `windows`; `facts` are for the model card."""
+    from qat.formats.dtypes import round_floats
+
+    writer = get_format(format)
     for name in (name for name in given if FORMATS[format].options[name].rounds):
         round_floats(model, given[name])
-    windows = _windows(model, tokenizer, text, max_tokens)
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
-    facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}
     replaced = local(out).exists()
     info = writer.save(
         model, out, tokenizer, **given, card=facts, check=lambda new: writer.read_back(new, model, probes, windows)
     )
-    about = f"the first {max_tokens:,} tokens of {Path(text).name}"
-    return {**info, "format": format, "replaced": replaced, "text": about, "sizes": packed.sizes(folder)}
+    return {**info, "format": format, "replaced": replaced}
+
+
+def chosen(out: str, format: str | None, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The format for a target and the options that were given; ValueError where they do not fit."""
+    format = format_for(out, format)
+    given = {key: value for key, value in options.items() if value is not None}
+    _check_options(format, given)
+    return format, given
 
 
 def _check_options(format: str, given: dict[str, Any]) -> None:
@@ -78,7 +93,8 @@ def _check_options(format: str, given: dict[str, Any]) -> None:
             raise ValueError(f"{flag}={value!r} is not allowed for {format}; choose one of {', '.join(option.allowed)}")
 
 
-def _windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Window]:
+def text_windows(model: Any, tokenizer: Any, text: str, max_tokens: int) -> list[Window]:
+    """What perplexity is measured on."""
     from qat.config import DataConfig
     from qat.data import text_tokens
     from qat.evaluation.context import window_context
@@ -99,7 +115,8 @@ def report(info: dict[str, Any]) -> list[str]:
     """What a person reads of `export`'s result."""
     sizes = info["sizes"]
     return [
-        *get_format(info["format"]).report(info),
+        *info.get("calibrated", []),
+        *(get_format(info["format"]).report(info) if info["format"] in FORMATS else []),
         *(["the earlier export there is replaced"] if info["replaced"] else []),
         f"bytes: {sizes['full_precision_bf16']:,} in bf16, {sizes['packed_model']:,} packed"
         f" (of which {sizes['packed_linears']:,} the quantized layers)",
