@@ -62,11 +62,16 @@ class Calibrated:
 def check_calibrated(config: QuantConfig) -> None:
     """ValueError for a quantizer whose codes and scales cannot be chosen freely."""
     row = config.quantizer
-    why = (
-        f"its {', '.join(row.parameters)} must be trained" if row.parameters else "its planes share a scale" if row.ratios else ""
-    )
-    if why:
-        raise ValueError(f"quant.weight={config.weight} cannot be calibrated without training: {why}; choose ternary or binary")
+    reasons = {
+        f"its {', '.join(row.parameters)} must be trained": row.parameters,
+        "its planes share a scale": row.ratios,
+        f"its codes are chosen {row.block} at a time": row.block > 1,
+        "its zeros add to the bias": row.bias,
+    }
+    for why, holds in reasons.items():
+        if holds:
+            what = f"quant.weight={config.weight} cannot be calibrated without training: {why}"
+            raise ValueError(f"{what}; choose ternary or binary")
 
 
 def compensate(base: nn.Module, model: nn.Module, windows: Sequence[Tensor], *, layout: str = "2bit") -> Calibrated:

@@ -8,6 +8,8 @@ codes and, but for rounding, the scales are then those that were asked for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,7 @@ def check_start(config: QuantConfig) -> None:
         raise ValueError(f"{what}: {error}; use ternary with quant.scale=absmean") from error
 
 
-def start_calibrated(base: nn.Module, model: nn.Module, windows: list[Tensor]) -> dict[str, object]:
+def start_calibrated(base: nn.Module, model: nn.Module, windows: list[Tensor]) -> dict[str, Any]:
     """Give the BitLinear layers of `model` latent weights that quantize to what `compensate` finds, in place; its facts.
 
     Arguments and errors as there. A layer that keeps full precision's weights, since it saw no token, is left as it is.

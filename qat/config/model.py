@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qat.config.checks import check_types
+from qat.config.checks import at_least, check_types, choose
 
 
 @dataclass
@@ -23,6 +23,12 @@ class ModelConfig:
     """Shell patterns of layers to leave in full precision."""
     trust_remote_code: bool = False
     """Passed to transformers."""
+    start: str = "weights"
+    """`weights`: train from them. `ptq`: from codes calibrated on the training text, for tiny budgets."""
+    start_tokens: int = 12288
+    """Tokens of the training text that `start=ptq` calibrates on, in sequences spread over it."""
 
     def __post_init__(self) -> None:
         check_types("model", self, may_be_empty=("path",))
+        choose("model.start", self.start, ("weights", "ptq"))
+        at_least("model.start_tokens", self.start_tokens, 1)

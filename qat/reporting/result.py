@@ -60,6 +60,8 @@ class RunResult:
     further: dict[str, Perplexity] = field(default_factory=dict)
     """Name -> the same for a further text; in JSON as `perplexity_<name>`."""
     conversion: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """Of a start from calibrated codes: tokens, seconds, error."""
     export: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)

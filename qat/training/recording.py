@@ -31,6 +31,8 @@ class Facts:
     conversion: Conversion
     folder: str = ""
     status: str = "running"
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """Of a start from calibrated codes."""
     texts: dict[str, Perplexity] = field(default_factory=dict)
     """Text -> what is measured on it; '' is the recipe's own."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -56,6 +58,7 @@ def assembled(facts: Facts) -> RunResult:
         perplexity=values.pop("", Perplexity()),
         further=values,
         conversion=facts.conversion.facts(),
+        calibration=facts.calibration,
         export=_exports(facts.exports),
         verification=_verification(facts),
         bytes={**facts.bytes, **{one.name: one.bytes for one in facts.exports or [] if one.bytes is not None}},

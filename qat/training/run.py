@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from qat.calibration.start import calibrated, check_calibrated_start
 from qat.config import TrainConfig
 from qat.conversion import walker as conversion
 from qat.conversion.layers import full_precision_bf16
@@ -101,6 +102,7 @@ def prepare(config: TrainConfig) -> Job:
     """Check everything that can be checked, then load the model and convert a copy of it."""
     config.check()
     check_teacher(config)
+    check_calibrated_start(config)
     fit.check_hardware(config.trainer)
     optimizer = optimizer_factory(config)
     check_plugins(config)
@@ -124,7 +126,7 @@ def prepare(config: TrainConfig) -> Job:
 
 
 def start(job: Job, book: Book) -> Measure:
-    """Sample the data where the model writes it, and measure the model before and after its conversion."""
+    """Sample the data where the model writes it, and measure the model before and after its conversion and calibration."""
     print(updates.in_words(job.config), flush=True)
     if said := updates.warning(job.config):
         print(f"warning: {said}", flush=True)
@@ -133,6 +135,8 @@ def start(job: Job, book: Book) -> Measure:
     measure = Measure.of(job.config, job.data, job.tokenizer)
     book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
     book.measured("full_precision", measure(job.base))
+    device = device_of(job.config.trainer)
+    book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device))
     book.measured("converted", measure(job.student))
     return measure
 

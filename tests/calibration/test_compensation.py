@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 import qat
-from qat.calibration.compensation import compensate
+from qat.calibration.compensation import check_calibrated, compensate
 from qat.metrics.agreement import relative_error
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -94,6 +94,14 @@ def test_what_cannot_be_calibrated_is_said():
     model.model.layers[0].mlp.down_proj.weight.data.fill_(3e38).mul_(10)
     with pytest.raises(ValueError, match="down_proj: its inputs on the calibration text are not finite"):
         compensate(base, model, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "weight, why", [("lsq", "its step, unit must be trained"), ("sherry", "4 at a time"), ("tequila", "add to the bias")]
+)
+def test_quantizers_whose_codes_are_not_free_are_refused(weight, why):
+    with pytest.raises(ValueError, match=f"quant.weight={weight} cannot be calibrated without training: .*{why}"):
+        check_calibrated(qat.QuantConfig(weight=weight))
 
 
 class Expert(nn.Module):
