@@ -23,7 +23,7 @@ from qat.config import TrainConfig  # noqa: E402
 from qat.config.describe import Key, keys, sections  # noqa: E402
 
 NOTE = "<!-- Made by `python docs/generate.py`; edit the code instead. -->\n\n"
-VERBS = ("evaluate", "generate", "export", "inspect", "serve", "bench", "ops.build")
+VERBS = ("evaluate", "generate", "export", "inspect", "serve", "plan", "bench", "ops.build")
 
 
 def config_page() -> str:
