@@ -24,6 +24,8 @@ class OptimConfig:
     """Times lr: the peak learning rate of the latent weights of BitLinear layers."""
     weight_decay: float = 0.0
     """On latent weights and other matrices, never on norms, biases and scales."""
+    weight_decay_until: float | None = None
+    """The share of the run after which weight decay is 0. null: half of it with `schedule=two_stage`, else all of it."""
     schedule: str = "cosine"
     """`cosine`, `linear`, `constant`, or `two_stage` (linear; half way the rate drops by a third, weight decay to 0)."""
     warmup_steps: int = 0
@@ -34,6 +36,8 @@ class OptimConfig:
     """Steps over which quantization is blended in, W + lambda (Q(W) - W) with lambda 0 -> 1; 0: at once."""
     beta2_half_life: float | None = None
     """Tokens after which a squared gradient counts half: beta2 = 0.5^(tokens an update / this); null: the optimizer's own."""
+    lambda_schedule: str = "linear"
+    """How lambda rises in `lambda_steps`: `linear`, `sigmoid` (slow, fast, slow), or `layerwise` (block after block)."""
     anneal: str = "none"
     """`soft`: weights are their codes' mean under thresholds that sharpen, with its own gradient; `none`: straight through."""
     anneal_from: float = 2.0
@@ -51,9 +55,13 @@ class OptimConfig:
         at_least("optim.lr", self.lr, 0, open_end=True, most=1e4)
         at_least("optim.latent_lr_multiplier", self.latent_lr_multiplier, 0, most=1e6)
         at_least("optim.weight_decay", self.weight_decay, 0, most=1e4)
+        at_least("optim.weight_decay_until", self.weight_decay_until, 0, most=1)
         at_least("optim.warmup_steps", self.warmup_steps, 0)
         at_least("optim.lambda_steps", self.lambda_steps, 0)
         at_least("optim.beta2_half_life", self.beta2_half_life, 0, open_end=True, most=1e15)
+        choose("optim.lambda_schedule", self.lambda_schedule, ("linear", "sigmoid", "layerwise"))
+        if self.lambda_schedule != "linear" and not self.lambda_steps:
+            raise ValueError(f"optim.lambda_schedule={self.lambda_schedule} needs optim.lambda_steps above 0")
         choose("optim.anneal", self.anneal, ("none", "soft"))
         at_least("optim.anneal_from", self.anneal_from, 0, open_end=True, most=SHARPEST)
         at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")

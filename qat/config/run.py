@@ -90,6 +90,11 @@ class TrainConfig:
                 f"optim.lambda_steps={self.optim.lambda_steps} is above trainer.max_steps={self.trainer.max_steps},"
                 " so training would end before the model is quantized"
             )
+        if self.optim.lambda_schedule == "layerwise" and self.trainer.compile:
+            raise ValueError(
+                "optim.lambda_schedule=layerwise does not fit trainer.compile=true: the model would be compiled anew for each"
+                " block; use linear or sigmoid"
+            )
         if self.optim.annealed and self.quant.quantizer.soft is None and not self.quant.quantizer.sharpened:
             raise ValueError(
                 f"optim.anneal={self.optim.anneal} does not fit quant.weight={self.quant.weight}, which has no soft form;"

@@ -199,13 +199,16 @@ class QATModule(pl.LightningModule):
 
         def factor(step: int) -> float:
             for group, (_, decay) in zip(optimizer.param_groups, self._peaks, strict=True):
-                group["weight_decay"] = decay * schedule.weight_decay_factor(step, self.total_steps, self.optim.schedule)
+                group["weight_decay"] = decay * self._decay_factor(step)
             return schedule.lr_factor(
                 step, self.total_steps, self.optim.schedule, self.optim.warmup_steps, self.optim.final_lr_fraction
             )
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _decay_factor(self, step: int) -> float:
+        return schedule.weight_decay_factor(step, self.total_steps, self.optim.schedule, self.optim.weight_decay_until)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 SECOND_STAGE = 2 / 3
+STAGES = {"two_stage": 0.5}
+"""Schedule -> the share of the run at which its first stage ends, and weight decay with it."""
 
 
 def lr_factor(step: int, total: int, kind: str, warmup: int = 0, final: float = 0.0) -> float:
@@ -24,19 +26,46 @@ def lr_factor(step: int, total: int, kind: str, warmup: int = 0, final: float = 
     return linear if kind == "linear" or not second_stage(step, total) else linear * SECOND_STAGE
 
 
-def weight_decay_factor(step: int, total: int, kind: str) -> float:
-    """The weight decay at `step` as a share of its setting: 0 in the second half of `two_stage`, else 1."""
-    return 0.0 if kind == "two_stage" and second_stage(step, total) else 1.0
+def weight_decay_factor(step: int, total: int, kind: str, until: float | None = None) -> float:
+    """The weight decay at `step` as a share of its setting: 0 from the share `until` of the run on, else 1.
+
+    Where nothing is said, `two_stage` has it until half way and the others to the end.
+    """
+    end = (STAGES.get(kind, 1.0) if until is None else until) * total
+    return 0.0 if step >= end else 1.0
 
 
 def second_stage(step: int, total: int) -> bool:
     """Whether `step` lies in the second half."""
-    return step >= total / 2
+    return step >= STAGES["two_stage"] * total
 
 
-def lambda_at(step: int, steps: int) -> float:
-    """The share of quantization blended in at `step`: min(step / steps, 1), and 1 where steps is 0."""
-    return 1.0 if steps == 0 else min(step / steps, 1.0)
+def lambda_at(step: int, steps: int, kind: str = "linear", block: int = 0, blocks: int = 1) -> float:
+    """The share of quantization blended in at `step`, 1 from `steps` on: a row of LAMBDAS.
+
+    Args:
+        block: which of `blocks` (0 is the first) the layer belongs to, for those that do not treat all layers alike.
+    """
+    return 1.0 if step >= steps else LAMBDAS[kind](step / steps, block, blocks)
+
+
+def _linear(progress: float, block: int, blocks: int) -> float:
+    return progress
+
+
+def _sigmoid(progress: float, block: int, blocks: int) -> float:
+    return 1 / (1 + math.exp(-SLOPE * (progress - 0.5)))
+
+
+def _layerwise(progress: float, block: int, blocks: int) -> float:
+    return min(max(progress * blocks - block, 0.0), 1.0)
+
+
+SLOPE = 10.0
+"""Of the sigmoid: lambda goes from .007 to .993, half of it within the middle fifth of the steps."""
+LAMBDAS = {"linear": _linear, "sigmoid": _sigmoid, "layerwise": _layerwise}
+"""(share of the steps, block, blocks) -> lambda. `linear` and `sigmoid` are those of Hugging Face's "Fine-tuning LLMs to
+1.58bit" (2024), the latter sigma(k (progress - 1/2)); `layerwise` is a linear one for each block, from the first to the last."""
 
 
 def beta_at(step: int, total: int, first: float, last: float, share: float) -> float | None:

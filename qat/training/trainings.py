@@ -86,7 +86,7 @@ def train_student(
     if config.optim.annealed:
         callbacks.append(Anneal(config.optim, config.trainer.max_steps))
     if config.optim.lambda_steps:
-        callbacks.append(LambdaWarmup(config.optim.lambda_steps))
+        callbacks.append(LambdaWarmup(config.optim.lambda_steps, config.optim.lambda_schedule))
     if config.trainer.samples and config.trainer.val_every:
         callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
     if len(active(config.distill)) > 1 and (config.distill.balance or config.trainer.val_every):
@@ -104,7 +104,8 @@ def train_control(
     config: TrainConfig, base: PreTrainedModel, data: QATData, folder: Path, optimizer: OptimizerFactory, signals: Signals
 ) -> FitResult:
     """The full-precision model fine-tuned by cross-entropy on the same tokens at its own learning rate, in place."""
-    optim = replace(config.optim, lr=config.control.lr, latent_lr_multiplier=1.0, lambda_steps=0, anneal="none")
+    plain: dict[str, Any] = {"latent_lr_multiplier": 1.0, "lambda_steps": 0, "lambda_schedule": "linear", "anneal": "none"}
+    optim = replace(config.optim, lr=config.control.lr, **plain)
     base.requires_grad_(True)
     module = _module(replace(config, optim=optim), base, DistillConfig(ce=1.0, kl=0.0), optimizer, None)
     outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning.pytorch as pl
 
-from qat.conversion.layers import set_lambda
+from qat.conversion.layers import bitlinears, set_lambda
 from qat.training.schedule import lambda_at
 
 
 class LambdaWarmup(pl.Callback):
-    """Sets lambda = min(step / steps, 1) before each batch: a function of the step, so a resumed run continues it."""
+    """Sets lambda before each batch by a schedule of `steps` steps: a function of the step, so a resumed run continues it."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, kind: str = "linear") -> None:
+        self.steps, self.kind = steps, kind
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Before each batch."""
-        set_lambda(module.student, lambda_at(trainer.global_step, self.steps))  # type: ignore[arg-type]
+        layers = dict(bitlinears(module.student))  # type: ignore[arg-type]
+        places = blocks_of(list(layers))
+        count = max(places.values(), default=0) + 1
+        for name, layer in layers.items():
+            layer.set_lambda(lambda_at(trainer.global_step, self.steps, self.kind, places[name], count))
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """What is evaluated and packed is fully quantized."""
         set_lambda(module.student, 1.0)  # type: ignore[arg-type]
+
+
+def blocks_of(names: list[str]) -> dict[str, int]:
+    """Name of a layer -> the place of its block, 0 the first.
+
+    A block is what has one number in a list of modules, by the first number after what all names share: `h.3` of `h.3.attn.proj`.
+    A layer outside of such lists is a block of its own, and so is each layer of a model of one block.
+    """
+    parts = {name: name.split(".") for name in names}
+    shared = len(os.path.commonprefix(list(parts.values())))
+    places: dict[tuple[str, ...], int] = {}
+    return {name: places.setdefault(_block(part, shared), len(places)) for name, part in parts.items()}
+
+
+def _block(part: list[str], shared: int) -> tuple[str, ...]:
+    number = next((i for i in range(shared, len(part)) if part[i].isdigit()), len(part) - 1)
+    return tuple(part[: number + 1])
