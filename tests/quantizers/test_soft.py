@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from throwaway import THROWAWAY
+from throwaway import CASES, THROWAWAY
 from torch import Tensor
 
 from qat import BitLinear, QuantConfig, ops
@@ -37,17 +37,26 @@ def options(config: QuantConfig) -> WeightOptions:
 
 
 def quantized(w: Tensor, config: QuantConfig) -> Tensor:
-    return sum_components(dequantize_weight(*ops.quantize_weight(w, config)), config.components)
+    return sum_components(dequantize_weight(*ops.quantize_weight(w, config)), config.planes)
 
 
-@every_config
+TABLE = [QuantConfig(**case) for case in CASES if case["weight"] in QUANTIZERS]
+ANNEALED = [config for config in TABLE if config.quantizer.soft is not None]
+
+
+@pytest.mark.parametrize(
+    "config", [*CONFIGS, *ANNEALED], ids=lambda c: f"{c.weight}-{c.granularity}-{c.components}-{c.component_scales}"
+)
 def test_sharp_ones_are_codes_off_the_borders(config: QuantConfig) -> None:
-    w = torch.randn(12, 32)
-    soft, slope = soft_quantize(w, torch.tensor(1e4), config)
-    rows, levels, borders = levels_of(w, [], options(config))
+    """Of every row of the table that has a soft form."""
+    w = torch.randn(12, 96)
+    parameters = list(ops.initial_parameters(w, config).values())
+    soft, slope = soft_quantize(w, torch.tensor(1e4), config, parameters)
+    rows, levels, borders = levels_of(w, parameters, options(config))
+    assert (levels.diff(dim=1) >= 0).all() and (borders.diff(dim=1) >= 0).all()
     nearest = (rows[:, :, None] - borders[:, None]).abs().amin(-1) / levels.diff(dim=1).amax(1, keepdim=True)
     clear = (nearest > 5e-3).reshape(w.shape)
-    assert clear.float().mean() > 0.9
+    assert clear.float().mean() > 0.8
     torch.testing.assert_close(soft[clear], quantized(w, config)[clear], rtol=0, atol=1e-5)
     assert slope[clear].max() < 1e-3
 
