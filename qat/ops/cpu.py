@@ -183,7 +183,7 @@ def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tupl
     flag = _CODES.get(resolve(record.codes))
     if w.numel() == 0 or not compiled():
         return latent.quantize_weight(w, o, parameters)
-    if resolve(record.codes) in FITTED:
+    if resolve(record.codes) is components.codes:
         return _nearest(w, parameters, o)
     if flag is None:
         say_left("cpu", o.weight, latent.record_of(o), serves)
