@@ -18,6 +18,9 @@ class OptimConfig:
     optimizer: dict[str, Any] = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.95]})
     """A `_target_` and its arguments; parameters, lr and weight_decay are passed to it, and `fused: true` if it has that (not
     in 16-mixed): all in one pass, rounded a little otherwise; `+optim.optimizer.fused=false` undoes it."""
+    latent_optimizer: dict[str, Any] = field(default_factory=dict)
+    """Another one for latent weights alone, in the same form: `{_target_: torch.optim.Muon}`, whose steps then are as long as
+    AdamW's (`adjust_lr_fn: match_rms_adamw`, where nothing else is said). Empty: none."""
     lr: float = 1e-3
     """Peak learning rate of everything but the latent weights."""
     latent_lr_multiplier: float = 1.0
@@ -51,6 +54,9 @@ class OptimConfig:
         check_types("optim", self)
         if not isinstance(self.optimizer.get("_target_"), str) or not self.optimizer["_target_"]:
             raise ValueError("optim.optimizer needs a _target_, for example torch.optim.AdamW")
+        target = self.latent_optimizer.get("_target_")
+        if self.latent_optimizer and (not isinstance(target, str) or not target):
+            raise ValueError("optim.latent_optimizer needs a _target_, for example torch.optim.Muon")
         choose("optim.schedule", self.schedule, ("cosine", "linear", "constant", "two_stage"))
         at_least("optim.lr", self.lr, 0, open_end=True, most=1e4)
         at_least("optim.latent_lr_multiplier", self.latent_lr_multiplier, 0, most=1e6)

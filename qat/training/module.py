@@ -28,6 +28,7 @@ from qat.losses.taps import TAPS, Taps
 from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.gradients.clipping import clip
+from qat.training.gradients.split import LATENT
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -222,7 +223,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     matrices = [p for p in trained if id(p) not in latent and p.ndim >= 2]
     vectors = [p for p in trained if id(p) not in latent and p.ndim < 2]
     groups = [
-        _group("latent", latents, optim.lr * optim.latent_lr_multiplier, optim.weight_decay),
+        _group(LATENT, latents, optim.lr * optim.latent_lr_multiplier, optim.weight_decay),
         _group("matrices", matrices, optim.lr, optim.weight_decay),
         _group("vectors", vectors, optim.lr, 0.0),
         _group("quantizers", [p for p in everything if id(p) in own], optim.lr, 0.0),

@@ -16,6 +16,7 @@ from torch import nn
 
 from qat.config import TrainConfig, TrainerConfig
 from qat.reporting import updates
+from qat.training.gradients.split import split
 
 logging.getLogger("hydra.utils").addHandler(logging.NullHandler())  # what it says of an import is in our errors
 
@@ -29,22 +30,29 @@ def instantiated(node: dict[str, Any]) -> Any:
 
 
 def optimizer_factory(config: TrainConfig) -> Any:
-    """The user's optimizer, to be called with parameter groups; tried by one step on parameters of no meaning.
+    """The user's optimizer, or two of them, to be called with parameter groups; tried by a step on parameters of no meaning.
 
     Raises:
-        ValueError: it cannot be made with its arguments, or does not step.
+        ValueError: one cannot be made with its arguments, or does not step.
     """
-    optim = config.optim
-    factory = _with_half_life(config, {**_fused(optim.optimizer, config.trainer), **optim.optimizer, "_partial_": True})
-    weights = [nn.Parameter(torch.ones([2] * n)) for n in (1, 2)]
+    rest = _tried(config, "optimizer", dimensions=(1, 2))
+    return split(_tried(config, "latent_optimizer", dimensions=(2,)), rest) if config.optim.latent_optimizer else rest
+
+
+def _tried(config: TrainConfig, key: str, dimensions: tuple[int, ...]) -> Any:
+    """The factory of optim.`key`, after a step on a parameter of each number of dimensions."""
+    optim, said = config.optim, getattr(config.optim, key)
+    node = {**_fused(said, config.trainer), **_matched(said), **said, "_partial_": True}
+    factory = _with_half_life(config, node) if key == "optimizer" else instantiated(node)
+    weights = [nn.Parameter(torch.ones([2] * n)) for n in dimensions]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     groups = [{"name": f"{weight.ndim}-D", "params": [weight], "lr": optim.lr, "weight_decay": 0.0} for weight in weights]
     try:
         factory(groups).step()
     except Exception as error:  # whatever another's class raises at wrong arguments
-        said = ", ".join(f"optim.optimizer.{key}={value}" for key, value in optim.optimizer.items())
-        raise ValueError(f"{said}: this optimizer cannot be used: {error or type(error).__name__}") from error
+        words = ", ".join(f"optim.{key}.{name}={value}" for name, value in said.items())
+        raise ValueError(f"{words}: this optimizer cannot be used: {error or type(error).__name__}") from error
     return factory
 
 
@@ -79,11 +87,20 @@ def _fused(node: dict[str, Any], trainer: TrainerConfig) -> dict[str, Any]:
     told = {"fused", "foreach", "capturable", "differentiable"} & set(node)
     if told or trainer.precision == "16-mixed":
         return {}
+    return {"fused": True} if "fused" in _arguments(node) else {}
+
+
+def _matched(node: dict[str, Any]) -> dict[str, Any]:
+    """`adjust_lr_fn: match_rms_adamw` for an optimizer that has it (Muon): steps as long as AdamW's, so that one lr fits both."""
+    return {"adjust_lr_fn": "match_rms_adamw"} if "adjust_lr_fn" in _arguments(node) else {}
+
+
+def _arguments(node: dict[str, Any]) -> set[str]:
+    """Names that `_target_` takes; none where it cannot be imported, which is said where it is instantiated."""
     try:
-        names = inspect.signature(get_object(node["_target_"])).parameters
-    except Exception:  # the same attempt is made, and its error said, where it is instantiated
-        return {}
-    return {"fused": True} if "fused" in names else {}
+        return set(inspect.signature(get_object(node["_target_"])).parameters)
+    except Exception:
+        return set()
 
 
 def check_plugins(config: TrainConfig) -> None:

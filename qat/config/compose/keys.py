@@ -31,7 +31,7 @@ def options() -> dict[str, list[str]]:
 def check_keys(arguments: list[str]) -> None:
     """Raise ValueError for an override `a.b=value` whose key does not exist, naming the nearest ones.
 
-    Hydra's own message names neither. Keys below `callbacks`, `logger` and `optim.optimizer` are free, and so are Hydra's.
+    Hydra's own message names neither. Keys below `callbacks`, `logger` and the two of `optim` are free, and so are Hydra's.
     """
     for argument in arguments:
         key, equals, _ = argument.partition("=")

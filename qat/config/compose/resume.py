@@ -38,6 +38,7 @@ REFUSED = {
     "seed": "the checkpoint continues the order and the random numbers of that seed",
     "run": "the run stays in its folder, under its name",
     "optim.optimizer": "the checkpoint holds the state of that optimizer",
+    "optim.latent_optimizer": "the checkpoint holds the state of the optimizers that it was trained with",
 }
 """Keys, or all keys below one, that cannot change on resume, with the reason. All others apply from the checkpoint on."""
 

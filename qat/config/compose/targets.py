@@ -36,7 +36,9 @@ def check_targets(values: dict[str, Any], said: set[str]) -> None:
 
 
 def _nodes(values: dict[str, Any]) -> list[tuple[str, Any]]:
-    found = [("optim.optimizer", (values.get("optim") or {}).get("optimizer") or {})]
+    optim = values.get("optim") or {}
+    found = [("optim.optimizer", optim.get("optimizer") or {})]
+    found += [("optim.latent_optimizer", node)] if (node := optim.get("latent_optimizer")) else []
     for section in ("callbacks", "logger"):
         found += [(f"{section}.{name}", node) for name, node in (values.get(section) or {}).items()]
     return found
