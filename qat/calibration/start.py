@@ -28,7 +28,8 @@ class Sequences(Protocol):
 def check_calibrated_start(config: TrainConfig) -> None:
     """ValueError for a quantizer that training cannot start calibrated with."""
     if config.model.start == "ptq":
-        check_start(config.quant)
+        for quant in config.quant.variants():
+            check_start(quant)
 
 
 def calibrated(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qat.config.checks import EPSILON, at_least, check_types, choose
 from qat.quantizers import QUANTIZERS, find, planes_of, summable
 from qat.quantizers.record import BACKWARDS, COMPONENT_SCALES, GRANULARITIES, STATISTICS, Quantizer
+
+LAYER_KEYS = ("weight", "scale", "granularity", "group_size", "components", "component_scales", "scale_multiplier")
+"""Keys in which layers of one model may differ: how their weights become codes. What meets the weights is the model's."""
 
 
 @dataclass
@@ -41,6 +46,10 @@ class QuantConfig:
     """The backward matmuls' precision: `input` is the gradient's own; `bf16` and `int8` are faster and less exact."""
     scale_multiplier: float = 1.0
     """Times which the scale is taken: 1.25 has more zeros and larger steps. Where the scale is a statistic of the weights."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys for layers by shell patterns of their names, the last that fits wins: `{*.down_proj: {components: 2}}`."""
+    budget_bits: float | None = None
+    """Bits a weight, of which the layers that gain most get 2 components: 2 a component, in `base3` 1.6. null: none do."""
 
     def __post_init__(self) -> None:
         check_types("quant", self)
@@ -70,6 +79,17 @@ class QuantConfig:
             at_least("quant.group_size", self.group_size, 1)
         elif self.group_size is not None:
             raise ValueError(f"quant.group_size={self.group_size} needs quant.granularity=group, not {self.granularity}")
+        at_least("quant.budget_bits", self.budget_bits, 1, most=64)
+        self._check_overrides()
+
+    def plain(self, keys: Mapping[str, Any] | None = None) -> QuantConfig:
+        """With other values of these keys, and without overrides or a budget: how one layer is quantized."""
+        return replace(self, **{"overrides": {}, "budget_bits": None, **(keys or {})})
+
+    def variants(self) -> list[QuantConfig]:
+        """Every plain configuration that an entry of `overrides` or a budget makes, and this one first."""
+        budget = [{"components": 2}] if self.budget_bits is not None else []
+        return [self.plain(keys) for keys in ({}, *self.overrides.values(), *budget)]
 
     @property
     def quantizer(self) -> Quantizer:
@@ -93,6 +113,15 @@ class QuantConfig:
         what = self.quantizer.words.format(weight=self.weight, scale=self.scale, components=self.components)
         times = "" if self.scale_multiplier == 1 else f" times {self.scale_multiplier:g}"
         return f"{what}{times} per {self.granularity}{group}"
+
+    def _check_overrides(self) -> None:
+        for pattern, keys in self.overrides.items():
+            if not isinstance(keys, dict) or not keys or not set(keys) <= set(LAYER_KEYS):
+                raise ValueError(f"quant.overrides has {pattern}: {keys!r}; allowed are values for {', '.join(LAYER_KEYS)}")
+            try:
+                self.plain(keys)
+            except ValueError as error:
+                raise ValueError(f"quant.overrides, {pattern}: {error}") from error
 
     def _check_quantizer(self) -> None:
         """ValueError for a key whose value the quantizer's record does not allow."""

@@ -78,9 +78,10 @@ class TrainConfig:
             raise ValueError(
                 "model.path is missing; give a hub id, a folder, a .gguf file, or a recipe that has one (recipe=NAME)"
             )
-        if reason := self.quant.quantizer.unfit("ternary"):
-            raise ValueError(f"quant.weight={self.quant.weight} does not fit a run, which ends packed: {reason}")
-        self._check_exports()
+        for quant in self.quant.variants():
+            if reason := quant.quantizer.unfit("ternary"):
+                raise ValueError(f"quant.weight={quant.weight} does not fit a run, which ends packed: {reason}")
+            self._check_exports(quant)
         self._check_machine()
         self._check_targets()
         if self.distill.kl > 0 and self.model.teacher == "off":
@@ -95,9 +96,11 @@ class TrainConfig:
                 "optim.lambda_schedule=layerwise does not fit trainer.compile=true: the model would be compiled anew for each"
                 " block; use linear or sigmoid"
             )
-        if self.optim.annealed and self.quant.quantizer.soft is None and not self.quant.quantizer.sharpened:
+        records = [(quant.weight, quant.quantizer) for quant in self.quant.variants()]
+        hard = [weight for weight, record in records if record.soft is None and not record.sharpened]
+        if self.optim.annealed and hard:
             raise ValueError(
-                f"optim.anneal={self.optim.anneal} does not fit quant.weight={self.quant.weight}, which has no soft form;"
+                f"optim.anneal={self.optim.anneal} does not fit quant.weight={hard[0]}, which has no soft form;"
                 " use optim.anneal=none"
             )
         for key in ("train", "valid"):
@@ -109,14 +112,14 @@ class TrainConfig:
                 f"data.train is missing; data={self.data.kind} needs a .txt, .jsonl or .parquet file or a hub data set"
             )
 
-    def _check_exports(self) -> None:
+    def _check_exports(self, quant: QuantConfig) -> None:
         """What no model of this quantizer can be exported to is known now; what depends on the model is named in the result."""
         for name in self.export.formats:
-            for room, why in self.quant.quantizer.needs.items():
+            for room, why in quant.quantizer.needs.items():
                 if room not in FORMATS[name].room:
                     holds = ", ".join(one for one, record in FORMATS.items() if room in record.room)
                     raise ValueError(
-                        f"export.formats={name} does not fit quant.weight={self.quant.weight}: {why}, and the format has no room"
+                        f"export.formats={name} does not fit quant.weight={quant.weight}: {why}, and the format has no room"
                         f" for {room}; take {holds}, or export.formats=[]"
                     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qat.config import QuantConfig
+from qat.conversion.overrides import layer_config
 from qat.conversion.selection import is_linear
 from qat.conversion.swap import as_linear, disable_fused_encoder, swap
 from qat.nn.bitlinear import BitLinear
@@ -71,17 +72,17 @@ class Conversion:
             if linear is None or not is_linear(linear):
                 found = "missing" if linear is None else f"a {type(linear).__name__}"
                 raise ValueError(f"the record converts {name!r}, which is {found} in this {type(model).__name__}")
-            fresh[name] = self._build(linear, transposed)
+            fresh[name] = self._build(linear, layer_config(self.config, name), transposed)
         swap(model, fresh)
         disable_fused_encoder(model)
 
-    def _build(self, linear: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Module:
+    def _build(self, linear: nn.Module, config: QuantConfig, transposed: dict[int, nn.Parameter]) -> nn.Module:
         plain = as_linear(linear, transposed)
         if self.kind == "bitlinear":
-            return BitLinear.from_linear(plain, self.config)
-        bias = plain.bias is not None or self.config.quantizer.bias is not None
+            return BitLinear.from_linear(plain, config)
+        bias = plain.bias is not None or config.quantizer.bias is not None
         shape, weight = (plain.in_features, plain.out_features), plain.weight
-        layer = PackedBitLinear(*shape, bias, self.config, str(self.layout), weight.device, weight.dtype)
+        layer = PackedBitLinear(*shape, bias, config, str(self.layout), weight.device, weight.dtype)
         return layer.train(linear.training)
 
     def summary(self) -> str:
@@ -90,7 +91,8 @@ class Conversion:
 
     def facts(self) -> dict[str, Any]:
         """For the result of a run."""
-        return {"converted": self.converted, "skipped": self.skipped, "summary": self.summary(), "probe": self.probe}
+        own = {"overrides": self.config.overrides} if self.config.overrides else {}
+        return {"converted": self.converted, "skipped": self.skipped, **own, "summary": self.summary(), "probe": self.probe}
 
     def coverage(self) -> str:
         """`summary` without the probe."""

@@ -34,12 +34,12 @@ class Selection:
     exclude: tuple[str, ...]
 
     def excludes(self, name: str) -> bool:
-        return _matches(name, self.exclude)
+        return matches(name, self.exclude)
 
     def skip_reason(self, name: str) -> str | None:
         if self.excludes(name):
             return "matches exclude"
-        if self.include and not _matches(name, self.include):
+        if self.include and not matches(name, self.include):
             return "no match in include"
         return None
 
@@ -55,7 +55,7 @@ class Selection:
         return name in self.include and not self.excludes(name)
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a pattern fits the name or a module that contains it."""
     parts = name.split(".")
     above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
@@ -235,7 +235,7 @@ def _exclusion(model: nn.Module, names: list[str]) -> list[str]:
     for name in names:
         leaf = name.rpartition(".")[2]
         pattern = f"*.{leaf}" if "." in name else name
-        spares = not any(_matches(linear, (pattern,)) and not _matches(linear, tuple(names)) for linear in linears)
+        spares = not any(matches(linear, (pattern,)) and not matches(linear, tuple(names)) for linear in linears)
         if (chosen := pattern if spares else name) not in found:
             found.append(chosen)
     return found

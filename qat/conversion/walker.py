@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qat.config import QuantConfig
+from qat.conversion.overrides import gathered, layer_config, refuse_unmatched
 from qat.conversion.probe import Findings, observe
 from qat.conversion.record import Conversion
 from qat.conversion.selection import Context, Selection, is_linear, other_matrices, patterns, refuse_experts, refuse_quantized
@@ -55,7 +56,7 @@ def convert(
 
     Args:
         model: any module; itself a linear layer too. GPT-2's Conv1D counts as one.
-        config: how to quantize; default b1.58.
+        config: how to quantize; default b1.58. Its `overrides` are shell patterns, too.
         include: shell patterns of module names, which stand for everything inside, too. Default: all but output heads,
             tied weights, selectors (routers, gates) and what the probe finds idle. Such a layer is converted when a pattern
             without wildcards names it, unless the conversion would be wrong (another one reads its weight).
@@ -65,9 +66,9 @@ def convert(
             record says `not probed`, and towers of another modality than text stay in full precision.
 
     Raises:
-        ValueError: a pattern matches no module; no layer is left to convert; the model is already quantized; a weight
-            is not finite; a group size does not fit; expert weights stored as 3-D parameters, which no walker could
-            convert (exclude them knowingly); the model cannot run the probe.
+        ValueError: a pattern matches no module, or an override no converted layer; no layer is left to convert; the model is
+            already quantized; a weight is not finite; a group size does not fit; expert weights stored as 3-D parameters, which
+            no walker could convert (exclude them knowingly); the model cannot run the probe.
     """
     config = config or QuantConfig()
     selection = Selection(patterns(include), patterns(exclude))
@@ -85,9 +86,10 @@ def convert(
         if reason is not None:
             record.skipped[name] = reason
             continue
-        layers[name] = _convert_layer(name, module, config, transposed)
+        layers[name] = _convert_layer(name, module, layer_config(config, name), transposed)
         record.converted.append(name)
     _refuse_empty(model, record, "nothing to convert")
+    refuse_unmatched(config, record.converted)
     if findings is not None:
         findings.compare_packed(layers)
         record.probe = findings.to_dict()
@@ -182,10 +184,10 @@ def _exchange(
     old = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     if not old:
         raise ValueError(f"{type(model).__name__} has no {kind.__name__} layer to be {done}")
-    config: QuantConfig = next(iter(old.values())).config  # type: ignore[assignment]
-    for name, module in old.items():
-        if module.config != config:
-            raise ValueError(f"{name} and {next(iter(old))} have different configs; have each part {done} on its own")
+    try:
+        config = gathered({name: module.config for name, module in old.items()})  # type: ignore[misc]
+    except ValueError as error:
+        raise ValueError(f"{error}; have each part {done} on its own") from error
     layers = {name: build(name, module) for name, module in old.items()}
     swap(model, layers)
     announce(model, done)

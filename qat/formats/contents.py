@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.conversion.overrides import in_other_words, layer_config
 from qat.formats.bitnet.reading import decode_layer
 from qat.formats.folder import WEIGHTS, one_line, read_metadata
 from qat.formats.packed.manifest import METHOD, parse
@@ -157,17 +158,19 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
     quant, layout = record.config, str(record.layout)
     for file in files:
         check_checksums(file, own_tensors(widths))
+    configs = {name: layer_config(quant, name) for name in widths}
     convention = f"{quant.words}, {layout}; weight_scale (float32) multiplies"
     stored = Stored(files)
     for name, k in widths.items():
-        shape = scale_shape(stored.shape(f"{name}.weight")[0], k, quant.granularity, quant.group_size, quant.planes)
+        own = configs[name]
+        shape = scale_shape(stored.shape(f"{name}.weight")[0], k, own.granularity, own.group_size, own.planes)
         if stored.shape(f"{name}.weight_scale") != list(shape):
             raise ValueError(f"{name}.weight_scale is {stored.shape(f'{name}.weight_scale')}, not {list(shape)}")
-    layers = {name: partial(_packed_layer, stored, name, k, layout, quant.planes) for name, k in widths.items()}
+    layers = {name: partial(_packed_layer, stored, name, k, layout, configs[name].planes) for name, k in widths.items()}
     activations = f"int{quant.act_bits} per {quant.act_granularity}" if quant.act_bits else "floating point"
     if quant.rms_norm_eps is not None:
         activations = f"RMSNorm (eps {quant.rms_norm_eps:g}) in every layer, then {activations}"
-    facts = {"activations": activations, "layers in full precision": str(len(record.skipped))}
+    facts = {"activations": activations, **in_other_words(quant, configs), "layers in full precision": str(len(record.skipped))}
     return Contents(kind, convention, readers, stored.bytes, layers, stored.others(layers), facts)
 
 

@@ -173,11 +173,19 @@ def test_pack_refuses_what_it_cannot_hold_and_changes_nothing() -> None:
 
 def test_one_record_never_speaks_for_two_configs() -> None:
     model = Model()
-    qat.convert(model.blocks[0], QuantConfig(weight="binary"))
+    qat.convert(model.blocks[0], QuantConfig(weight="binary", act_bits=None))
     qat.convert(model.blocks[1])
     with pytest.raises(ValueError, match="blocks.1.up and blocks.0.up have different configs"):
         qat.pack(model)
     assert qat.pack(model.blocks[0]).config.weight == "binary" and qat.pack(model.blocks[1]).config.weight == "ternary"
+
+
+def test_one_record_says_whose_codes_are_others() -> None:
+    model = Model()
+    qat.convert(model.blocks[0])
+    qat.convert(model.blocks[1].up, QuantConfig(weight="binary"))
+    qat.convert(model.blocks[1].down)
+    assert qat.pack(model).config == QuantConfig(overrides={"blocks.1.up": {"weight": "binary"}})
 
 
 def test_unpack_refuses_bytes_that_hold_no_codes() -> None:

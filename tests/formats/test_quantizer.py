@@ -186,7 +186,7 @@ def test_parts_packed_on_their_own(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "y")
     mixed = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     qat.convert(mixed.model.layers[0], qat.QuantConfig())
-    qat.convert(mixed.model.layers[1], qat.QuantConfig(weight="binary"))
+    qat.convert(mixed.model.layers[1], qat.QuantConfig(weight="binary", act_bits=None))
     qat.pack(mixed.model.layers[0])
     qat.pack(mixed)
     assert len(packed_layers(mixed)) == 14 and not hasattr(mixed.config, "quantization_config")

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from qat.conversion.layers import packed_layers, quantized_layers
+from qat.conversion.overrides import gathered
 from qat.formats.folder import new_file
 from qat.formats.gguf import container as gguf_file
 from qat.formats.gguf import i2s as gguf_i2s
@@ -189,7 +190,7 @@ def _general(
         rows, width = tensors[name].shape
         weights[kind] = weights.get(kind, 0) + rows * width
     most = max(weights, key=lambda kind: weights[kind])
-    quant = quant_entry(next(iter(packed_layers(model).values())).config)
+    quant = quant_entry(gathered({name: layer.config for name, layer in packed_layers(model).items()}))
     facts = {
         "general.type": "model",
         "general.name": card.get("name"),

@@ -3,7 +3,7 @@
 quant_method  "qat"
 version       2 (1 was a file of another name, before transformers could load the folder)
 layout        of the codes: 2bit or base3
-quant         the QuantConfig; `kernels` is left out, so that the file never depends on the machine
+quant         the QuantConfig; `kernels` is left out, so that the file never depends on the machine. Its `overrides` are by name
 layers        name -> in_features of every packed layer, because its bytes do not tell the unpadded width
 skipped       name -> why a layer stays in full precision
 """
@@ -20,13 +20,21 @@ from torch import nn
 
 from qat.config import QuantConfig
 from qat.conversion.layers import packed_layers
+from qat.conversion.overrides import gathered, refuse_unmatched, shared
 from qat.conversion.record import Conversion
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
 from qat.quantizers.packing import get_layout
 
 METHOD, VERSION = "qat", 2
-_NEWER = {"rms_norm_eps": None, "components": 1, "component_scales": "fitted", "scale_multiplier": 1.0}
+_NEWER: dict[str, Any] = {
+    "rms_norm_eps": None,
+    "components": 1,
+    "component_scales": "fitted",
+    "scale_multiplier": 1.0,
+    "overrides": {},
+    "budget_bits": None,
+}
 _KEYS = ("quant_method", "version", "layout", "quant", "layers", "skipped", "crc32")
 
 
@@ -37,15 +45,15 @@ def describe(model: nn.Module, record: Conversion | None = None) -> dict[str, An
         ValueError: no packed layers, layers of several kinds, or layers that stock readers could take for plain ones.
     """
     layers = packed_layers(model)
-    first = _one_kind(model, layers)
+    quant, layout = _one_kind(model, layers)
     if all(layer.in_features == 1 for layer in layers.values()):
         raise ValueError("every packed layer has in_features=1: the packed weights would look like plain ones to other readers")
     return sealed(
         {
             "quant_method": METHOD,
             "version": VERSION,
-            "layout": first.layout,
-            "quant": quant_entry(first.config),
+            "layout": layout,
+            "quant": quant_entry(quant),
             "layers": {name: layer.in_features for name, layer in layers.items()},
             "skipped": dict(record.skipped) if record is not None else {},
         }
@@ -64,14 +72,16 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "crc32": f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"}
 
 
-def _one_kind(model: nn.Module, layers: Mapping[str, PackedBitLinear]) -> PackedBitLinear:
+def _one_kind(model: nn.Module, layers: Mapping[str, PackedBitLinear]) -> tuple[QuantConfig, str]:
+    """The configuration that all layers have, but for its overrides, and their layout."""
     if not layers:
         hint = "; call qat.pack first" if any(isinstance(m, BitLinear) for m in model.modules()) else ""
         raise ValueError(f"{type(model).__name__} has no packed layers to save{hint}")
-    kinds = {(repr(replace(layer.config, kernels="auto")), layer.layout) for layer in layers.values()}
+    configs = {name: replace(layer.config, kernels="auto") for name, layer in layers.items()}
+    kinds = {(repr(shared(configs[name])), layer.layout) for name, layer in layers.items()}
     if len(kinds) > 1:
         raise ValueError(f"{type(model).__name__} mixes {len(kinds)} kinds of packed layers; one file holds one kind")
-    return next(iter(layers.values()))
+    return gathered(configs), next(iter(layers.values())).layout
 
 
 def parse(manifest: object) -> tuple[Conversion, dict[str, int]]:
@@ -91,6 +101,7 @@ def parse(manifest: object) -> tuple[Conversion, dict[str, int]]:
         config = QuantConfig(**_mapping(manifest, "quant", object))
     except TypeError as error:
         raise ValueError(f"the manifest's quant is wrong: {error}") from error
+    refuse_unmatched(config, layers)
     skipped = _mapping(manifest, "skipped", str)
     if sealed(manifest) != dict(manifest):
         raise ValueError("the manifest is damaged: its checksum is not the one that was written")

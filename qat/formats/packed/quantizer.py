@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qat.conversion.layers import packed_layers
+from qat.conversion.overrides import gathered, layer_config
 from qat.conversion.walker import listen, unpack
 from qat.formats.packed.manifest import METHOD, describe, parse
 from qat.formats.seal import refuse_altered
@@ -50,6 +51,7 @@ class QatQuantizer(HfQuantizer):
         """Put empty packed layers into the skeleton, after a look at whether the files have what these need."""
         record, widths = parse(self.quantization_config.to_dict())
         stored = {_local_name(model, name): name for name in record.converted}
+        record.config = gathered({local: layer_config(record.config, name) for local, name in stored.items()})
         record.converted = list(stored)
         record.apply(model)
         layers = packed_layers(model)
