@@ -21,6 +21,8 @@ from qat.conversion.layers import full_precision_bf16
 from qat.conversion.record import Conversion
 from qat.data import QATData
 from qat.data.opening import open_data, probe_batch, sampled_data
+from qat.evaluation.budget import check_budget
+from qat.evaluation.mixing import mix_components
 from qat.formats.dtypes import round_floats
 from qat.models import hub as models
 from qat.reporting import estimate, updates
@@ -101,6 +103,7 @@ class Job:
 def prepare(config: TrainConfig) -> Job:
     """Check everything that can be checked, then load the model and convert a copy of it."""
     config.check()
+    check_budget(config.quant, config.export.layout)
     check_teacher(config)
     check_calibrated_start(config)
     fit.check_hardware(config.trainer)
@@ -135,6 +138,8 @@ def start(job: Job, book: Book) -> Measure:
     measure = Measure.of(job.config, job.data, job.tokenizer)
     book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
     book.measured("full_precision", measure(job.base))
+    mix_components(job.config, measure.place(job.base), job.student, job.record, job.data, Path(book.facts.folder))
+    job.base.cpu()
     device = device_of(job.config.trainer)
     book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device))
     book.measured("converted", measure(job.student))
