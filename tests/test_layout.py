@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
     "storage",
     "targets",
+    "tasks",
     "quantizers",
     "config",
     "ops",

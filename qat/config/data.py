@@ -57,15 +57,21 @@ class DataConfig:
     subset: str | None = None
     """Configuration name of a hub data set."""
     text_field: str = "text"
-    """Field of a .jsonl, .parquet or hub record that holds the text."""
+    """Field of a .jsonl, .parquet or hub record, or column of a .tsv or .csv file, that holds the text."""
+    pair_field: str | None = None
+    """Of task=classification: the field of a second text, as the tokenizer joins two; null: there is one text."""
+    label_field: str = "label"
+    """Of task=classification: the field of the label, a word or a whole number."""
     messages_field: str = "messages"
     """Field that holds a chat's list of {role, content}; where it is `messages` and absent, other forms of chats are read."""
     max_tokens: int | None = None
     """Stop reading the training text after so many tokens; null: read all."""
     sequence_length: int = 512
-    """Tokens a sequence."""
+    """Tokens a sequence; of task=classification the most that a text may have, what is longer is cut and counted."""
     batch_size: int = 8
     """Sequences a batch on each device."""
+    bucket: int = 1024
+    """Of task=classification: sequences of which those of like length make batches, so that little is padded; 0: any do."""
     workers: int = 0
     """Loader processes."""
     cache_dir: str | None = None
@@ -79,6 +85,7 @@ class DataConfig:
         at_least("data.sequence_length", self.sequence_length, 2)
         at_least("data.batch_size", self.batch_size, 1, most=MOST_SEQUENCES)
         at_least("data.max_tokens", self.max_tokens, 1, most=TOKENS)
+        at_least("data.bucket", self.bucket, 0, most=MOST_SEQUENCES)
         at_least("data.workers", self.workers, 0, most=MOST_WORKERS)
         if self.kind == "selfgen" and (self.train or self.valid):
             key = "train" if self.train else "valid"

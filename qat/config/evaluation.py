@@ -34,13 +34,17 @@ class EvalConfig:
 
 @dataclass
 class ControlConfig:
-    """The honest comparison: the full-precision model fine-tuned by cross-entropy on the same tokens."""
+    """The honest comparison: the full-precision model fine-tuned by cross-entropy on the same tokens, after or before QAT."""
 
     enabled: bool = False
-    """Train it after the quantized model."""
+    """Train it, after the quantized model where `first` is not set."""
     lr: float = 1e-4
     """Its own peak learning rate."""
+    first: bool = False
+    """Train it before the conversion: the quantized model starts from it, and it is the teacher of model.teacher=shared."""
 
     def __post_init__(self) -> None:
         check_types("control", self)
         at_least("control.lr", self.lr, 0, open_end=True, most=1e4)
+        if self.first and not self.enabled:
+            raise ValueError("control.first=true needs control.enabled=true: there is no control that could come first")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qat.config.checks import at_least, check_types
+from qat.config.checks import at_least, check_types, choose
 from qat.config.data import DataConfig
 from qat.config.evaluation import ControlConfig, EvalConfig
 from qat.config.export import ExportConfig
@@ -18,6 +18,7 @@ from qat.config.quant import QuantConfig
 from qat.config.trainer import TrainerConfig
 from qat.storage import local
 from qat.targets import FORMATS, refuse_file_name
+from qat.tasks import TASKS
 
 
 @dataclass
@@ -43,6 +44,8 @@ class RunConfig:
 class TrainConfig:
     """All that `qat.train.run` needs."""
 
+    task: str = "language"
+    """What is learned: `language`, the next token; `classification`, the label of a text (data.text_field, data.label_field)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -68,6 +71,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types("", self)
+        choose("task", self.task, tuple(TASKS))
         if self.resume:
             self.resume = str(local(self.resume))
         at_least("seed", self.seed, 0, most=2**32 - 1)
@@ -84,6 +88,7 @@ class TrainConfig:
             self._check_exports(quant)
         self._check_machine()
         self._check_targets()
+        self._check_task()
         if self.distill.kl > 0 and self.model.teacher == "off":
             raise ValueError(f"distill.kl={self.distill.kl} needs a teacher, but model.teacher=off; set one of them")
         if self.optim.lambda_steps > self.trainer.max_steps:
@@ -105,11 +110,11 @@ class TrainConfig:
             )
         for key in ("train", "valid"):
             name = getattr(self.data, key)
-            if name and Path(name).suffix in (".txt", ".jsonl", ".parquet") and not local(name).is_file():
+            if name and Path(name).suffix in TASKS[self.task].files and not local(name).is_file():
                 raise ValueError(f"data.{key}={name!r}: there is no such file")
         if self.data.kind != "selfgen" and not self.data.train:
             raise ValueError(
-                f"data.train is missing; data={self.data.kind} needs a .txt, .jsonl or .parquet file or a hub data set"
+                f"data.train is missing; data={self.data.kind} needs a {', '.join(TASKS[self.task].files)} file or a hub data set"
             )
 
     def _check_exports(self, quant: QuantConfig) -> None:
@@ -122,6 +127,16 @@ class TrainConfig:
                         f"export.formats={name} does not fit quant.weight={quant.weight}: {why}, and the format has no room"
                         f" for {room}; take {holds}, or export.formats=[]"
                     )
+
+    def _check_task(self) -> None:
+        """The data is of a kind that the task reads, and no key is set that it does not look at."""
+        task = TASKS[self.task]
+        choose(f"task={self.task} with data.kind", self.data.kind, task.kinds)
+        for key in task.unused:
+            section, _, name = key.partition(".")
+            value, usual = getattr(getattr(self, section), name), getattr(getattr(TrainConfig(), section), name)
+            if value != usual:
+                raise ValueError(f"{key}={value!r} means nothing to task={self.task}, which learns {task.words}; leave it out")
 
     def _check_machine(self) -> None:
         """More threads or workers than a machine takes end in a crash of libgomp or a swamp of processes."""

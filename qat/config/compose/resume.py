@@ -32,6 +32,8 @@ HISTORY = "overrides.jsonl"
 """A line for each resume that changed something: time, step, and key -> [old, new]."""
 
 REFUSED = {
+    "task": "the checkpoint's model was trained for that task",
+    "control.first": "the checkpoint started from the control, or did not",
     "model": "the checkpoint's weights are of that model",
     "quant": "the checkpoint was trained with that quantizer",
     "data": "the place in the data is the checkpoint's",
