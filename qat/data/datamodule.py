@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader
 
 from qat.config import DataConfig
 from qat.data.chat import Chats
+from qat.data.labelled.buckets import Buckets
+from qat.data.labelled.parts import Labelled
 from qat.data.mixture import Mixture
 from qat.data.order import Shuffled, StreamBatches, Windows, counted
 from qat.metrics.perplexity import Window, windows
 
-Part = Windows | Chats
+Part = Windows | Chats | Labelled
 Training = Part | Mixture
 
 
@@ -46,13 +48,14 @@ class StreamLoader(DataLoader):
 
     def __iter__(self) -> Any:
         """Batches that know how many tokens their optimizer step predicts."""
-        return counted(super().__iter__(), self.data._accumulate)
+        return counted(super().__iter__(), self.data._accumulate, self.data.train.learned)
 
 
 class QATData(lightning.LightningDataModule):
     """Training batches in a resumable order, validation batches, and the held-out tokens for perplexity.
 
-    Batches are dicts of int64 [B, L]: input_ids, labels (equal to them, -100: ignored), for chats attention_mask too.
+    Batches are dicts of int64 [B, L]: input_ids, labels (equal to them, -100: ignored), for chats attention_mask too; of labelled
+    examples L is each batch's own, and labels are [B].
     `parts` and `names` are training's and validation's. Build it with `build_datamodule`; it is ready at once, without `setup`.
     `notes` are lines for the user: what was cut, dropped or not used, each said once.
     """
@@ -79,18 +82,25 @@ class QATData(lightning.LightningDataModule):
         """The same data from its first batch on, for another training."""
         return QATData(self.data_config, (self.train, self.valid), self.names, seed=self.seed, total_batches=self.total_batches)
 
-    def order(self) -> Callable[[int], int]:
-        """Which training sequence stands at each position of the stream."""
-        return self.train.order(self.seed) if isinstance(self.train, Mixture) else Shuffled(len(self.train), self.seed)
+    def order(self, world: int = 1) -> Callable[[int], int]:
+        """Which training sequence stands at each position of the stream, on so many devices."""
+        if isinstance(self.train, Mixture):
+            return self.train.order(self.seed)
+        order, bucket = Shuffled(len(self.train), self.seed), self.data_config.bucket
+        if isinstance(self.train, Labelled) and bucket:
+            return Buckets(order, self.train.size, block=self.data_config.batch_size * world, bucket=bucket, seed=self.seed)
+        return order
 
     @property
     def train_tokens(self) -> int:
-        """Tokens in one epoch of training sequences; for chats without the padding."""
-        return len(self.train.tokens()) if isinstance(self.train, Chats) else len(self.train) * self.train.length
+        """Tokens in one epoch of training sequences; for chats and labelled examples without the padding."""
+        if isinstance(self.train, Chats | Labelled):
+            return len(self.train.tokens())
+        return len(self.train) * self.train.length
 
     @property
     def eval_tokens(self) -> torch.Tensor:
-        """All held-out tokens in order, int64 [T]; chats one after the other."""
+        """All held-out tokens in order, int64 [T]; chats and labelled examples one after the other."""
         held_out = self.valid.tokens if isinstance(self.valid, Windows) else self.valid.tokens()
         return torch.from_numpy(np.asarray(held_out).astype(np.int64))
 
@@ -110,14 +120,15 @@ class QATData(lightning.LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         done = self._restored["step"] * self._accumulate if self.trainer else None
         batches = StreamBatches(
-            self.order(), self.data_config.batch_size, total_batches=self.total_batches,
+            self.order(world), self.data_config.batch_size, total_batches=self.total_batches,
             start=self._restored["sequences"], done=done, rank=rank, world=world,
         )  # fmt: skip
-        return StreamLoader(self, batch_sampler=batches, **self._loader_arguments())
+        return StreamLoader(self, batch_sampler=batches, collate_fn=self.train.collate, **self._loader_arguments())
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out sequence in order, on every device."""
-        return DataLoader(self.valid, batch_size=self.data_config.batch_size, **self._loader_arguments())
+        size, collate = self.data_config.batch_size, self.valid.collate
+        return DataLoader(self.valid, batch_size=size, collate_fn=collate, **self._loader_arguments())
 
     @property
     def _accumulate(self) -> int:
@@ -145,6 +156,8 @@ class QATData(lightning.LightningDataModule):
 
 
 def _notes(part: Training, kind: str) -> list[str]:
+    if isinstance(part, Labelled):
+        return [f"{part.truncated} {kind} texts cut to {part.length} tokens"] if part.truncated else []
     if not isinstance(part, Chats):
         return []
     found = ((part.truncated, f"cut to {part.length} tokens"), (part.dropped, "dropped: no assistant's word within that length"))

@@ -13,11 +13,14 @@ from fractions import Fraction
 import torch
 from torch.utils.data import Dataset
 
-from qat.data.order import Shuffled, Windows
+from qat.data.order import Shuffled, Windows, predicted_tokens
 
 
 class Mixture(Dataset):
     """Sequences of two texts, the second one's after the first one's; `order` says how they alternate."""
+
+    collate = None  # torch's own: they have one length
+    learned = staticmethod(predicted_tokens)
 
     def __init__(self, parts: tuple[Windows, Windows], share: float) -> None:
         self.parts, self.share, self.length = parts, Fraction(str(share)), parts[0].length

@@ -7,7 +7,7 @@ between epochs: a batch may hold the end of one and the start of the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,19 +18,29 @@ from torch.utils.data import Dataset, Sampler
 from qat.losses.logits import IGNORE
 
 STEP_TOKENS = "step_tokens"
-"""Key of a training batch: how many tokens its whole optimizer step predicts, an int."""
+"""Key of a training batch: how many tokens, or labels, its whole optimizer step predicts, an int."""
 
 
-def counted(batches: Iterable[dict[str, Any]], accumulate: int) -> Iterator[dict[str, Any]]:
+def predicted_tokens(batch: Mapping[str, Any]) -> int:
+    """How many tokens a batch predicts: all but the first and the ignored ones."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def counted(
+    batches: Iterable[dict[str, Any]], accumulate: int, learned: Callable[[Mapping[str, Any]], int] = predicted_tokens
+) -> Iterator[dict[str, Any]]:
     """Each batch with STEP_TOKENS: `accumulate` of them, one optimizer step, are read ahead to count it."""
     iterator = iter(batches)
     while step := list(islice(iterator, accumulate)):
-        total = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in step)
+        total = sum(map(learned, step))
         yield from ({**batch, STEP_TOKENS: total} for batch in step)
 
 
 class Windows(Dataset):
     """Consecutive, non-overlapping windows of a token array [T]; the last T % length tokens are left out."""
+
+    collate = None  # torch's own: they have one length
+    learned = staticmethod(predicted_tokens)
 
     def __init__(self, tokens: np.ndarray, length: int) -> None:
         self.tokens, self.length = tokens, length

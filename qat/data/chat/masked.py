@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from qat.data.chat.forms import Chat, chat_of
 from qat.data.chat.rendering import Renderer, TemplateStopped
 from qat.data.chat.spans import encode_spans, rendered_spans
+from qat.data.order import predicted_tokens
 from qat.data.records import read_records
 from qat.data.sources import Source
 from qat.metrics.perplexity import Window
@@ -35,6 +36,9 @@ class Chats(Dataset):
 
     `truncated` counts those that were cut, `dropped` those without an assistant's word within `length`.
     """
+
+    collate = None  # torch's own: they are padded to one length
+    learned = staticmethod(predicted_tokens)
 
     def __init__(self, encoded: list[Encoded], length: int, pad: int) -> None:
         self.length = length
