@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from qat.formats.stored import read_shapes
+from qat.models.heads import LANGUAGE, Head
 
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers looks for them."""
@@ -110,13 +111,16 @@ def targets(model: Any, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def check(model: Any, report: Mapping[str, Any], files: Mapping[str, Stored], source: str) -> dict[str, torch.dtype]:
+def check(
+    model: Any, report: Mapping[str, Any], files: Mapping[str, Stored], source: str, head: Head = LANGUAGE
+) -> dict[str, torch.dtype]:
     """Refuse what the model did not take or did not get, say what its architecture ignores, and return the stored dtypes.
 
     Args:
         model: as `from_pretrained` gave it.
         report: its loading report, with `ignore_mismatched_sizes=True`.
         files: of `stored`; empty for a format that has been checked by its own reader (.gguf).
+        head: whether what lies upon the base model may be new, and another one's be left in the file.
 
     Returns:
         name of a parameter or buffer -> the dtype it was stored in.
@@ -130,12 +134,17 @@ def check(model: Any, report: Mapping[str, Any], files: Mapping[str, Stored], so
     by_class = {name for name in dropped if not set(taken[name]) & set(report["unexpected_keys"])}
     spare = {name for name in dropped if _computed(name, files[name].shape)}
     spare |= {name for name in by_class if not _belongs_to_a_layer(model, taken[name][0])}
+    spare |= {name for name in dropped if head.is_another(model, name)}
     unexpected = dropped - spare if files else set(map(str, report["unexpected_keys"]))
     refuse_sizes(report, source)
-    refuse_missing(_missing(state, report, taken), source)
+    missing = _missing(state, report, taken)
+    new = {name for name in missing if head.may_be_new(model, name)}
+    refuse_missing(missing - new, source, head.words)
     refuse_dropped(unexpected, type(model).__name__, source)
     if spare:
         print(f"qat: {source}: {type(model).__name__} has no use for {_listed(spare)} of the file", file=sys.stderr)
+    if new:
+        print(f"qat: {source} has no {head.words}: {', '.join(sorted(new))} are new and start at random", file=sys.stderr)
     _keep_apart(model, source)
     return _dtypes(state, taken, files, source)
 
@@ -149,12 +158,10 @@ def refuse_sizes(report: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source}: {name} is {list(found)} in the file, but config.json asks for {list(wanted)}{more}")
 
 
-def refuse_missing(names: Iterable[str], source: str) -> None:
+def refuse_missing(names: Iterable[str], source: str, kind: str = LANGUAGE.words) -> None:
     """Raise ValueError for parameters that would start at random."""
     if missing := sorted(names):
-        raise ValueError(
-            f"{source} has no weights for {len(missing)} parameters of a causal language model: {', '.join(missing[:_NAMED])}"
-        )
+        raise ValueError(f"{source} has no weights for {len(missing)} parameters of a {kind}: {', '.join(missing[:_NAMED])}")
 
 
 def refuse_dropped(names: Iterable[str], kind: str, source: str) -> None:

@@ -23,6 +23,7 @@ from qat.formats.gguf import container as gguf_file
 from qat.formats.tensors import all_finite
 from qat.models import checkpoint
 from qat.models.glass import load_glass_model
+from qat.models.heads import CLASSIFIER, LANGUAGE, Head
 from qat.models.provenance import gguf_facts, package_license, readme_license
 from qat.models.source import arguments_for, explain, resolve, stock_readable
 from qat.models.source import hub_found as hub_found
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 _FAR = 16
 
 
-def load_model(config: ModelConfig, path: str | None = None) -> PreTrainedModel:
+def load_model(config: ModelConfig, path: str | None = None, head: Head = LANGUAGE) -> PreTrainedModel:
     """The pretrained model in float32, eval mode, on the CPU; `path` (default `config.path`) may name another, for a teacher.
+
+    `head` says what lies upon it, a new one where its checkpoint has none and the head may be new.
 
     `source_dtypes(model)` says in which dtype each of its weights was stored. A bitnet checkpoint (`quant_method: bitnet`) gives
     linear layers with master weights: its own where it has them, otherwise such that quantize to its codes and scales.
@@ -45,35 +48,38 @@ def load_model(config: ModelConfig, path: str | None = None) -> PreTrainedModel:
     another shape than the config asks for, and tensors for which the model has no place.
     """
     source = resolve(path or config.path)
+    head.refuse_source(source)
     if source.endswith(".npz"):
         model: PreTrainedModel = load_glass_model(source)
     else:
         upstream.listen()
         with stock_readable(source) as readable:
             arguments = arguments_for(config, path, readable)
-            model = _from_gguf(readable, arguments) if "gguf_file" in arguments else _from_files(readable, arguments)
+            load = _from_gguf if "gguf_file" in arguments else _from_files
+            model = load(readable, arguments, head)
     _check_finite(model, source)
     return model.eval()
 
 
-def _from_files(source: str, arguments: dict[str, Any]) -> PreTrainedModel:
+def _from_files(source: str, arguments: dict[str, Any], head: Head) -> PreTrainedModel:
     """A folder or hub id of transformers, in safetensors or pickled weights, in one file or several."""
     config = _config(source, arguments)
     if method := _quant_method(config):
+        head.refuse_quantized(source)
         return _from_bitnet(source, arguments, method)
     where = {key: value for key, value in arguments.items() if key in ("revision", "local_files_only")}
     try:
         files = checkpoint.stored(source, getattr(config, "transformers_weights", None), **where)
         _refuse_adapter(source)
         _refuse_far_sizes(config, files)
-        model, report = _pretrained(source, {**arguments, "ignore_mismatched_sizes": True})
+        model, report = _pretrained(source, {**arguments, "ignore_mismatched_sizes": True}, head)
     except Exception as error:  # transformers raises nearly any class here: OSError, ValueError, SafetensorError, KeyError, ...
         raise ValueError(explain("model", source, error)) from error
-    remember(model, checkpoint.check(model, report, files, source))
+    remember(model, checkpoint.check(model, report, files, source, head))
     return model.float()
 
 
-def _from_gguf(file: str, arguments: dict[str, Any]) -> PreTrainedModel:
+def _from_gguf(file: str, arguments: dict[str, Any], head: Head) -> PreTrainedModel:
     """A .gguf file, dequantized."""
     from transformers import GgufConfig
 
@@ -81,13 +87,13 @@ def _from_gguf(file: str, arguments: dict[str, Any]) -> PreTrainedModel:
     arguments = {**arguments, "quantization_config": GgufConfig(dequantize=True), "ignore_mismatched_sizes": True}
     try:
         with upstream.no_bars():
-            model, report = _pretrained(str(Path(file).parent), arguments)
+            model, report = _pretrained(str(Path(file).parent), arguments, head)
     except Exception as error:
         raise ValueError(explain("model", file, error)) from error
     found = gguf_file.read(file)
     architecture = str(found.metadata["general.architecture"])
     report["unexpected_keys"] = checkpoint.gguf_unexpected(model, report, architecture, found.tensors)
-    checkpoint.check(model, report, {}, file)
+    checkpoint.check(model, report, {}, file, head)
     return model.float()
 
 
@@ -109,10 +115,9 @@ def _from_bitnet(source: str, arguments: dict[str, Any], method: str) -> PreTrai
     return model
 
 
-def _pretrained(folder: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **arguments)
+def _pretrained(folder: str, arguments: dict[str, Any], head: Head) -> tuple[PreTrainedModel, dict[str, Any]]:
+    arguments = {**arguments, **head.arguments()}
+    loaded: Any = head.auto().from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **arguments)
     return loaded
 
 
@@ -123,6 +128,20 @@ def _config(source: str, arguments: dict[str, Any]) -> Any:
         return AutoConfig.from_pretrained(source, **arguments)
     except Exception as error:
         raise ValueError(explain("model", source, error)) from error
+
+
+def label_names(config: ModelConfig) -> tuple[str, ...] | None:
+    """The labels of a checkpoint's trained head for classification, in its order; None where it has none.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    source = resolve(config.path)
+    if source.endswith((".npz", ".gguf")):
+        return None
+    found = _config(source, arguments_for(config, None, source))
+    trained = any(str(name).endswith(CLASSIFIER) for name in found.architectures or ())
+    return tuple(str(found.id2label[i]) for i in range(len(found.id2label))) if trained else None
 
 
 def _quant_method(config: Any) -> str | None:
