@@ -21,16 +21,19 @@ TINY = 1e-12
 
 def relative(seen: Seen, distill: DistillConfig) -> Pair:
     """The square distance of student and teacher as a share of the teacher's square norm; 0 where P is 0."""
-    distances = (_Relative.apply(mine, theirs) for mine, theirs in _rows(seen))
+    distances = (_Relative.apply(mine, theirs, seen.shares) for mine, theirs in _rows(seen))
     return _mean(distances, seen), seen.targets.numel()
 
 
 def cosine(seen: Seen, distill: DistillConfig) -> Pair:
     """1 - the cosine of the angle between student and teacher; 0 where P is 0."""
-    angles = (
-        mine.shape[:-1].numel() - F.cosine_similarity(mine.float(), theirs.float(), dim=-1).sum() for mine, theirs in _rows(seen)
-    )
+    angles = (_angles(mine, theirs, seen.shares) for mine, theirs in _rows(seen))
     return _mean(angles, seen), seen.targets.numel()
+
+
+def _angles(mine: Tensor, theirs: Tensor, shares: Tensor | None) -> Tensor:
+    cosines = F.cosine_similarity(mine.float(), theirs.float(), dim=-1)
+    return cosines.numel() - cosines.sum() if shares is None else ((1 - cosines) * shares).sum()
 
 
 def _mean(terms: Any, seen: Seen) -> Tensor:
@@ -38,24 +41,26 @@ def _mean(terms: Any, seen: Seen) -> Tensor:
 
 
 def _rows(seen: Seen) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer the states [P, H] that predict; where all do, views [B, L - 1, H]."""
-    kept = [(mine[:, :-1], theirs[:, :-1]) for mine, theirs in seen.residuals]
-    if seen.targets.numel() == seen.predicts.numel():
+    """Of each layer the states [P, H] that predict; where all tokens do, views [B, L - 1, H]."""
+    width = seen.predicts.shape[1]
+    kept = [(mine[:, :width], theirs[:, :width]) for mine, theirs in seen.residuals]
+    if seen.shares is None and seen.targets.numel() == seen.predicts.numel():
         return kept
     return [(mine[seen.predicts], theirs[seen.predicts]) for mine, theirs in kept]
 
 
 class _Relative(torch.autograd.Function):
-    """sum_p |a_p - b_p|^2 / |b_p|^2 of a and b [..., H] in float32, which keeps no copy of either: autograd would keep a - b."""
+    """sum_p share_p |a_p - b_p|^2 / |b_p|^2 of a, b [..., H] in float32; no copy of either is kept: autograd would keep a - b."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor, theirs: Tensor) -> Tensor:
+    def forward(ctx: Any, mine: Tensor, theirs: Tensor, shares: Tensor | None) -> Tensor:
         difference, target = mine.float() - theirs.float(), theirs.float()
         norms = torch.linalg.vecdot(target, target).clamp_min(TINY)
+        norms = norms if shares is None else norms / shares
         ctx.save_for_backward(mine, theirs, norms)
         return (torch.linalg.vecdot(difference, difference) / norms).sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         mine, theirs, norms = ctx.saved_tensors
-        return (mine.float() - theirs.float()).mul_((2 * gradients[0] / norms)[..., None]).to(mine.dtype), None
+        return (mine.float() - theirs.float()).mul_((2 * gradients[0] / norms)[..., None]).to(mine.dtype), None, None

@@ -28,7 +28,8 @@ class Seen:
     targets: Tensor
     """The tokens int64 [P] that they predict."""
     predicts: Tensor
-    """bool [B, L - 1]: which positions predict; of hidden states h [B, L, H], `h[:, :-1][predicts]` are those of `rows`."""
+    """bool [B, L - 1]: which positions predict; of hidden states h [B, L, H], `h[:, :-1][predicts]` are those of `rows`. Of a
+    classifier bool [B, L], the positions that are no padding: all of them make the row of their example."""
     teacher_rows: Tensor | None
     """The teacher's logits float32 [P, V], where a loss asks for a teacher."""
     student: Any
@@ -41,6 +42,8 @@ class Seen:
     """Of `distill.relation_layer` queries, keys and values, [B, L, N] of student and teacher, where a loss asks for them."""
     attended: Tensor | None = None
     """bool [B, L]: which positions are no padding; None where none is."""
+    shares: Tensor | None = None
+    """What each state that `predicts` picks counts, float32; None: 1. Of a classifier an example's states count 1 together."""
     _chunked: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @cached_property

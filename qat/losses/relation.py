@@ -26,8 +26,12 @@ def relation(seen: Seen, distill: DistillConfig) -> Pair:
 
 
 def _divergence(mine: Tensor, theirs: Tensor, heads: int, seen: Seen) -> Tensor:
-    student, teacher = (relations(one, heads, seen.attended)[:, :-1][seen.predicts] for one in (mine, theirs))
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) / heads
+    width = seen.predicts.shape[1]
+    student, teacher = (relations(one, heads, seen.attended)[:, :width][seen.predicts] for one in (mine, theirs))
+    if seen.shares is None:
+        return F.kl_div(student, teacher, reduction="sum", log_target=True) / heads
+    rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum((-1, -2))
+    return (rows * seen.shares).sum() / heads
 
 
 def settled(distill: DistillConfig, student: Any) -> DistillConfig:

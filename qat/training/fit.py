@@ -164,7 +164,8 @@ def check_hardware(config: TrainerConfig) -> None:
 def columns(module: QATModule) -> list[str]:
     """What a training writes into metrics.csv, known before it begins."""
     names = ["loss", *measured(module.distill)]
-    return ["train/tokens_per_second", *(f"{part}/{name}" for part in ("train", "val") for name in names)]
+    scores = [f"val/{name}" for name in module.scores or ()]
+    return ["train/tokens_per_second", *(f"{part}/{name}" for part in ("train", "val") for name in names), *scores]
 
 
 _NOISE = (

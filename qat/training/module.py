@@ -15,16 +15,17 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from qat.config import DistillConfig, OptimConfig
 from qat.conversion.layers import bitlinears
 from qat.data.order import STEP_TOKENS
 from qat.losses import active, measured, needs, weight_at
-from qat.losses.logits import predicted, predicting
 from qat.losses.means import Means
 from qat.losses.record import Loss, Pair, Seen
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS, Taps
+from qat.losses.views import TEXT, View
 from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.gradients.clipping import clip
@@ -49,6 +50,8 @@ class QATModule(pl.LightningModule):
         total_steps: int,
         teacher: nn.Module | None = None,
         compile: bool = False,
+        view: View = TEXT,
+        scores: MetricCollection | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -56,7 +59,8 @@ class QATModule(pl.LightningModule):
         self._forward = Apart(torch.compile(student) if compile else student)  # type: ignore[arg-type]
         self._teacher = Apart(teacher.eval().requires_grad_(False)) if teacher is not None else None
         self.distill, self.optim, self.total_steps = settled(distill_config, student), optim_config, total_steps
-        self._optimizer = optimizer
+        self._optimizer, self.view = optimizer, view
+        self.scores = scores
         self._asked = {f"output_{what}": True for what in ("hidden_states", "attentions") if needs(distill_config, what)}
         self.factors: dict[str, float] = {}
         """Loss -> what balancing multiplies its weight by; 1 where it says nothing."""
@@ -96,27 +100,28 @@ class QATModule(pl.LightningModule):
 
     def _measured(self, batch: dict[str, Tensor], rows: dict[str, Loss], graded: set[str], forward: nn.Module) -> dict[str, Pair]:
         seen, found = self._seen(batch, rows, forward), {}
+        if self.scores is not None and not torch.is_grad_enabled():  # in a validation
+            self.scores.update(seen.rows, seen.targets)
         for name, row in rows.items():
             with torch.set_grad_enabled(name in graded):
                 found[name] = row.function(seen, self.distill)
         return found
 
     def _seen(self, batch: dict[str, Tensor], rows: dict[str, Loss], forward: nn.Module) -> Seen:
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", STEP_TOKENS)}
-        labels, teacher, teacher_rows = batch["labels"], None, None
+        inputs, teacher, view = self.view.inputs(self.student, batch), None, self.view
         asked = {what for what in TAPS if any(getattr(row, what) for row in rows.values())}
         with self._taps.listening(asked) as pairs:
-            student = forward(**inputs, use_cache=False, **self._asked)
+            student = forward(**inputs, **self._asked)
             if self._teacher is not None and any(row.teacher for row in rows.values()):
                 with torch.no_grad():
-                    teacher = self._teacher.module(**inputs, use_cache=False, **self._asked)
-        chosen, targets = predicting(labels), labels[:, 1:][predicting(labels)]
-        student_rows = student.logits.new_empty(0, student.logits.shape[-1])
+                    teacher = self._teacher.module(**inputs, **self._asked)
+        student_rows, teacher_rows = student.logits.new_empty(0, student.logits.shape[-1]), None
         if not self.distill.kl_chunk or any(row.whole_rows for row in rows.values()):
-            student_rows, targets = predicted(student.logits, labels)
-            teacher_rows = None if teacher is None else predicted(teacher.logits, labels)[0]
+            student_rows = view.rows(student.logits, batch)
+            teacher_rows = None if teacher is None else view.rows(teacher.logits, batch)
         attended = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-        return Seen(student_rows, targets, chosen, teacher_rows, student, teacher, **pairs, attended=attended)
+        seen = student_rows, view.targets(batch), view.predicts(batch), teacher_rows, student, teacher
+        return Seen(*seen, **pairs, attended=attended, shares=view.shares(batch))
 
     def loss(self, sums: dict[str, Tensor], count: float) -> Tensor:
         """The weighted sum of the losses, each `sums[name] / count`."""
@@ -152,6 +157,8 @@ class QATModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
         self._held_out = Means()
+        if self.scores is not None:
+            self.scores.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch of held-out text to the sums."""
@@ -159,7 +166,8 @@ class QATModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """`val/ce` and the others, means over all of the validation's tokens."""
-        self.log_dict({f"val/{name}": value for name, value in self._means(self._held_out).items()})
+        scores = self.scores.compute() if self.scores is not None else {}
+        self.log_dict({f"val/{name}": value for name, value in {**self._means(self._held_out), **scores}.items()})
         self.log("step", float(self.global_step))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,8 +8,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from qat.data.order import STEP_TOKENS
-
 
 class NonFiniteError(ValueError):
     """The loss or a weight became NaN or infinite."""
@@ -20,12 +18,12 @@ def first_bad_weight(model: nn.Module) -> str | None:
     return next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
 
 
-def first_bad_output(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
-    """Name of the first module whose output is not finite, found by running `batch` once more."""
+def first_bad_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """Name of the first module whose output is not finite, found by running the model's `inputs` once more."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 found.append(name)
@@ -34,7 +32,7 @@ def first_bad_output(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     with torch.no_grad():
-        model(**{key: value for key, value in batch.items() if key not in ("labels", STEP_TOKENS)}, use_cache=False)
+        model(**inputs)
     for hook in hooks:
         hook.remove()
     return found[0] if found else None
@@ -55,7 +53,7 @@ class NonFiniteGuard(pl.Callback):
         if not bool(torch.isfinite(loss)):
             student: nn.Module = module.student  # type: ignore[assignment]
             weight = first_bad_weight(student)
-            output = None if weight else first_bad_output(student, self._batch)
+            output = None if weight else first_bad_output(student, module.view.inputs(student, self._batch))  # type: ignore[operator,union-attr]
             where = f"first bad weight: {weight}" if weight else f"first bad output: {output or 'the loss'}"
             raise NonFiniteError(_message("the loss", loss.item(), trainer.global_step + 1, where))
 

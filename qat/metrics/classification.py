@@ -1,0 +1,47 @@
+"""Accuracy and F1 of a classifier over batches of examples: counts of all examples, divided once at the end (torchmetrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+Batch = Mapping[str, Any]
+
+
+def scores(labels: int) -> MetricCollection:
+    """`accuracy`: the share of examples that are right; `f1`: the mean of the F1 of those labels that are given or predicted."""
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(labels, average="micro", validate_args=False),
+            "f1": MulticlassF1Score(labels, average="macro", validate_args=False),
+        }
+    )
+
+
+@torch.inference_mode()
+def classified(
+    model: nn.Module, batches: Iterable[Batch], labels: int, inputs: Callable[[nn.Module, Batch], dict[str, Any]]
+) -> dict[str, float]:
+    """{"accuracy", "f1"} of `model`, which is put into eval mode and back, on batches with `labels` int64 [B].
+
+    Raises:
+        ValueError: a logit is not finite.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    found = scores(labels).to(device)
+    model.eval()
+    try:
+        for batch in batches:
+            here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            logits = model(**inputs(model, here)).logits
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError("a logit of the model is not finite")
+            found.update(logits, here["labels"])
+    finally:
+        model.train(was_training)
+    return {name: float(value) for name, value in found.compute().items()}
