@@ -51,10 +51,10 @@ def _show(build: Callable[[], TrainConfig]) -> tuple[int, float | None, str]:
         message = " ".join(str(error).split())
         print(f"qat.train: {message}", file=sys.stderr)
         return WRONG, None, message
-    if result.perplexity:
+    if result.measured:
         print_table(result)
     code = 0 if result.signal is None else 128 + result.signal
-    return code, result.perplexity.get("trained"), result.status
+    return code, result.objective, result.status
 
 
 def _sweep(jobs: list[Job]) -> int:
@@ -78,7 +78,7 @@ def _sweep(jobs: list[Job]) -> int:
 
 
 def _by_hydra(command: Command, settings: list[str]) -> int:
-    """Hydra's own main: its flags, and sweepers and launchers of its plugins, which get the trained perplexity to minimise."""
+    """Hydra's own main: its flags, and sweepers and launchers of its plugins, which get what is to be minimised."""
     import hydra
 
     from qat.config.compose.composing import compose_run, job_config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,18 @@ from qat.reporting import updates
 MIB = 2**20
 
 
-def lines(config: TrainConfig, base: nn.Module, student: nn.Module, teacher: nn.Module | None) -> list[str]:
-    """What a person wants to know before starting; `teacher` is the one that the losses ask for."""
+def lines(
+    config: TrainConfig, base: nn.Module, student: nn.Module, teacher: nn.Module | None, sample: Mapping[str, Any]
+) -> list[str]:
+    """What a person wants to know before starting.
+
+    Args:
+        teacher: the one that the losses ask for.
+        sample: one sequence of data.sequence_length tokens with its labels, as the model's arguments.
+    """
     parameters = sum(p.numel() for p in student.parameters())
     taught = sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
-    state, activations = 16 * parameters, activation_bytes(student, config.data.sequence_length) * config.data.batch_size
+    state, activations = 16 * parameters, activation_bytes(student, sample) * config.data.batch_size
     linears, packed = linear_bytes(student, config.export.layout)
     total = (state + taught + activations) / MIB
     codes, whole = sum(layer.weight.numel() for _, layer in bitlinears(student)), full_precision_bf16(base)
@@ -52,8 +61,8 @@ def linear_bytes(student: nn.Module, layout: str) -> tuple[int, int]:
     return sum(2 * layer.weight.numel() for layer in layers), packed
 
 
-def activation_bytes(student: nn.Module, length: int) -> int:
-    """Bytes that autograd saves for one sequence of `length` tokens, parameters left out; each storage once."""
+def activation_bytes(student: nn.Module, sample: Mapping[str, Any]) -> int:
+    """Bytes that autograd saves for a batch, parameters left out; each storage once."""
     seen = {p.untyped_storage().data_ptr() for p in student.parameters()}
     total = 0
 
@@ -65,8 +74,7 @@ def activation_bytes(student: nn.Module, length: int) -> int:
             total += storage.nbytes()
         return tensor
 
-    tokens = torch.zeros(1, length, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = student(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = student(**sample).loss
     del loss
     return total

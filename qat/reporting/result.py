@@ -7,9 +7,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from qat.reporting.scores import Scores
 from qat.storage import parse_json, write_text
+
+_RATIO = "ln(trained / full precision)"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Perplexity(Mapping[str, float]):
     """Tokens from one window to the next."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """Stage -> perplexity."""
+    measure: ClassVar[str] = "perplexity"
 
     def __getitem__(self, stage: str) -> float:
         return self.stages[stage]
@@ -35,6 +39,41 @@ class Perplexity(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self.stages)
+
+    @property
+    def title(self) -> str:
+        """The text and how much of it, the head of a column."""
+        return f"{self.text}\n{self.tokens:,} tokens"
+
+    @property
+    def words(self) -> str:
+        """What is measured, for people."""
+        return f"perplexity, context {self.context}, stride {self.stride}"
+
+    def shown(self, value: float) -> str:
+        """A value, for people."""
+        return f"{value:,.3f}"
+
+    def lines(self) -> list[str]:
+        """A share above 1 is ordinary where the text is new to the model, and reads like a mistake: it is said in words."""
+        shares = self.recovered()
+        if "recovered_share" not in shares:
+            return []
+        share, ratio = shares["recovered_share"], shares["log_ratio_trained"]
+        much = f"{share:.1%} of" if share <= 1 else "more than"
+        return [f"recovered  {much} the log-perplexity lost by conversion on {self.text}; {_RATIO} = {ratio:.3f}"]
+
+    def key(self, name: str) -> str:
+        """Of a further text, in result.json."""
+        return f"perplexity_{name}"
+
+    def name(self, key: str) -> str:
+        """The inverse of `key`."""
+        return key.removeprefix("perplexity_")
+
+    def recovered(self) -> dict[str, float]:
+        """As the function of this name."""
+        return recovered(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As result.json has it: one level deep; {} where no text was measured."""
@@ -48,6 +87,10 @@ class Perplexity(Mapping[str, float]):
         return cls(**about, stages={key: value for key, value in values.items() if key not in about})
 
 
+Stages = Perplexity | Scores
+"""What a run measured of one text or one set of examples at each of its stages."""
+
+
 @dataclass(frozen=True)
 class RunResult:
     """Everything a run measured. A key is absent for what was not run; nothing is null for what failed."""
@@ -57,8 +100,10 @@ class RunResult:
     folder: str = ""
     perplexity: Perplexity = field(default_factory=Perplexity)
     """On the recipe's evaluation text."""
-    further: dict[str, Perplexity] = field(default_factory=dict)
-    """Name -> the same for a further text; in JSON as `perplexity_<name>`."""
+    accuracy: Scores = field(default_factory=Scores)
+    """On the recipe's validation examples, of a run that classifies."""
+    further: dict[str, Stages] = field(default_factory=dict)
+    """Name -> the same for a further text; in JSON as `perplexity_<name>`, `accuracy_<name>` or `f1_<name>`."""
     conversion: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of a start from calibrated codes: tokens, seconds, error."""
@@ -75,13 +120,24 @@ class RunResult:
     signal: int | None = None
     """The signal that interrupted the run; not in JSON."""
 
+    @property
+    def measured(self) -> Stages:
+        """What the run's task is judged by, on its own text or examples."""
+        return self.accuracy if self.accuracy.text else self.perplexity
+
+    @property
+    def objective(self) -> float | None:
+        """What a search minimises: the trained model's perplexity, or its share of wrong labels; None before it is trained."""
+        trained = self.measured.get("trained")
+        return trained if trained is None or self.measured is self.perplexity else 1 - trained
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; sections that were not run are left out."""
         plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("further", "signal")}
-        plain["perplexity"] = self.perplexity.to_dict()
+        plain |= {"perplexity": self.perplexity.to_dict(), "accuracy": self.accuracy.to_dict()}
         kept = {key: value for key, value in plain.items() if value not in (None, {}, "")}
-        further = {f"perplexity_{name}": value.to_dict() for name, value in self.further.items()}
-        return {**kept, **further, **recovered(self.perplexity)}
+        further = {value.key(name): value.to_dict() for name, value in self.further.items()}
+        return {**kept, **further, **self.measured.recovered()}
 
     def to_json(self) -> str:
         """result.json."""
@@ -96,14 +152,24 @@ def read_result(folder: Path) -> RunResult | None:
     """The result.json of a run; None where there is none that can be read."""
     try:
         values = parse_json((folder / "result.json").read_text(encoding="utf-8"))
-        names = {one.name for one in fields(RunResult)} - {"further", "signal", "perplexity"}
-        texts = {key: Perplexity.from_dict(value) for key, value in values.items() if key.partition("_")[0] == "perplexity"}
-        first = texts.pop("perplexity", Perplexity())
-        further = {key.removeprefix("perplexity_"): value for key, value in texts.items()}
+        names = {one.name for one in fields(RunResult)} - {"further", "signal", *KINDS}
         known = {key: value for key, value in values.items() if key in names}
-        return RunResult(perplexity=first, further=further, **known)
+        return RunResult(**_measured(values), **known)
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+KINDS: dict[str, type[Perplexity] | type[Scores]] = {"perplexity": Perplexity, "accuracy": Scores, "f1": Scores}
+"""What the keys of measured texts begin with."""
+
+
+def _measured(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of RunResult that hold what was measured, of result.json's values."""
+    found = {
+        key: KINDS[key.partition("_")[0]].from_dict(value) for key, value in values.items() if key.partition("_")[0] in KINDS
+    }
+    own: dict[str, Any] = {key: found.pop(key) for key in ("perplexity", "accuracy") if key in found}
+    return {**own, "further": {value.name(key): value for key, value in found.items()}}
 
 
 def recovered(perplexity: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qat.reporting.result import RunResult, recovered
+from qat.reporting.result import RunResult
 
 STAGES = {
     "full_precision": "full precision",
@@ -19,9 +19,6 @@ STAGES = {
 }
 
 
-_RATIO = "ln(trained / full precision)"
-
-
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
@@ -29,28 +26,27 @@ def _megabytes(size: int) -> str:
 def print_table(result: RunResult) -> None:
     """The table that a person reads at the end of a run."""
     console = Console(highlight=False)
-    about = result.perplexity
-    console.print(f"{result.recipe}: perplexity, context {about.context}, stride {about.stride}")
-    console.print(_perplexity_table(result))
+    console.print(f"{result.recipe}: {result.measured.words}")
+    console.print(_stages_table(result))
     for line in _lines(result):
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _perplexity_table(result: RunResult) -> Any:
-    about = result.perplexity
+def _stages_table(result: RunResult) -> Any:
+    about = result.measured
     table = Table()
     table.add_column("model", no_wrap=True)
-    texts = {one.text: one for one in (about, *result.further.values())}
-    for name, values in texts.items():
-        table.add_column(f"{name}\n{values.tokens:,} tokens", justify="right")
+    texts = {one.title: one for one in (about, *result.further.values())}
+    for name in texts:
+        table.add_column(name, justify="right")
     for key, label in STAGES.items():
         if key in about:
-            table.add_row(label, *(f"{values[key]:,.3f}" if key in values else "" for values in texts.values()))
+            table.add_row(label, *(values.shown(values[key]) if key in values else "" for values in texts.values()))
     return table
 
 
 def _lines(result: RunResult) -> list[str]:
-    lines = _recovered(result.perplexity)
+    lines = result.measured.lines()
     if "packed_model" in result.bytes:
         lines.append(_size_line(result.bytes))
     if result.tokens:
@@ -62,16 +58,6 @@ def _lines(result: RunResult) -> list[str]:
     lines += [f"exported   {name}" for name in result.export.get("done", [])]
     lines += [f"skipped    export {name}: {reason}" for name, reason in result.export.get("skipped", {}).items()]
     return [*lines, f"run        {result.folder} ({result.status})"]
-
-
-def _recovered(perplexity: Any) -> list[str]:
-    """A share above 1 is ordinary where the text is new to the model, and reads like a mistake: it is said in words."""
-    shares = recovered(perplexity)
-    if "recovered_share" not in shares:
-        return []
-    share, ratio = shares["recovered_share"], shares["log_ratio_trained"]
-    much = f"{share:.1%} of" if share <= 1 else "more than"
-    return [f"recovered  {much} the log-perplexity lost by conversion on {perplexity.text}; {_RATIO} = {ratio:.3f}"]
 
 
 def _size_line(size: dict[str, int]) -> str:

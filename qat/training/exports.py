@@ -13,7 +13,9 @@ from qat.conversion.record import Conversion
 from qat.formats import FORMATS, get_format
 from qat.formats.packed import folder as packed
 from qat.models import hub as models
-from qat.training.stages import Measure
+from qat.tasks import TASKS
+from qat.training.stages import Measure as TextMeasure
+from qat.training.tasks import Measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +64,13 @@ def _export(
     measure: Measure,
     stages: Mapping[str, float],
 ) -> Exported:
+    if unread := TASKS[config.task].unread:
+        return Exported(name, skipped=unread)
     target, code = FORMATS[name], get_format(name)
     options = target.of_run(config.export)
     if reason := code.unsupported(model, tokenizer, **options):
         return Exported(name, skipped=reason)
+    assert isinstance(measure, TextMeasure)
     further = {text: scored for text, scored in measure.windows.items() if text} if target.is_a_stage else {}
     more = {"further": further} if further else {}
     info = code.save(
@@ -85,7 +90,7 @@ def _card(config: TrainConfig) -> dict[str, Any]:
     return {**models.describe_source(config.model), "recipe": config.run.name, "name": config.run.name}
 
 
-def _card_results(measure: Measure, stages: Mapping[str, float], found: dict[str, Any]) -> dict[str, Any]:
+def _card_results(measure: TextMeasure, stages: Mapping[str, float], found: dict[str, Any]) -> dict[str, Any]:
     values = {**stages, **({"exported": found["perplexity"]} if "perplexity" in found else {})}
     kept = ("full_precision", "converted", "trained", "packed", "exported")
     shown = {f"perplexity, {key.replace('_', ' ')}": round(values[key], 4) for key in kept if key in values}

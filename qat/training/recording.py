@@ -16,7 +16,8 @@ from typing import Any
 import qat
 from qat.config import TrainConfig
 from qat.conversion.record import Conversion
-from qat.reporting.result import Perplexity, RunResult
+from qat.reporting.result import Perplexity, RunResult, Stages
+from qat.tasks import TASKS
 from qat.training.checkpoints import newest
 from qat.training.exports import Exported
 from qat.training.fit import FitResult
@@ -33,10 +34,10 @@ class Facts:
     status: str = "running"
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of a start from calibrated codes."""
-    texts: dict[str, Perplexity] = field(default_factory=dict)
+    texts: dict[str, Stages] = field(default_factory=dict)
     """Text -> what is measured on it; '' is the recipe's own."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Stage -> text -> perplexity."""
+    """Stage -> text -> perplexity, or accuracy and F1."""
     training: FitResult | None = None
     logit_difference: float | None = None
     """Between trained and packed model."""
@@ -50,12 +51,12 @@ class Facts:
 def assembled(facts: Facts) -> RunResult:
     """The result of a run: all of it is put together here."""
     values = {name: replace(about, stages=_stages(facts, name)) for name, about in facts.texts.items()}
-    done = facts.training
+    done, own = facts.training, values.pop("", Perplexity())
     return RunResult(
         status=facts.status,
         recipe=facts.config.run.name,
         folder=facts.folder,
-        perplexity=values.pop("", Perplexity()),
+        **{own.measure: own},  # type: ignore[arg-type]
         further=values,
         conversion=facts.conversion.facts(),
         calibration=facts.calibration,
@@ -90,7 +91,7 @@ def _verification(facts: Facts) -> dict[str, Any]:
     if facts.logit_difference is None:
         return {}
     done = [one for one in facts.exports or [] if one.skipped is None]
-    lines = ["packed = trained to the bit (logits and perplexity)", *(line for one in done for line in one.lines)]
+    lines = [f"packed = trained to the bit (logits and {facts.texts[''].measure})", *(line for one in done for line in one.lines)]
     return {"packed_max_logit_difference": facts.logit_difference, "summary": lines, **{one.name: one.facts for one in done}}
 
 
@@ -132,9 +133,10 @@ class Book:
         self.save()
 
     def measured(self, stage: str, values: dict[str, float]) -> None:
-        """Note and print the perplexities of a stage."""
+        """Note and print what was measured of a stage."""
         self.add(stages={**self.facts.stages, stage: values})
-        print(f"perplexity {stage.replace('_', ' ')}: {values['']:.3f}", flush=True)
+        task = TASKS[self.facts.config.task]
+        print(f"{task.measure} {stage.replace('_', ' ')}: {values['']:{task.unit}}", flush=True)
 
     def interrupted(self, signal: int, control: bool = False) -> None:
         """Say that a signal ended the run, or its control, and at which step it will go on."""

@@ -20,7 +20,7 @@ from qat.conversion import walker as conversion
 from qat.conversion.layers import full_precision_bf16
 from qat.conversion.record import Conversion
 from qat.data import QATData
-from qat.data.opening import open_data, probe_batch, sampled_data
+from qat.data.opening import sampled_data
 from qat.evaluation.budget import check_budget
 from qat.evaluation.mixing import mix_components
 from qat.formats.dtypes import round_floats
@@ -35,7 +35,8 @@ from qat.training.folder import check_target, locked, opened
 from qat.training.plugins import callbacks, check_plugins, loggers, optimizer_factory
 from qat.training.recording import Book, Facts, assembled, config_hash, recording
 from qat.training.signals import Signals, listening
-from qat.training.stages import Measure, same_outputs
+from qat.training.stages import same_outputs
+from qat.training.tasks import Measure, code_of
 from qat.training.trainings import check_comparable, check_teacher, load_teacher, total_batches, train_control, train_student
 
 
@@ -57,7 +58,7 @@ def run(config: TrainConfig) -> RunResult:
             return dry_run(job)
         with opened(config) as folder, recording(Facts(config, job.record, str(folder))) as book:
             measure = start(job, book)
-            if train(job, book, signals) is None:
+            if tune(job, book, measure, signals) is None and train(job, book, measure, signals) is None:
                 finish(job, book, measure, signals)
         return book.result
 
@@ -114,41 +115,72 @@ def prepare(config: TrainConfig) -> Job:
         torch.set_num_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
     tokenizer = models.load_tokenizer(config.model)
-    data = open_data(config, tokenizer, total_batches(config.trainer))
-    base = models.load_model(config.model)
+    code = code_of(config)
+    data = code.open_data(config, tokenizer, total_batches(config.trainer))
+    base = code.load_model(config, data)
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
-    student = copy.deepcopy(base).to(device_of(config.trainer))  # type: ignore[arg-type]  # where the probe tries it
-    include, exclude = config.model.include or None, config.model.exclude or None
-    record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe_batch(data, base))
+    student, record = converted(config, base, data)
     print(f"{config.model.path}: {record.summary()}")
-    student.cpu()
     teacher = load_teacher(config, base)
     check_comparable(config, student, teacher)
     return Job(config, base, student, record, tokenizer, optimizer, asked, teacher, data)
 
 
+def converted(config: TrainConfig, base: PreTrainedModel, data: QATData | None) -> tuple[PreTrainedModel, Conversion]:
+    """A converted copy of a model, and what was converted."""
+    student = copy.deepcopy(base).to(device_of(config.trainer))  # type: ignore[arg-type]  # where the probe tries it
+    include, exclude = config.model.include or None, config.model.exclude or None
+    probe = code_of(config).probe(data, base)
+    record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe)
+    return student.cpu(), record  # type: ignore[call-arg,return-value]
+
+
 def start(job: Job, book: Book) -> Measure:
-    """Sample the data where the model writes it, and measure the model before and after its conversion and calibration."""
+    """Sample the data where the model writes it, and measure the model as it came."""
     print(updates.in_words(job.config), flush=True)
     if said := updates.warning(job.config):
         print(f"warning: {said}", flush=True)
     if job.data is None:
         job.data = sampled_data(job.config, job.tokenizer, job.base, total_batches(job.config.trainer))
-    measure = Measure.of(job.config, job.data, job.tokenizer)
+    code = code_of(job.config)
+    measure = code.measure(job.config, job.data, job.tokenizer)
     book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
-    book.measured("full_precision", measure(job.base))
+    if code.ready(job.config):
+        book.measured("full_precision", measure(job.base))
+    return measure
+
+
+def tune(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None:
+    """Train the control first, where it is what QAT starts from; the signal that interrupted it, None where QAT may begin."""
+    if not job.config.control.first:
+        return None
+    if (signal := control(job, book, measure, signals)) is None:
+        seed_everything(job.config.seed, verbose=False)  # a resume does not draw what the control's training drew
+        job.student, job.record = converted(job.config, job.base, job.data)
+    return signal
+
+
+def control(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None:
+    """Train the control, in place of the model as it came; the signal that interrupted it."""
+    assert job.data is not None
+    done = train_control(job.config, job.base, job.data.afresh(), Path(book.facts.folder), job.optimizer, signals)
+    if done.signal is not None:
+        book.interrupted(done.signal, control=True)
+        return done.signal
+    book.add(control=done)
+    book.measured("control", measure(job.base))
+    return None
+
+
+def train(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None:
+    """Calibrate and measure the student, and train it; the signal that interrupted it, None where it may be finished."""
+    assert job.data is not None
     mix_components(job.config, measure.place(job.base), job.student, job.record, job.data, Path(book.facts.folder))
     job.base.cpu()
     device = device_of(job.config.trainer)
     book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device))
     book.measured("converted", measure(job.student))
-    return measure
-
-
-def train(job: Job, book: Book, signals: Signals) -> int | None:
-    """Train the student; the signal that interrupted it, None where it may be finished."""
-    assert job.data is not None
     folder = Path(book.facts.folder)
     extras = loggers(job.config, folder), job.callbacks
     done = train_student(job.config, job.student, job.teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
@@ -170,18 +202,15 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     book.measured("packed", measure(packed))
     book.add(logit_difference=same_outputs(job.student, packed, measure, book.facts.stages))
     book.add(bytes={**book.facts.bytes, **save_packed(config, packed, packing, folder, job.tokenizer)})
-    book.add(exports=export_all(config, packed, folder, job.tokenizer, measure, book.result.perplexity))
-    if config.control.enabled:
-        control = train_control(config, job.base, job.data.afresh(), folder, job.optimizer, signals)
-        if control.signal is not None:
-            return book.interrupted(control.signal, control=True)
-        book.add(control=control)
-        book.measured("control", measure(job.base))
+    book.add(exports=export_all(config, packed, folder, job.tokenizer, measure, book.result.measured))
+    if config.control.enabled and not config.control.first and control(job, book, measure, signals) is not None:
+        return
     book.add(status=f"stopped at step {done.step} by {done.stopped_by}" if done.stopped_by else "done")
 
 
 def dry_run(job: Job) -> RunResult:
     """Print coverage, memory and tokens of the run that is not made."""
-    for line in estimate.lines(job.config, job.base, job.student, job.teacher):
+    sample = code_of(job.config).sample(job.config)
+    for line in estimate.lines(job.config, job.base, job.student, job.teacher, sample):
         print(line)
     return assembled(Facts(job.config, job.record, status="dry run"))

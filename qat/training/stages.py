@@ -70,21 +70,22 @@ class Measure:
         return self.first
 
 
-def same_outputs(trained: nn.Module, packed: nn.Module, measure: Measure, values: dict[str, dict[str, float]]) -> float:
+def same_outputs(trained: nn.Module, packed: nn.Module, measure: Any, values: dict[str, dict[str, float]]) -> float:
     """How far the logits of trained latent and packed model are apart, which is 0: both run the same integer arithmetic.
 
     Args:
-        values: stage -> text -> perplexity, of the stages `trained` and `packed`.
+        measure: of the run's task (`qat.training.tasks.Measure`).
+        values: stage -> text -> perplexity or accuracy, of the stages `trained` and `packed`.
 
     Raises:
-        ValueError: logits of the probe window or perplexities differ.
+        ValueError: logits of what is probed, or values, differ.
     """
     with torch.inference_mode():
         a, b = (measure.logits(model) for model in (trained, packed))
     difference = (a - b).abs().max().item()
     if difference != 0 or values["trained"] != values["packed"]:
         raise ValueError(
-            f"packed and trained model differ: logits by up to {difference:.3g}, perplexity {values['packed']['']} against"
-            f" {values['trained']['']}; please report this with the run's config.yaml"
+            f"packed and trained model differ: logits by up to {difference:.3g}, {measure.about[''].measure}"
+            f" {values['packed']['']} against {values['trained']['']}; please report this with the run's config.yaml"
         )
     return difference

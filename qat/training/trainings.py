@@ -15,13 +15,13 @@ from qat.data import QATData
 from qat.losses import active, needs
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS
-from qat.models import hub as models
-from qat.models.vocabulary import check_same_words
+from qat.tasks import TASKS
 from qat.training.callbacks import Anneal, LambdaWarmup, Samples
 from qat.training.fit import FitResult, fit
 from qat.training.gradients.terms import TermGradients
 from qat.training.module import OptimizerFactory, QATModule
 from qat.training.signals import Signals
+from qat.training.tasks import code_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,14 +50,7 @@ def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel 
         return None
     if config.model.teacher == "shared":
         return base
-    teacher = models.load_model(config.model, config.model.teacher)
-    if teacher.config.vocab_size != base.config.vocab_size:
-        raise ValueError(
-            f"model.teacher={config.model.teacher} has {teacher.config.vocab_size} tokens in its vocabulary,"
-            f" but the student has {base.config.vocab_size}; logits can only be compared over one vocabulary"
-        )
-    check_same_words(config.model)
-    return teacher
+    return code_of(config).load_teacher(config, base)
 
 
 def check_comparable(config: TrainConfig, student: nn.Module, teacher: nn.Module | None) -> None:
@@ -87,11 +80,11 @@ def train_student(
         callbacks.append(Anneal(config.optim, config.trainer.max_steps))
     if config.optim.lambda_steps:
         callbacks.append(LambdaWarmup(config.optim.lambda_steps, config.optim.lambda_schedule))
-    if config.trainer.samples and config.trainer.val_every:
+    if config.trainer.samples and config.trainer.val_every and TASKS[config.task].generates:
         callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
     if len(active(config.distill)) > 1 and (config.distill.balance or config.trainer.val_every):
         callbacks.append(TermGradients(config.distill.balance, config.trainer.val_every))
-    module = _module(config, student, config.distill, optimizer, teacher)
+    module = _module(config, student, config.distill, optimizer, teacher, data)
     try:
         outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
     finally:
@@ -107,19 +100,26 @@ def train_control(
     plain: dict[str, Any] = {"latent_lr_multiplier": 1.0, "lambda_steps": 0, "lambda_schedule": "linear", "anneal": "none"}
     optim = replace(config.optim, lr=config.control.lr, **plain)
     base.requires_grad_(True)
-    module = _module(replace(config, optim=optim), base, DistillConfig(ce=1.0, kl=0.0), optimizer, None)
+    module = _module(replace(config, optim=optim), base, DistillConfig(ce=1.0, kl=0.0), optimizer, None, data)
     outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")
     base.eval()
     return outcome
 
 
 def _module(
-    config: TrainConfig, model: PreTrainedModel, distill: DistillConfig, optimizer: OptimizerFactory, teacher: nn.Module | None
+    config: TrainConfig,
+    model: PreTrainedModel,
+    distill: DistillConfig,
+    optimizer: OptimizerFactory,
+    teacher: nn.Module | None,
+    data: QATData,
 ) -> QATModule:
     model.train()
     if config.trainer.activation_checkpointing:
         model.activation_checkpointing_enable()
-    return QATModule(model, distill, config.optim, optimizer, config.trainer.max_steps, teacher, compile=config.trainer.compile)
+    code, steps = code_of(config), config.trainer.max_steps
+    more = {"compile": config.trainer.compile, "view": code.view, "scores": code.scores(data)}
+    return QATModule(model, distill, config.optim, optimizer, steps, teacher, **more)  # type: ignore[arg-type]
 
 
 def _prompts(config: TrainConfig, data: QATData) -> torch.Tensor:
