@@ -18,6 +18,7 @@ from qat.inference.decode import Decoder, greedy
 from qat.metrics.agreement import agreement, layer_errors
 from qat.metrics.perplexity import Window, exp_mean, log_likelihood, windows
 from qat.models.any import Loaded, load
+from qat.models.heads import refuse_classifier
 from qat.storage import local
 
 _PROMPT_TOKENS = 32
@@ -91,6 +92,7 @@ def evaluate(
         raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
     chosen = runtime.choose_reader(path, reader, asked.needs_pytorch(head))
     found = runtime.load(path) if chosen == "llama.cpp" else load(path, trust_remote_code=trust_remote_code)
+    refuse_classifier(found.model, path)
     if head != "full":
         from qat.inference.digits import quantize_head
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qat.formats import FORMATS, get_format
 from qat.models.any import packed_folder
+from qat.models.heads import refuse_classifier
 from qat.storage import local, parse_json
 from qat.targets import format_for
 
@@ -50,6 +51,7 @@ def export(
     from qat.models.hub import load_tokenizer
 
     model = packed.load(folder, trust_remote_code=trust_remote_code)
+    refuse_classifier(model, run)
     tokenizer = load_tokenizer(ModelConfig(path=str(folder), trust_remote_code=trust_remote_code))
     windows = text_windows(model, tokenizer, text, max_tokens)
     facts = {**packed.read_extra(folder).get("card", {}), **_results(Path(run))}

@@ -12,6 +12,7 @@ from torch import Tensor
 from qat.generation.continuation import Continuation, continue_tokens, stop_tokens
 from qat.generation.memory import memory
 from qat.models.any import Loaded, load
+from qat.models.heads import refuse_classifier
 from qat.nn.sampling import Sampling, sampler
 
 
@@ -65,6 +66,7 @@ def ready(path: str, head: str = "full", trust_remote_code: bool = False) -> tup
     from qat.inference import digits, heads, tiles
 
     found = load(path, trust_remote_code=trust_remote_code)
+    refuse_classifier(found.model, path)
     found.model.requires_grad_(False)
     tiled = tiles.tile_checked(found.model)
     if head == "full":

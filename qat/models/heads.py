@@ -59,6 +59,15 @@ class Head:
             raise ValueError(f"{source} is already quantized; for task=classification give the full-precision checkpoint")
 
 
+def refuse_classifier(model: Any, path: str) -> None:
+    """Raise ValueError for a model that gives labels, where text is asked of it."""
+    if type(model).__name__.endswith(CLASSIFIER):
+        raise ValueError(
+            f"{path} is a classifier ({type(model).__name__}), which predicts labels and no text; its accuracy is in its run's"
+            " result.json, and transformers' AutoModelForSequenceClassification loads its packed folder"
+        )
+
+
 LANGUAGE = Head("AutoModelForCausalLM", "causal language model")
 
 

@@ -8,6 +8,7 @@ tokens (arXiv:2507.07101, which finds no use in gradient accumulation either).
 from __future__ import annotations
 
 from qat.config import TrainConfig
+from qat.tasks import TASKS
 
 FEW = 1000
 """Updates below which their number limits what is recovered."""
@@ -51,7 +52,8 @@ def tokens_in_words(count: int) -> str:
 def in_words(config: TrainConfig) -> str:
     """`3,120 updates of 512 tokens, 1.6 million tokens`."""
     updates, each = config.trainer.max_steps, tokens_per_update(config)
-    return f"{updates:,} updates of {each:,} tokens, {tokens_in_words(updates * each)}"
+    most = "" if TASKS[config.task].whole else "at most "
+    return f"{updates:,} updates of {most}{each:,} tokens, {most}{tokens_in_words(updates * each)}"
 
 
 def warning(config: TrainConfig) -> str | None:

@@ -26,6 +26,8 @@ class Task:
     """A better model has more of it."""
     unit: str
     """How a value is written for people."""
+    whole: bool
+    """Every sequence has data.sequence_length tokens, padding included."""
     generates: bool
     """The model writes text, which is shown at validations."""
     unread: str | None = None
@@ -43,6 +45,7 @@ TASKS: dict[str, Task] = {
         measure="perplexity",
         rises=False,
         unit=".3f",
+        whole=True,
         generates=True,
         unused=("data.pair_field", "data.label_field", "data.bucket"),
     ),
@@ -54,8 +57,9 @@ TASKS: dict[str, Task] = {
         measure="accuracy",
         rises=True,
         unit=".2%",
+        whole=False,
         generates=False,
         unread="its stock reader takes causal language models, and this is a classifier",
-        unused=("eval.context", "eval.stride", "data.messages_field", "trainer.samples", "distill.kl_chunk"),
+        unused=("eval.context", "eval.stride", "data.messages_field", "trainer.samples", "distill.kl_chunk", "model.start"),
     ),
 }

@@ -120,8 +120,8 @@ class QATModule(pl.LightningModule):
             student_rows = view.rows(student.logits, batch)
             teacher_rows = None if teacher is None else view.rows(teacher.logits, batch)
         attended = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-        seen = student_rows, view.targets(batch), view.predicts(batch), teacher_rows, student, teacher
-        return Seen(*seen, **pairs, attended=attended, shares=view.shares(batch))
+        targets, chosen, shares = view.targets(batch), view.predicts(batch), view.shares(batch)
+        return Seen(student_rows, targets, chosen, teacher_rows, student, teacher, **pairs, attended=attended, shares=shares)
 
     def loss(self, sums: dict[str, Tensor], count: float) -> Tensor:
         """The weighted sum of the losses, each `sums[name] / count`."""

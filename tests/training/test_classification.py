@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from qat.config import ControlConfig, DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig
 from qat.config import TrainConfig as Config
+from qat.evaluation.measuring import evaluate
+from qat.export.job import export
+from qat.generation.job import generate
 from qat.models.hub import load_tokenizer
 from qat.reporting.result import read_result
 from qat.reporting.table import print_table
@@ -97,6 +101,19 @@ def test_transformers_loads_the_packed_folder(done: tuple[Any, Path]) -> None:
     with torch.inference_mode():
         found = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.argmax(-1)
     assert [model.config.id2label[i] for i in found.tolist()] == [label for _, label in ROWS[60:]]
+
+
+def test_verbs_that_ask_for_text_refuse_a_classifier(done: tuple[Any, Path], folder: Path, tmp_path: Path) -> None:
+    text, run_folder = folder / "text.txt", str(done[1])
+    text.write_text("the film is good")
+    asked: list[Callable[[], Any]] = [
+        lambda: evaluate(run_folder, str(text)),
+        lambda: generate(run_folder, "the film"),
+        lambda: export(run_folder, str(tmp_path / "model.pt2")),
+    ]
+    for ask in asked:
+        with pytest.raises(ValueError, match=r"is a classifier \(BertForSequenceClassification\), which predicts labels"):
+            ask()
 
 
 def test_a_resume_goes_on_from_the_fine_tuned_model(done: tuple[Any, Path], tmp_path: Path) -> None:
