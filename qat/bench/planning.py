@@ -14,11 +14,13 @@ from torch import Tensor
 from qat.config import TrainConfig
 from qat.models.attention import narrow_heads
 from qat.reporting import estimate, plan
+from qat.tasks import TASKS
 from qat.training.fit import device_of
 from qat.training.gradients.clipping import clip
 from qat.training.module import QATModule, parameter_groups
 from qat.training.plugins import has_betas
 from qat.training.run import Job, prepare
+from qat.training.tasks import code_of
 
 WARM, TIMED = 2, 5
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -37,6 +39,10 @@ def planned(config: TrainConfig, tokens: int | None = None, hours: float | None 
         raise ValueError(f"--hours {hours:g} is not allowed; it must be above 0 and at most {_DAY}")
     if tokens is not None and not 0 < tokens <= 10**15:
         raise ValueError(f"--tokens {tokens:,} is not allowed; it must be in 1 to {10**15:,}")
+    if not TASKS[config.task].whole:
+        raise ValueError(
+            f"a plan counts tokens of whole sequences, which task={config.task} does not have; set trainer.max_steps"
+        )
     job = prepare(replace(config, optim=replace(config.optim, beta2_half_life=None)))
     found, length = facts(job), config.data.sequence_length
     if hours is None:
@@ -63,7 +69,7 @@ def facts(job: Job) -> plan.Facts:
     return plan.Facts(
         parameters=trained,
         state_bytes=16 * trained + taught,
-        sequence_bytes=estimate.activation_bytes(job.student, job.config.data.sequence_length),
+        sequence_bytes=estimate.activation_bytes(job.student, code_of(job.config).sample(job.config)),
         room_bytes=room(job.config),
         text_tokens=None if job.data is None else job.data.train_tokens,
         betas=all(has_betas(group) for group in groups),
