@@ -60,6 +60,14 @@ TASKS: dict[str, Task] = {
         whole=False,
         generates=False,
         unread="its stock reader takes causal language models, and this is a classifier",
-        unused=("eval.context", "eval.stride", "data.messages_field", "trainer.samples", "distill.kl_chunk", "model.start"),
+        unused=(
+            "eval.context",
+            "eval.stride",
+            "data.messages_field",
+            "trainer.samples",
+            "distill.kl_chunk",
+            "model.start",
+            "quant.budget_bits",
+        ),
     ),
 }
