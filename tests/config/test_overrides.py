@@ -14,7 +14,7 @@ import pytest
 
 from qat.config import TrainConfig
 from qat.config.compose.command import parse
-from qat.config.compose.composing import compose_run
+from qat.config.compose.composing import compose_jobs, compose_run
 from qat.config.compose.text import as_typed
 from qat.config.describe import Key, keys, sections
 
@@ -66,3 +66,16 @@ def test_a_wrong_override_is_one_line(setting: str) -> None:
     message = str(caught.value)
     assert setting.partition("=")[0].removeprefix("+") in message, message
     assert "\n" not in message and len(message) < 600
+
+
+def test_a_mapping_of_mappings_needs_no_plus() -> None:
+    patterns = "quant.overrides={*.down_proj: {components: 2}, model.layers.0: {granularity: channel}}"
+    config = compose_run(["model.path=m", "quant.component_scales=learned", patterns])
+    assert list(config.quant.overrides.items()) == [
+        ("*.down_proj", {"components": 2}),
+        ("model.layers.0", {"granularity": "channel"}),
+    ]
+    jobs = compose_jobs(["model.path=m", "quant.overrides={a: {components: 2}},{a: {components: 3}}"])
+    assert [job.build().quant.overrides for job in jobs] == [{"a": {"components": k}} for k in (2, 3)]
+    with pytest.raises(ValueError, match=r"quant.overrides, a: quant.components=7 is not allowed"):
+        compose_run(["model.path=m", "quant.overrides={a: {components: 7}}"])

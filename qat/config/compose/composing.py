@@ -45,6 +45,9 @@ class Job:
         return self.config
 
 
+_DEFAULTS = TrainConfig()
+
+
 def compose_run(settings: Sequence[str], config_dir: str | None = None) -> TrainConfig:
     """The configuration of one run.
 
@@ -121,7 +124,15 @@ def _numbered(config: TrainConfig, number: int | None) -> TrainConfig:
 def compose_config(name: str, settings: Sequence[str], config_dir: str | None) -> DictConfig:
     search = [f"hydra.searchpath=[{local(config_dir).resolve().as_uri()!r}]"] if config_dir else []
     with one_line(), initialize_config_dir(str(config_folder("conf")), version_base="1.3"):
-        return compose(name, [*settings, *search], return_hydra_config=True)
+        return compose(name, [*map(_opened, settings), *search], return_hydra_config=True)
+
+
+def _opened(setting: str) -> str:
+    """`quant.overrides={...}` with the ++ that Hydra asks for where the values of a mapping are mappings."""
+    key, _, value = setting.partition("=")
+    section, _, name = key.partition(".")
+    free = value.startswith("{") and getattr(getattr(_DEFAULTS, section, None), name, None) == {}
+    return f"++{setting}" if free else setting
 
 
 @contextmanager
