@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from benchmarks.quality.rows import Run, Study
 from qat.reporting.result import RunResult, read_result
 
 _stopping = threading.Event()
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 def done(folder: Path) -> RunResult | None:
@@ -49,49 +51,62 @@ def chosen(study: Study, out: Path, runs: Sequence[Run]) -> list[Run]:
 
 
 def execute(run: Run, out: Path, places: Mapping[str, str], commit: str) -> str:
-    """Train one run to its end; what came of it, in words."""
+    """Train one run to its end; what came of it, in words, or "" where another command has done it or is at it."""
     folder = out / run.name
-    if _stopping.is_set() or done(folder) is not None:
-        return "done before"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return ""
+        return "" if _stopping.is_set() or done(folder) is not None else _train(run, folder, places, commit)
+
+
+def _train(run: Run, folder: Path, places: Mapping[str, str], commit: str) -> str:
     last = folder / "checkpoints" / "last.ckpt"
     if folder.exists() and not last.exists():
         shutil.rmtree(folder)  # the study's own folder, of a run that was cut off before its first checkpoint
     arguments = [f"resume={folder}"] if last.exists() else [*run.arguments(places), f"run.dir={folder}"]
-    folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(folder.name + ".log")
     with log.open("a") as file:
         print("$ python -m qat.train", *arguments, f"   # {commit}", file=file, flush=True)
         environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}
-        process = subprocess.Popen([sys.executable, "-m", "qat.train", *arguments], stdout=file, stderr=file, env=environment)
+        command = [sys.executable, "-m", "qat.train", *arguments]
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        _running.add(process)
         code = process.wait()
+        _running.discard(process)
     result = done(folder)
     if result is None:
-        return f"FAILED with {code}: see {log}"
+        return f"stopped: {log}" if _stopping.is_set() else f"FAILED with {code}: see {log}"
     (folder / "commit").write_text(commit + "\n")
     return f"{result.perplexity['packed']:.3f}, {result.tokens_per_second or 0:,.0f} tokens/s"
 
 
 def execute_all(runs: Sequence[Run], out: Path, places: Mapping[str, str], jobs: int) -> int:
-    """All runs, `jobs` at once; how many failed. SIGINT and SIGTERM reach the runs, which save and stop; no other is begun."""
+    """All runs, `jobs` at once; how many failed. SIGINT and SIGTERM are passed on to runs, which save and stop; none is begun."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))
-    failed = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
 
     def one(run: Run) -> bool:
         words = execute(run, out, places, commit)
-        if words != "done before":
+        if words:
             print(f"{run.name}: {words}", flush=True)
         return words.startswith("FAILED")
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, run) for run in runs]
-        try:
-            failed = sum(future.result() for future in futures)
-        except KeyboardInterrupt:
-            _stopping.set()
-            pool.shutdown(cancel_futures=True)
-            print("stopped; the same command goes on", file=sys.stderr)
-            raise SystemExit(130) from None
+        failed = sum(pool.map(one, runs))
+    if _stopping.is_set():
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(130)
     return failed
+
+
+def _stop(number: int, _: object) -> None:
+    """Begin no other run, and let those that go on save and stop."""
+    _stopping.set()
+    for process in tuple(_running):
+        process.send_signal(number)
