@@ -7,7 +7,6 @@ import math
 import pytest
 
 from qat.reporting.result import Perplexity, recovered
-from qat.reporting.table import _recovered
 
 
 def test_recovered_share() -> None:
@@ -18,5 +17,5 @@ def test_recovered_share() -> None:
 @pytest.mark.parametrize(("trained", "said"), [(math.e**2, "75.0% of the log"), (1.0, "more than the log")])
 def test_more_than_all_is_said_in_words(trained: float, said: str) -> None:
     values = {"full_precision": math.e, "converted": math.e**5, "trained": trained}
-    (line,) = _recovered(Perplexity("my text", 100, 16, 16, values))
+    (line,) = Perplexity("my text", 100, 16, 16, values).lines()
     assert said in line and f"ln(trained / full precision) = {math.log(trained) - 1:.3f}" in line
