@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.calibration.latents import check_start, start_calibrated
+from qat.calibration.norms import calibrate_norms
 from qat.calibration.windows import batched, spread
 from qat.config import TrainConfig
 
@@ -39,10 +40,12 @@ def calibrated(
 
     It is done on `device`; both models are left on the CPU.
     """
-    if config.model.start != "ptq":
+    wanted = {start_calibrated: config.model.start == "ptq", calibrate_norms: config.quant.rms_norm_start == "calibrated"}
+    calibrate = next((one for one, is_wanted in wanted.items() if is_wanted), None)
+    if calibrate is None:
         return {}
     windows = [ids.to(device) for ids in _windows(sequences, config.model.start_tokens)]
-    facts = start_calibrated(base.to(device), student.to(device).eval(), windows)
+    facts = calibrate(base.to(device), student.to(device).eval(), windows)
     base.cpu(), student.cpu()
     print(f"calibrated start: {facts['tokens']:,} tokens of the training text in {facts['seconds']:.1f} s", flush=True)
     return facts

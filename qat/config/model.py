@@ -26,7 +26,7 @@ class ModelConfig:
     start: str = "weights"
     """`weights`: train from them. `ptq`: from codes calibrated on the training text, for tiny budgets."""
     start_tokens: int = 12288
-    """Tokens of the training text that `start=ptq` calibrates on, in sequences spread over it."""
+    """Tokens of the training text, in sequences spread over it, for `start=ptq` or `quant.rms_norm_start=calibrated`."""
 
     def __post_init__(self) -> None:
         check_types("model", self, may_be_empty=("path",))

@@ -41,6 +41,8 @@ class OptimConfig:
     """Tokens after which a squared gradient counts half: beta2 = 0.5^(tokens an update / this); null: the optimizer's own."""
     lambda_schedule: str = "linear"
     """How lambda rises in `lambda_steps`: `linear`, `sigmoid` (slow, fast, slow), or `layerwise` (block after block)."""
+    rms_norm_steps: int = 0
+    """Steps over which the norms of `quant.rms_norm_start=blended` are blended in, x + b (norm(x) - x) with b 0 -> 1."""
     anneal: str = "none"
     """`soft`: weights are their codes' mean under thresholds that sharpen, with its own gradient; `none`: straight through."""
     anneal_from: float = 2.0
@@ -68,6 +70,7 @@ class OptimConfig:
         choose("optim.lambda_schedule", self.lambda_schedule, ("linear", "sigmoid", "layerwise"))
         if self.lambda_schedule != "linear" and not self.lambda_steps:
             raise ValueError(f"optim.lambda_schedule={self.lambda_schedule} needs optim.lambda_steps above 0")
+        at_least("optim.rms_norm_steps", self.rms_norm_steps, 0)
         choose("optim.anneal", self.anneal, ("none", "soft"))
         at_least("optim.anneal_from", self.anneal_from, 0, open_end=True, most=SHARPEST)
         at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")

@@ -10,8 +10,11 @@ from qat.config.checks import EPSILON, at_least, check_types, choose
 from qat.quantizers import QUANTIZERS, find, planes_of, summable
 from qat.quantizers.record import BACKWARDS, COMPONENT_SCALES, GRANULARITIES, STATISTICS, Quantizer
 
-LAYER_KEYS = ("weight", "scale", "granularity", "group_size", "components", "component_scales", "scale_multiplier")
-"""Keys in which layers of one model may differ: how their weights become codes. What meets the weights is the model's."""
+LAYER_KEYS = (
+    "weight", "scale", "granularity", "group_size", "components", "component_scales", "scale_multiplier", "rms_norm_eps",
+)  # fmt: skip
+"""Keys in which layers of one model may differ: how their weights become codes, and whether they norm their inputs (BitDistill:
+`o_proj` and `down_proj` only). All else that meets the weights is the model's."""
 
 
 @dataclass
@@ -40,6 +43,9 @@ class QuantConfig:
     """Lower bound of every scale."""
     rms_norm_eps: float | None = None
     """An RMSNorm with this epsilon for each layer's own input (SubLN). null: none. New ones make a pretrained model relearn."""
+    rms_norm_start: str = "ones"
+    """Weights of those norms at first: `ones`; `calibrated` on training text, so that little changes; `blended`: ones, but the
+    norm is blended in over `optim.rms_norm_steps`, from none of it."""
     kernels: str = "auto"
     """`auto` takes compiled kernels where they exist, `compiled` insists on them, `reference` is pure torch."""
     backward: str = "input"
@@ -66,6 +72,7 @@ class QuantConfig:
         choose("quant.component_scales", self.component_scales, COMPONENT_SCALES)
         at_least("quant.scale_multiplier", self.scale_multiplier, 0.01, most=100)
         at_least("quant.rms_norm_eps", self.rms_norm_eps, EPSILON, most=1)
+        choose("quant.rms_norm_start", self.rms_norm_start, ("ones", "calibrated", "blended"))
         if self.act_bits is None and self.backward != "input":
             raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
         if self.act_bits is None and self.kernels == "compiled":
@@ -90,6 +97,12 @@ class QuantConfig:
         """Every plain configuration that an entry of `overrides` or a budget makes, and this one first."""
         budget = [{"components": 2}] if self.budget_bits is not None else []
         return [self.plain(keys) for keys in ({}, *self.overrides.values(), *budget)]
+
+    def check_norms(self) -> None:
+        """ValueError where norms are told how to start and no layer can have one."""
+        if self.rms_norm_start != "ones" and all(one.rms_norm_eps is None for one in self.variants()):
+            some = "quant.rms_norm_eps, or that key of some layers in quant.overrides, for example to 1e-6"
+            raise ValueError(f"quant.rms_norm_start={self.rms_norm_start} needs norms: set {some}")
 
     @property
     def quantizer(self) -> Quantizer:

@@ -96,6 +96,7 @@ class TrainConfig:
                 f"optim.lambda_steps={self.optim.lambda_steps} is above trainer.max_steps={self.trainer.max_steps},"
                 " so training would end before the model is quantized"
             )
+        self._check_norms()
         if self.optim.lambda_schedule == "layerwise" and self.trainer.compile:
             raise ValueError(
                 "optim.lambda_schedule=layerwise does not fit trainer.compile=true: the model would be compiled anew for each"
@@ -115,6 +116,23 @@ class TrainConfig:
         if self.data.kind != "selfgen" and not self.data.train:
             raise ValueError(
                 f"data.train is missing; data={self.data.kind} needs a {', '.join(TASKS[self.task].files)} file or a hub data set"
+            )
+
+    def _check_norms(self) -> None:
+        """What is packed has all of its norm, so a blend has to end within the run."""
+        self.quant.check_norms()
+        steps, blended = self.optim.rms_norm_steps, self.quant.rms_norm_start == "blended"
+        if blended != bool(steps):
+            needs = "needs optim.rms_norm_steps above 0" if blended else "and optim.rms_norm_steps are set together"
+            raise ValueError(f"quant.rms_norm_start={self.quant.rms_norm_start}, optim.rms_norm_steps={steps}: blended {needs}")
+        if steps > self.trainer.max_steps:
+            raise ValueError(
+                f"optim.rms_norm_steps={steps} is above trainer.max_steps={self.trainer.max_steps},"
+                " so training would end before the norms are what will be stored"
+            )
+        if self.quant.rms_norm_start == "calibrated" and self.model.start == "ptq":
+            raise ValueError(
+                "quant.rms_norm_start=calibrated does not fit model.start=ptq, which fits weights to other inputs; choose one"
             )
 
     def _check_exports(self, quant: QuantConfig) -> None:

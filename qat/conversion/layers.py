@@ -31,6 +31,13 @@ def set_beta(model: nn.Module, value: float | None) -> None:
         carriers[device] = layer.beta
 
 
+def set_norm_blend(model: nn.Module, value: float) -> None:
+    """How much of the norms of layers' own inputs there is everywhere: 0 is none of them, 1 all of them."""
+    for _, layer in bitlinears(model):
+        if layer.rms_norm is not None:
+            layer.rms_norm.set_blend(value)
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedBitLinear]:
     """name -> layer of every PackedBitLinear, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedBitLinear)}

@@ -71,6 +71,7 @@ def convert(
             no walker could convert (exclude them knowingly); the model cannot run the probe.
     """
     config = config or QuantConfig()
+    config.check_norms()
     selection = Selection(patterns(include), patterns(exclude))
     refuse_quantized(model)
     selection.refuse_typos(model)
@@ -136,7 +137,8 @@ def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
     """Replace every BitLinear by PackedBitLinear (`2bit` or `base3`), in place; outputs stay equal to the bit.
 
     Raises:
-        ValueError: no BitLinear; unknown layout; a latent weight that is not finite; lambda still below 1; codes still soft.
+        ValueError: no BitLinear; unknown layout; a latent weight that is not finite; lambda still below 1; codes still soft; a
+            norm that is still blended in.
     """
     get_layout(layout)
 
@@ -149,6 +151,10 @@ def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
         if layer.beta is not None:
             raise ValueError(
                 f"{name or 'the model'} still trains with soft codes (beta={layer.beta.item():g}); set_beta(None) first"
+            )
+        if layer.rms_norm is not None and layer.rms_norm.blend is not None:
+            raise ValueError(
+                f"{name or 'the model'} still blends its norm in (blend={layer.rms_norm.blend.item():g}); set_norm_blend(1) first"
             )
         _refuse_nonfinite(name, layer.weight)
         return PackedBitLinear.from_bitlinear(layer, layout)
@@ -197,9 +203,12 @@ def _exchange(
 def _convert_layer(name: str, module: nn.Module, config: QuantConfig, transposed: dict[int, nn.Parameter]) -> BitLinear:
     _refuse_nonfinite(name, module.weight)  # type: ignore[arg-type]
     try:
-        return BitLinear.from_linear(as_linear(module, transposed), config)
+        layer = BitLinear.from_linear(as_linear(module, transposed), config)
     except ValueError as error:
         raise ValueError(f"{name or type(module).__name__}: {error}") from error
+    if layer.rms_norm is not None and config.rms_norm_start == "blended":
+        layer.rms_norm.set_blend(0)  # here, and not where layers are made, as loaded ones have all of their norm
+    return layer
 
 
 def _refuse_nonfinite(name: str, weight: torch.Tensor) -> None:

@@ -13,7 +13,12 @@ class RMSNorm(nn.Module):
 
     Not torch's: transformers' bitnet layers norm in these operations and this order, and equal bits before the quantization are
     equal codes after it.
+
+    While `blend` is set, it gives x + blend (norm(x) - x) instead: a norm that a pretrained model has not had is blended in.
     """
+
+    blend: Tensor | None = None
+    """A number of 0 to 1 on the CPU, from where every device takes it; None, which is what is deployed: the norm itself."""
 
     def __init__(self, width: int, eps: float, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -24,7 +29,24 @@ class RMSNorm(nn.Module):
         """[..., width] -> [..., width]."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        normed = self.weight * wide.to(x.dtype)
+        return normed if self.blend is None else x + self.blend * (normed - x)
+
+    def set_blend(self, value: float) -> None:
+        """How much of the norm there is; 1 is the norm itself. A tensor carries it, so that torch.compile does not recompile.
+
+        Raises:
+            ValueError: the value is not in 0 to 1.
+        """
+        if not 0 <= value <= 1:
+            raise ValueError(f"blend={value} is not allowed; it must be in 0 to 1")
+        with torch.inference_mode(False):
+            if value == 1:
+                self.blend = None
+            elif self.blend is None:
+                self.blend = torch.tensor(value, dtype=torch.float32)
+            else:
+                self.blend.fill_(value)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"

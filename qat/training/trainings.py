@@ -11,12 +11,13 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
+from qat.conversion.layers import set_norm_blend
 from qat.data import QATData
 from qat.losses import active, needs
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS
 from qat.tasks import TASKS
-from qat.training.callbacks import Anneal, LambdaWarmup, Samples
+from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Samples
 from qat.training.fit import FitResult, fit
 from qat.training.gradients.terms import TermGradients
 from qat.training.module import OptimizerFactory, QATModule
@@ -80,6 +81,8 @@ def train_student(
         callbacks.append(Anneal(config.optim, config.trainer.max_steps))
     if config.optim.lambda_steps:
         callbacks.append(LambdaWarmup(config.optim.lambda_steps, config.optim.lambda_schedule))
+    if config.optim.rms_norm_steps:
+        callbacks.append(NormWarmup(config.optim.rms_norm_steps))
     if config.trainer.samples and config.trainer.val_every and TASKS[config.task].generates:
         callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
     if len(active(config.distill)) > 1 and (config.distill.balance or config.trainer.val_every):
@@ -89,6 +92,7 @@ def train_student(
         outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
     finally:
         module.release()
+    set_norm_blend(student, 1.0)  # also where a resumed run had no step left
     student.eval()
     return outcome
 
@@ -97,7 +101,13 @@ def train_control(
     config: TrainConfig, base: PreTrainedModel, data: QATData, folder: Path, optimizer: OptimizerFactory, signals: Signals
 ) -> FitResult:
     """The full-precision model fine-tuned by cross-entropy on the same tokens at its own learning rate, in place."""
-    plain: dict[str, Any] = {"latent_lr_multiplier": 1.0, "lambda_steps": 0, "lambda_schedule": "linear", "anneal": "none"}
+    plain: dict[str, Any] = {
+        "latent_lr_multiplier": 1.0,
+        "lambda_steps": 0,
+        "lambda_schedule": "linear",
+        "rms_norm_steps": 0,
+        "anneal": "none",
+    }
     optim = replace(config.optim, lr=config.control.lr, **plain)
     base.requires_grad_(True)
     module = _module(replace(config, optim=optim), base, DistillConfig(ce=1.0, kl=0.0), optimizer, None, data)

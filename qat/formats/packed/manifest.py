@@ -35,6 +35,8 @@ _NEWER: dict[str, Any] = {
     "overrides": {},
     "budget_bits": None,
 }
+_UNSTORED = ("kernels", "rms_norm_start")
+"""Keys that say how it ran and how it was trained, not what it is."""
 _KEYS = ("quant_method", "version", "layout", "quant", "layers", "skipped", "crc32")
 
 
@@ -63,7 +65,7 @@ def describe(model: nn.Module, record: Conversion | None = None) -> dict[str, An
 def quant_entry(config: QuantConfig) -> dict[str, Any]:
     """The manifest's `quant`. Without the newer keys where they change nothing, so that an older qat reads what it can run."""
     unused = {key for key, value in _NEWER.items() if getattr(config, key) == value}
-    return {key: value for key, value in asdict(config).items() if key not in {"kernels", *unused}}
+    return {key: value for key, value in asdict(config).items() if key not in {*_UNSTORED, *unused}}
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from qat.training.callbacks.rng import RandomState
 from qat.training.callbacks.samples import Samples
 from qat.training.callbacks.stopping import StopAtStep
 from qat.training.callbacks.throughput import Throughput
-from qat.training.callbacks.warmup import LambdaWarmup
+from qat.training.callbacks.warmup import LambdaWarmup, NormWarmup
 
 __all__ = [
     "Anneal",
@@ -16,6 +16,7 @@ __all__ = [
     "LambdaWarmup",
     "NonFiniteError",
     "NonFiniteGuard",
+    "NormWarmup",
     "RandomState",
     "Samples",
     "StopAtStep",

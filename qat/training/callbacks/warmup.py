@@ -1,4 +1,4 @@
-"""Lambda warm-up: blend quantization in over the first steps instead of all at once."""
+"""Warm-ups: blend quantization, or norms of layers' own inputs, in over the first steps instead of all at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from qat.conversion.layers import bitlinears, set_lambda
+from qat.conversion.layers import bitlinears, set_lambda, set_norm_blend
 from qat.training.schedule import lambda_at
 
 
@@ -28,6 +28,21 @@ class LambdaWarmup(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """What is evaluated and packed is fully quantized."""
         set_lambda(module.student, 1.0)  # type: ignore[arg-type]
+
+
+class NormWarmup(pl.Callback):
+    """Blends the norms of layers' own inputs in: b = min(step / steps, 1), likewise."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before each batch."""
+        set_norm_blend(module.student, lambda_at(trainer.global_step, self.steps))  # type: ignore[arg-type]
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """What is evaluated and packed has all of them."""
+        set_norm_blend(module.student, 1.0)  # type: ignore[arg-type]
 
 
 def blocks_of(names: list[str]) -> dict[str, int]:
