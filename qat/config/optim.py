@@ -43,6 +43,12 @@ class OptimConfig:
     """How lambda rises in `lambda_steps`: `linear`, `sigmoid` (slow, fast, slow), or `layerwise` (block after block)."""
     rms_norm_steps: int = 0
     """Steps over which the norms of `quant.rms_norm_start=blended` are blended in, x + b (norm(x) - x) with b 0 -> 1."""
+    damping: float = 0.0
+    """Weight, at the end of a cosine from 0, of latent weights' squared distance to their levels; as dear as a quantization."""
+    freeze_oscillation: float | None = None
+    """A code that goes back and forth in more than this share of the looks (.02) is frozen. null: none is."""
+    oscillation_every: int = 1
+    """Steps between two such looks, each as dear as a quantization; faster swings than a look are not seen."""
     anneal: str = "none"
     """`soft`: weights are their codes' mean under thresholds that sharpen, with its own gradient; `none`: straight through."""
     anneal_from: float = 2.0
@@ -71,6 +77,9 @@ class OptimConfig:
         if self.lambda_schedule != "linear" and not self.lambda_steps:
             raise ValueError(f"optim.lambda_schedule={self.lambda_schedule} needs optim.lambda_steps above 0")
         at_least("optim.rms_norm_steps", self.rms_norm_steps, 0)
+        at_least("optim.damping", self.damping, 0, most=1e6)
+        at_least("optim.freeze_oscillation", self.freeze_oscillation, 0, open_end=True, most=1)
+        at_least("optim.oscillation_every", self.oscillation_every, 1)
         choose("optim.anneal", self.anneal, ("none", "soft"))
         at_least("optim.anneal_from", self.anneal_from, 0, open_end=True, most=SHARPEST)
         at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")

@@ -97,6 +97,13 @@ class TrainConfig:
                 " so training would end before the model is quantized"
             )
         self._check_norms()
+        blocks = {quant.weight: quant.quantizer.block for quant in self.quant.variants() if quant.quantizer.block > 1}
+        if self.optim.freeze_oscillation is not None and blocks:
+            weight, block = next(iter(blocks.items()))
+            raise ValueError(
+                f"optim.freeze_oscillation={self.optim.freeze_oscillation} does not fit quant.weight={weight}, whose codes are"
+                f" chosen {block} at a time, so that none can be frozen alone"
+            )
         if self.optim.lambda_schedule == "layerwise" and self.trainer.compile:
             raise ValueError(
                 "optim.lambda_schedule=layerwise does not fit trainer.compile=true: the model would be compiled anew for each"

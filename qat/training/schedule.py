@@ -68,6 +68,11 @@ LAMBDAS = {"linear": _linear, "sigmoid": _sigmoid, "layerwise": _layerwise}
 1.58bit" (2024), the latter sigma(k (progress - 1/2)); `layerwise` is a linear one for each block, from the first to the last."""
 
 
+def damping_at(step: int, total: int, peak: float) -> float:
+    """The weight of the damping at `step` of `total`: from 0 to its peak by a cosine (arXiv:2203.11086, section 4.2)."""
+    return peak * (1 - math.cos(math.pi * min(step / total, 1.0))) / 2
+
+
 def beta_at(step: int, total: int, first: float, last: float, share: float) -> float | None:
     """The sharpness of soft codes at `step` of `total`: first (last / first)^(t / (share total)), None from share total on.
 

@@ -17,7 +17,7 @@ from qat.losses import active, needs
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS
 from qat.tasks import TASKS
-from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Samples
+from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Oscillation, Samples
 from qat.training.fit import FitResult, fit
 from qat.training.gradients.terms import TermGradients
 from qat.training.module import OptimizerFactory, QATModule
@@ -83,6 +83,8 @@ def train_student(
         callbacks.append(LambdaWarmup(config.optim.lambda_steps, config.optim.lambda_schedule))
     if config.optim.rms_norm_steps:
         callbacks.append(NormWarmup(config.optim.rms_norm_steps))
+    if config.optim.damping or config.optim.freeze_oscillation is not None:
+        callbacks.append(Oscillation(config.optim, config.trainer.max_steps))
     if config.trainer.samples and config.trainer.val_every and TASKS[config.task].generates:
         callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
     if len(active(config.distill)) > 1 and (config.distill.balance or config.trainer.val_every):

@@ -3,6 +3,7 @@
 from qat.training.callbacks.anneal import Anneal
 from qat.training.callbacks.checkpoint import Checkpoint
 from qat.training.callbacks.guard import NonFiniteError, NonFiniteGuard
+from qat.training.callbacks.oscillation import Oscillation
 from qat.training.callbacks.progress import progress
 from qat.training.callbacks.rng import RandomState
 from qat.training.callbacks.samples import Samples
@@ -17,6 +18,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "NormWarmup",
+    "Oscillation",
     "RandomState",
     "Samples",
     "StopAtStep",
