@@ -68,6 +68,8 @@ def check_calibrated(config: QuantConfig) -> None:
         f"its codes are chosen {row.block} at a time": row.block > 1,
         "its zeros add to the bias": row.bias,
     }
+    if why := config.needs.get("activations"):
+        raise ValueError(f"calibration without training is of inputs of 8 bits or floats, as they are: {why}")
     for why, holds in reasons.items():
         if holds:
             what = f"quant.weight={config.weight} cannot be calibrated without training: {why}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qat.conversion.layers import bitlinears
 from qat.nn.bitlinear import BitLinear
 from qat.nn.norm import RMSNorm
+from qat.quantizers.hadamard import rotate
 
 RIDGE = 0.01
 
@@ -55,7 +56,8 @@ class Inputs:
         """W' [N, K], float64, for inputs that are normed with these gains."""
         second, cross = gains[:, None] * self.second * gains, gains[:, None] * self.cross
         ridge = RIDGE * second.diagonal().mean() * torch.eye(len(gains), dtype=second.dtype, device=second.device)
-        solved: Tensor = torch.linalg.solve(second + ridge, (cross + ridge) @ self.layer.weight.detach().double().T)
+        weight = _unrotated(self.layer, self.layer.weight.detach()).double()
+        solved: Tensor = torch.linalg.solve(second + ridge, (cross + ridge) @ weight.T)
         return solved.T
 
 
@@ -97,5 +99,10 @@ def _set(inputs: Inputs) -> None:
     layer, gains = inputs.layer, inputs.gains()
     assert isinstance(layer.rms_norm, RMSNorm)
     layer.rms_norm.weight.copy_(gains)
-    layer.weight.copy_(inputs.weight(gains))
+    layer.weight.copy_(_unrotated(layer, inputs.weight(gains)))
     layer.reset_quantizer()
+
+
+def _unrotated(layer: BitLinear, weight: Tensor) -> Tensor:
+    """The weight of inputs as they come, for that of rotated ones, and back: the rotation is its own inverse."""
+    return rotate(weight) if layer.config.act_hadamard else weight

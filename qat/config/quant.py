@@ -34,7 +34,9 @@ class QuantConfig:
     component_scales: str = "fitted"
     """Scales of 2 or more components: `fitted` anew at every step, which is slow, or `learned` parameters that start so."""
     act_bits: int | None = 8
-    """8: activations are quantized to int8. null: they stay in floating point."""
+    """8: activations are quantized to int8. 4: to 4 bits, in floating point, without integer kernels. null: to none."""
+    act_hadamard: bool = False
+    """Inputs are rotated by a Hadamard matrix before they are quantized, and weights against it: outliers spread, for 4 bits."""
     act_granularity: str = "token"
     """One activation scale a `token` (last dimension) or one for the whole `tensor`."""
     scale_dtype: str = "float32"
@@ -62,7 +64,7 @@ class QuantConfig:
         choose("quant.weight", self.weight, tuple(QUANTIZERS))
         choose("quant.scale", self.scale, STATISTICS)
         choose("quant.granularity", self.granularity, GRANULARITIES)
-        choose("quant.act_bits", self.act_bits, (8, None))
+        choose("quant.act_bits", self.act_bits, (8, 4, None))
         choose("quant.act_granularity", self.act_granularity, ("token", "tensor"))
         choose("quant.scale_dtype", self.scale_dtype, ("float32", "bfloat16", "float16"))
         choose("quant.kernels", self.kernels, ("auto", "compiled", "reference"))
@@ -73,10 +75,16 @@ class QuantConfig:
         at_least("quant.scale_multiplier", self.scale_multiplier, 0.01, most=100)
         at_least("quant.rms_norm_eps", self.rms_norm_eps, EPSILON, most=1)
         choose("quant.rms_norm_start", self.rms_norm_start, ("ones", "calibrated", "blended"))
-        if self.act_bits is None and self.backward != "input":
-            raise ValueError(f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits=null")
-        if self.act_bits is None and self.kernels == "compiled":
-            raise ValueError("quant.kernels=compiled needs quant.act_bits=8; float activations have no compiled kernels")
+        bits = "null" if self.act_bits is None else self.act_bits
+        if self.act_bits != 8 and self.backward != "input":
+            raise ValueError(
+                f"quant.backward={self.backward} needs int8 activations (quant.act_bits=8), not quant.act_bits={bits}"
+            )
+        if self.act_bits != 8 and self.kernels == "compiled":
+            what = "float" if self.act_bits is None else f"{bits}-bit"
+            raise ValueError(f"quant.kernels=compiled needs quant.act_bits=8; {what} activations have no compiled kernels")
+        if self.act_hadamard and self.budget_bits is not None:
+            raise ValueError("quant.budget_bits does not fit quant.act_hadamard=true: damage is measured without rotations")
         if self.backward == "int8" and self.granularity == "group":
             raise ValueError("quant.backward=int8 does not fit quant.granularity=group; choose another granularity, or bf16")
         self._check_quantizer()
@@ -113,6 +121,18 @@ class QuantConfig:
             what = f"quant.weight={self.weight} does not fit quant.components={self.components}"
             raise ValueError(f"{what}: components are {names}")
         return found
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """What a file must have room for, as `Quantizer.needs`, and for its inputs."""
+        rotated = "inputs are rotated (quant.act_hadamard)" if self.act_hadamard else ""
+        why = "inputs are of 4 bits (quant.act_bits=4)" if self.act_bits == 4 else rotated
+        return {**self.quantizer.needs, **({"activations": why} if why else {})}
+
+    @property
+    def kernel_act_bits(self) -> int | None:
+        """As the ops see it: activations of 4 bits are rounded before them, and floats to them."""
+        return None if self.act_bits == 4 else self.act_bits
 
     @property
     def planes(self) -> int:

@@ -145,7 +145,7 @@ class TrainConfig:
     def _check_exports(self, quant: QuantConfig) -> None:
         """What no model of this quantizer can be exported to is known now; what depends on the model is named in the result."""
         for name in self.export.formats:
-            for room, why in quant.quantizer.needs.items():
+            for room, why in quant.needs.items():
                 if room not in FORMATS[name].room:
                     holds = ", ".join(one for one, record in FORMATS.items() if room in record.room)
                     raise ValueError(

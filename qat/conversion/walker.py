@@ -22,6 +22,7 @@ from qat.conversion.swap import as_linear, disable_fused_encoder, swap
 from qat.nn import wrapping as wrapping  # listens from here on
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
+from qat.quantizers.hadamard import rotate
 from qat.quantizers.packing import get_layout
 
 Listener = Callable[[nn.Module, str], None]
@@ -176,7 +177,8 @@ def unpack(model: nn.Module) -> Conversion:
         if layer.rms_norm is not None:
             raise ValueError(f"{name or 'the model'} norms its own input (quant.rms_norm_eps), which no nn.Linear does")
         linear = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantize())
+        weight = layer.dequantize()
+        linear.weight = nn.Parameter(rotate(weight) if layer.config.act_hadamard else weight)
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.detach().clone())
         return linear.train(layer.training)
@@ -206,6 +208,9 @@ def _convert_layer(name: str, module: nn.Module, config: QuantConfig, transposed
         layer = BitLinear.from_linear(as_linear(module, transposed), config)
     except ValueError as error:
         raise ValueError(f"{name or type(module).__name__}: {error}") from error
+    if config.act_hadamard:  # here, and not where layers are made, as loaded weights are rotated
+        layer.weight = nn.Parameter(rotate(layer.weight.detach()), layer.weight.requires_grad)
+        layer.reset_quantizer()
     if layer.rms_norm is not None and config.rms_norm_start == "blended":
         layer.rms_norm.set_blend(0)  # here, and not where layers are made, as loaded ones have all of their norm
     return layer

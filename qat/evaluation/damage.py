@@ -8,7 +8,7 @@ On windows of tokens, perplexity and KL(p_full precision || p_quantized) of the 
 
 A layer is quantized in place, for as long as it is measured: its weight becomes what codes and scales stand for, and a hook
 rounds its input. There is no second model, and no BitLinear, whose int8 arithmetic gives the same up to the order of sums.
-A norm of its own input (quant.rms_norm_eps) is left out.
+A norm of its own input (quant.rms_norm_eps) is left out, and so is a rotation of it (quant.act_hadamard).
 Damages are no parts of a whole: alone, every layer has the clean input of a full-precision model, and what is done to all of
 them together is far more than the sum.
 
@@ -34,6 +34,7 @@ from qat import ops
 from qat.config import QuantConfig
 from qat.conversion.selection import is_conv1d, is_linear
 from qat.metrics.perplexity import Window, logits_of
+from qat.nn.bitlinear import rounded
 
 FORMS = {"weights": (True, False), "activations": (False, True), "both": (True, True)}
 """Form -> whether weights and inputs are quantized."""
@@ -214,6 +215,8 @@ def _quantized_weight(layer: Any, config: QuantConfig) -> Tensor:
 
 def _rounding(config: QuantConfig) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if config.act_bits == 4:
+            return rounded(inputs[0], config), *inputs[1:]
         codes, scale = ops.quantize_activation(inputs[0], config.act_granularity, config.eps, config.kernels)
         return (codes * scale).to(inputs[0].dtype), *inputs[1:]
 

@@ -168,6 +168,7 @@ def _packed(files: list[Path], said: object, kind: str, readers: str) -> Content
             raise ValueError(f"{name}.weight_scale is {stored.shape(f'{name}.weight_scale')}, not {list(shape)}")
     layers = {name: partial(_packed_layer, stored, name, k, layout, configs[name].planes) for name, k in widths.items()}
     activations = f"int{quant.act_bits} per {quant.act_granularity}" if quant.act_bits else "floating point"
+    activations += ", after a Hadamard rotation" if quant.act_hadamard else ""
     if epsilons := [one.rms_norm_eps for one in configs.values() if one.rms_norm_eps is not None]:
         where = "every layer" if len(epsilons) == len(configs) else f"{len(epsilons)} of {len(configs)} layers"
         activations = f"RMSNorm (eps {', '.join(f'{eps:g}' for eps in sorted(set(epsilons)))}) in {where}, then {activations}"

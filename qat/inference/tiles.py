@@ -222,7 +222,8 @@ def tileable(layer: Any) -> bool:
         isinstance(layer, PackedBitLinear)
         and layer.packed.is_cpu
         and layer.config.kernels != "reference"
-        and layer.config.act_bits is not None
+        and layer.config.act_bits == 8
+        and not layer.config.act_hadamard
         and layer.width <= cpu.MAX_WIDTH
         and cpu.compiled()
     )

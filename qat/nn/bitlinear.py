@@ -16,10 +16,17 @@ from qat import ops
 from qat.config import QuantConfig
 from qat.nn.norm import input_norm
 from qat.ops.soft.calls import soft_bitlinear, soft_quantize
+from qat.quantizers.activations import rounded_activation
 from qat.quantizers.components import sum_components
+from qat.quantizers.hadamard import check_rotated, rotate
 from qat.quantizers.record import resolve
 from qat.quantizers.scales import check_block, check_group_size, dequantize_weight
 from qat.quantizers.ste import mix
+
+
+def rounded(x: Tensor, config: QuantConfig) -> Tensor:
+    """Inputs as the ops take them: of other than 8 bits, which no kernel knows, they are rounded here."""
+    return rounded_activation(x, config.act_granularity, config.eps, config.act_bits) if config.act_bits == 4 else x
 
 
 @cache
@@ -35,6 +42,9 @@ class BitLinear(nn.Linear):
     `save_pretrained` treat as any other. The bias is added after rescaling. With `config.rms_norm_eps` the child `rms_norm` norms
     the input before it is quantized. A quantizer with parameters of its own (a learned scale) makes them the layer's, by name.
     """
+
+    _of_floats: QuantConfig | None = None
+    """The ops' configuration where inputs are rounded before them."""
 
     def __init__(
         self,
@@ -54,7 +64,9 @@ class BitLinear(nn.Linear):
         ops.check_config(config)
         check_group_size(self.in_features, config.group_size)
         check_block(self.in_features, config.quantizer.block, config.weight)
+        check_rotated(self.in_features, config.act_hadamard)
         self.config = replace(config)
+        self._of_floats = replace(config, act_bits=None) if config.act_bits == 4 else None
         self.lam: Tensor | None = None
         self.beta: Tensor | None = None
         record = config.quantizer
@@ -151,14 +163,18 @@ class BitLinear(nn.Linear):
         if self.rms_norm is not None:
             ops.check_input(x, self.in_features)
             x = self.rms_norm(x)
+        if self.config.act_hadamard:
+            ops.check_input(x, self.in_features)
+            x = rotate(x)
         parameters, beta = list(self.quantizer_parameters().values()), self.beta if self.training else None
         if self.lam is not None:
             bias = self.output_bias(self.lam)
             bias = None if bias is None else bias.to(self.weight.dtype)
             return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam, beta), bias)
+        x, config = rounded(x, self.config), self._of_floats or self.config
         if beta is not None:
-            return soft_bitlinear(x, self.weight, self.output_bias(), beta, self.config, parameters)
-        return ops.bitlinear(x, self.weight, self.output_bias(), self.config, parameters)
+            return soft_bitlinear(x, self.weight, self.output_bias(), beta, config, parameters)
+        return ops.bitlinear(x, self.weight, self.output_bias(), config, parameters)
 
     def _mixed_weight(self, lam: Tensor, beta: Tensor | None) -> Tensor:
         parameters = list(self.quantizer_parameters().values())
@@ -171,13 +187,15 @@ class BitLinear(nn.Linear):
         return mix(self.weight, quantized.to(self.weight.dtype), lam).to(self.weight.dtype)
 
     def _mixed_activation(self, x: Tensor, lam: Tensor) -> Tensor:
-        if self.config.act_bits is None:
-            return x
         config = self.config
+        if config.act_bits is None:
+            return x
+        if config.act_bits == 4:
+            return mix(x, rounded(x.detach(), config), lam).to(x.dtype)
         codes, scale = ops.quantize_activation(x.detach(), config.act_granularity, config.eps, config.kernels)
         return mix(x, (codes * scale).to(x.dtype), lam).to(x.dtype)
 
     def extra_repr(self) -> str:
         c = self.config
         activations = f"int{c.act_bits} per {c.act_granularity}" if c.act_bits else "float"
-        return f"{super().extra_repr()}, {c.words}, activations {activations}"
+        return f"{super().extra_repr()}, {c.words}, activations {activations}{' rotated' if c.act_hadamard else ''}"

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from qat import ops
 from qat.config import QuantConfig
-from qat.nn.bitlinear import BitLinear
+from qat.nn.bitlinear import BitLinear, rounded
 from qat.nn.norm import input_norm
 from qat.nn.withheld import WithheldWeight, traced
 from qat.ops.options import PackedOptions
 from qat.ops.prepared import PreparedLinear, prepare
 from qat.quantizers.components import repeat, sum_components
+from qat.quantizers.hadamard import check_rotated, rotate
 from qat.quantizers.packing import check_packed, get_layout
 from qat.quantizers.scales import check_group_size, dequantize_weight, scale_shape
 
@@ -46,6 +47,7 @@ class PackedBitLinear(nn.Module):
         super().__init__()
         ops.check_kernels(config.kernels)
         check_group_size(in_features, config.group_size)
+        check_rotated(in_features, config.act_hadamard)
         self.in_features, self.out_features = in_features, out_features
         self.config, self.layout, self.dtype = replace(config), layout, dtype
         self.width = in_features * config.planes
@@ -103,7 +105,7 @@ class PackedBitLinear(nn.Module):
         return ops.unpack_ternary(self.packed, self.width, self.layout)
 
     def dequantize(self) -> Tensor:
-        """codes * weight_scale, float32 [out_features, in_features]; planes are added."""
+        """codes * weight_scale, float32 [out_features, in_features]; planes are added. Rotated, if inputs are."""
         return sum_components(dequantize_weight(self.codes(), self.weight_scale), self.config.planes)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -113,6 +115,11 @@ class PackedBitLinear(nn.Module):
             ops.check_input(x, self.in_features)
         if self.rms_norm is not None:
             x = self.rms_norm(x)
+        if self.config.act_hadamard:
+            ops.check_input(x, self.in_features)
+            x = rotate(x)
+        if self.config.act_bits == 4:
+            x = rounded(x, self.config)
         if self.config.planes > 1:
             x = repeat(x, self.config.planes)
         if not torch.compiler.is_compiling():
@@ -126,7 +133,7 @@ class PackedBitLinear(nn.Module):
             self.bias,
             in_features=self.width,
             layout=self.layout,
-            act_bits=self.config.act_bits,
+            act_bits=self.config.kernel_act_bits,
             act_granularity=self.config.act_granularity,
             eps=self.config.eps,
             kernels=self.config.kernels,
@@ -143,7 +150,7 @@ class PackedBitLinear(nn.Module):
         self._prepared = None
         if self.config.kernels != "reference":
             c = self.config
-            options = PackedOptions(self.width, self.layout, c.act_bits, c.act_granularity, c.eps)
+            options = PackedOptions(self.width, self.layout, c.kernel_act_bits, c.act_granularity, c.eps)
             self._prepared = prepare(packed, scale, bias, options)
         return self._prepared
 

@@ -83,7 +83,7 @@ class Quantizer:
     scales: tuple[str, ...] = STATISTICS
     """Values of `quant.scale` that fit; likewise the next three."""
     granularities: tuple[str, ...] = GRANULARITIES
-    act_bits: tuple[int | None, ...] = (8, None)
+    act_bits: tuple[int | None, ...] = (8, 4, None)
     backwards: tuple[str, ...] = BACKWARDS
     planes: tuple[int, ...] = (1,)
     """How many matrices of codes a weight may be the sum of: values of `quant.components`, 1 where there are `ratios`."""

@@ -14,9 +14,10 @@ from typing import Any
 FLOATS = ("source", "float32", "bfloat16", "float16")
 """How what is not quantized is stored in folders: `source` is the dtype that each tensor had in the pretrained model."""
 
-ROOM = ("planes", "biases")
+ROOM = ("planes", "biases", "activations")
 """What a file may have room for beside one matrix of codes and its scale a layer: sums of planes whose scales have fixed ratios,
-and biases of layers whose architecture has none."""
+biases of layers whose architecture has none,
+and inputs that are rounded in another way than to 8 bits, or rotated."""
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,11 @@ def _config_reason(quant: QuantConfig) -> str | None:
     if quant.granularity != "tensor":
         return f"quant.granularity={quant.granularity}; the format has one scale a tensor"
     if quant.act_bits != 8 or quant.act_granularity != "token":
-        found = "act_bits=null" if quant.act_bits is None else f"act_granularity={quant.act_granularity}"
+        bits = "null" if quant.act_bits is None else quant.act_bits
+        found = f"act_bits={bits}" if quant.act_bits != 8 else f"act_granularity={quant.act_granularity}"
         return f"quant.{found}; the stock reader always quantizes activations to 8 bits per token"
+    if quant.act_hadamard:
+        return "quant.act_hadamard=True; the stock reader does not rotate inputs"
     if quant.eps != _STOCK_EPS:
         return f"quant.eps={quant.eps}; the stock reader's lower bound of activations is {_STOCK_EPS}"
     return None

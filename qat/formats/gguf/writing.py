@@ -173,6 +173,8 @@ def _plan(model: nn.Module, type: str) -> tuple[Architecture, Any, Padding]:
             raise ValueError(f"{name}: quant.weight={layer.config.weight}; {reason}")
         if layer.config.quantizer.bias is not None:
             raise ValueError(f"{name}: quant.weight={layer.config.weight} gives it a bias, for which {found.name} has no room")
+        if why := layer.config.needs.get("activations"):
+            raise ValueError(f"{name}: {why}; llama.cpp rounds inputs to 8 bits, as they are")
         if layer.config.planes > 1:
             key = "quant.components" if layer.config.components > 1 else f"quant.weight={layer.config.weight}"
             raise ValueError(f"{name} is a sum of {layer.config.planes} ternary matrices ({key}); a block holds one")

@@ -34,6 +34,7 @@ _NEWER: dict[str, Any] = {
     "scale_multiplier": 1.0,
     "overrides": {},
     "budget_bits": None,
+    "act_hadamard": False,
 }
 _UNSTORED = ("kernels", "rms_norm_start")
 """Keys that say how it ran and how it was trained, not what it is."""
