@@ -96,7 +96,7 @@ def test_wrong_override_is_one_clear_error(arguments: list[str], words: list[str
         (QuantConfig, {"granularity": "group"}, "quant.group_size is missing"),
         (QuantConfig, {"group_size": 64}, "needs quant.granularity=group"),
         (QuantConfig, {"eps": 0.0}, "quant.eps=0.0"),
-        (QuantConfig, {"act_bits": 4}, "quant.act_bits=4"),
+        (QuantConfig, {"act_bits": 5}, "quant.act_bits=5"),
         (DataConfig, {"kind": "selfgen", "train": "x"}, "data.train='x' does not fit data=selfgen"),
         (DataConfig, {"sequence_length": 1}, "data.sequence_length=1"),
         (DistillConfig, {"ce": 0.0}, "leave no loss"),

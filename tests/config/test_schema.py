@@ -50,7 +50,7 @@ def test_every_key_is_explained_with_its_default() -> None:
     "recipe",
     [
         {"quant": {"weight": "ternari"}},
-        {"quant": {"act_bits": 4}},
+        {"quant": {"act_bits": 5}},
         {"quant": {"eps": 0}},
         {"trainer": {"max_steps": 0}},
         {"trainer": {"max_steps": "many"}},
