@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# benchmarks/classification.sh MODEL TRAIN DEV [SEEDS]: the rows of classification.md, each a run of qat.train under runs/classification;
-# one that is done is left as it is. MODEL is a folder of MiniLM, TRAIN and DEV are .tsv files of SST-2 (sentence, label).
+# benchmarks/classification.sh MODEL TRAIN DEV [SEEDS]: the recipe and plain QAT at two rates, each a run of qat.train under
+# runs/classification; one that is done is left as it is. Not yet run to its end. MODEL is a folder of MiniLM, TRAIN and DEV are .tsv files
+# of SST-2 (sentence, label).
 set -euo pipefail
 model=$1 train=$2 dev=$3 seeds=${4:-0}
 run() {

@@ -14,8 +14,8 @@ for row in "${rows[@]}"; do
   grep -qs '"status": "done"' "$folder/result.json" && continue
   rm -rf "$folder"
   case "$row" in *-soft) anneal=soft ;; esac
-  python -m qat.train recipe=stories260k "model.path=$1" "data.train=$2" "data.valid=$3" data.batch_size=1 trainer.max_steps=800 \
-    optim.lr=2e-3 optim.latent_lr_multiplier=1 'export.formats=[]' trainer.progress=false trainer.threads=1 \
+  python -m qat.train recipe=stories260k "model.path=$1" "data.train=$2" "data.valid=$3" optim=adamw distill=none trainer.max_steps=800 \
+    optim.lr=2e-3 optim.warmup_steps=20 'export.formats=[]' trainer.progress=false trainer.threads=1 \
     quant.granularity=channel "quant.weight=${row%-*}" "optim.anneal=$anneal" "run.dir=$folder"
 done
 python - "$out" "${rows[@]}" <<'PYTHON'
