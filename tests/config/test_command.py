@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from qat import train
 from qat.config import TrainConfig
 from qat.config.compose.command import parse
 from qat.config.compose.saved import save_config
+from qat.reporting.result import Perplexity, RunResult
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TrainConfig]:
         if config.seed == 14:
             raise RuntimeError("a bug")
         signal, status = (2, "interrupted at step 1; continue with resume=x") if config.seed == 15 else (None, "done")
-        return SimpleNamespace(perplexity={"trained": float(config.seed)}, status=status, signal=signal)
+        return RunResult(perplexity=Perplexity("text", 1, 1, 1, {"trained": float(config.seed)}), status=status, signal=signal)
 
     monkeypatch.setattr(train, "run", run)
     monkeypatch.setattr("qat.reporting.table.print_table", lambda result: None)
