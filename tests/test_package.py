@@ -73,7 +73,7 @@ def test_the_installed_wheel_trains_nothing_but_says_how(installed: Path) -> Non
     assert "quickstart" in said and "recipe=NAME" in said
     assert run(installed, str(installed / "bin" / "qat"), "train", "--help") == said
     composed = run(installed, str(installed / "bin" / "qat"), "train", "recipe=stories260k", "model.path=m", "--cfg", "job")
-    assert "max_steps: 390" in composed
+    assert "max_steps: 3120" in composed
 
 
 CONVERT = """
