@@ -169,7 +169,7 @@ def test_bitlinear_of_the_whole_table(place, case, monkeypatch):
     y, _, _, t, scale = (value.cpu() for value in op("bitlinear", *moved[0], moved[1], *training_options(config)))
     check_weight_codes(w, t, scale, config, parameters)
     x_q, divisor = activations.activation_codes(x, "token", EPS)
-    same(y, reference.integer_linear(components.repeat(x_q, config.components), divisor, t, scale, bias, x.dtype))
+    same(y, reference.integer_linear(components.repeat(x_q, config.planes), divisor, t, scale, bias, x.dtype))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
