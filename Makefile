@@ -7,6 +7,9 @@ READY  := $(VENV)/.ready
 # GPUs to compile for in cuda-check; any list of compute capabilities from 80 on
 CUDA_ARCHS ?= 80 90a
 
+# Processes that share the tests; 0: this one alone
+WORKERS ?= 2
+
 # The oldest and the newest supported transformers. Another Python: make test PYTHON=python3.13 VENV=.venv313
 VERSIONS ?= transformers==5.20.0 transformers==5.24.0
 
@@ -37,7 +40,7 @@ quickstart: $(READY)
 	$(BIN)/python -m qat.train recipe=quickstart
 
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 faults: $(READY)
 	$(BIN)/python tests/faults $(FAULTS)

@@ -45,7 +45,7 @@ def completions(line: str, folder: Path) -> list[str]:
         ("qat train recipe=qu", ["quickstart"]),
         ("qat train recipe=quickstart quant.granularity=", ["tensor", "channel", "group"]),
         ("qat train trainer.compile=t", ["true"]),
-        ("qat train quant.act_bits=", ["8", "null"]),
+        ("qat train quant.act_bits=", ["4", "8", "null"]),
         ("qat train nothing.at=", [""]),
         ("qat train --dr", ["--dry-run"]),
         ("qat evaluate model --tea", ["--teacher"]),
