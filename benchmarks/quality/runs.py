@@ -40,11 +40,11 @@ def best(out: Path, runs: Sequence[Run]) -> Mapping[str, float] | None:
 
 
 def chosen(study: Study, out: Path, runs: Sequence[Run]) -> list[Run]:
-    """Of a row's runs at a budget those to make: all swept values where it sweeps, else the best of the budget before it."""
+    """Of a row's runs at a budget those to make: all swept values where it sweeps, else what seed 0 found best before."""
     row, budget = runs[0].row, study.budgets[runs[0].budget]
     if not row.sweep or "after" not in budget:
         return list(runs)
-    choice = best(out, [replace(run, budget=budget["after"]) for run in runs])
+    choice = best(out, [replace(run, budget=budget["after"], seed=0) for run in runs])
     if choice is None:
         print(f"{row.name}: no run at {budget['after']} is done, so none is made at {runs[0].budget}", file=sys.stderr)
     return [run for run in runs if run.choice == choice]

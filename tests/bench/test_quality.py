@@ -58,6 +58,7 @@ def write(tmp_path: Path) -> rows.Study:
         "plan": [
             {"model": "m", "budget": "screen", "rows": ["plain", "wide", "fixed"]},
             {"model": "m", "budget": "full", "rows": ["plain", "fixed"], "seeds": [0, 1]},
+            {"model": "m", "budget": "full", "rows": ["plain"], "seeds": [2]},
         ],
     }
     file = tmp_path / "rows.yaml"
@@ -89,6 +90,7 @@ def test_later_budgets_take_the_best_of_the_sweep(tmp_path: Path) -> None:
     finished(out / "m/screen/plain/seed0-lr0.1", 9.0)
     finished(out / "m/screen/plain/seed0-lr0.2", 7.0)
     assert [run.name for run in runs.chosen(study, out, plain)] == ["m/full/plain/seed0-lr0.2", "m/full/plain/seed1-lr0.2"]
+    assert [run.name for run in runs.chosen(study, out, *study.runs(study.plan[2]))] == ["m/full/plain/seed2-lr0.2"]
     assert [run.name for run in runs.chosen(study, out, fixed)] == ["m/full/fixed/seed0", "m/full/fixed/seed1"]
 
 
