@@ -17,7 +17,7 @@ QAT_TARGET inline Lanes all(float value) {  // not Lanes{} + value, whose additi
 
 // e^x to 2e-7 for x <= 0, and 0 below -87; NaN stays NaN. 2^n e^r with |r| <= ln(2) / 2 (Cephes' polynomial).
 QAT_TARGET inline Lanes exponential_of(Lanes x) {
-  typedef int32_t Bits __attribute__((vector_size(sizeof(Lanes)), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(Lanes)), may_alias));
   const Lanes low = all(-87.0f), magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Lanes bounded = x < low ? low : x;
   const Lanes shifted = multiply_add(bounded, all(1.44269504f), magic), n = shifted - magic;
@@ -28,7 +28,7 @@ QAT_TARGET inline Lanes exponential_of(Lanes x) {
   y = multiply_add(y, r, all(1.6666665459e-1f));
   y = multiply_add(y, r, all(5.0000001201e-1f));
   y = multiply_add(y, r * r, r + 1.0f);
-  const Bits power = ((Bits)shifted << 23) + 0x3f800000;  // the bits of `magic` itself leave at the top
+  const Bits power = ((Bits)shifted << 23) + 0x3f800000u;  // wraps: the bits of `magic` itself leave at the top
   return x < low ? Lanes{} : y * (Lanes)power;
 }
 
