@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from qat.reporting.scores import Scores
+from qat.reporting.staged import Staged
 from qat.storage import parse_json, write_text
 
 _RATIO = "ln(trained / full precision)"
 
 
 @dataclass(frozen=True)
-class Perplexity(Mapping[str, float]):
+class Perplexity(Staged):
     """The perplexities of one text, as a mapping from the stages of a run to their values."""
 
     text: str = ""
@@ -30,15 +31,6 @@ class Perplexity(Mapping[str, float]):
     stages: Mapping[str, float] = field(default_factory=dict)
     """Stage -> perplexity."""
     measure: ClassVar[str] = "perplexity"
-
-    def __getitem__(self, stage: str) -> float:
-        return self.stages[stage]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stages)
-
-    def __len__(self) -> int:
-        return len(self.stages)
 
     @property
     def title(self) -> str:
@@ -74,17 +66,6 @@ class Perplexity(Mapping[str, float]):
     def recovered(self) -> dict[str, float]:
         """As the function of this name."""
         return recovered(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As result.json has it: one level deep; {} where no text was measured."""
-        about = {"text": self.text, "tokens": self.tokens, "context": self.context, "stride": self.stride}
-        return {**about, **self.stages} if self.text else {}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Perplexity:
-        """The inverse of `to_dict`."""
-        about = {key: values[key] for key in ("text", "tokens", "context", "stride") if key in values}
-        return cls(**about, stages={key: value for key, value in values.items() if key not in about})
 
 
 Stages = Perplexity | Scores

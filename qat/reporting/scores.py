@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-_ABOUT = ("text", "examples", "majority")
+from qat.reporting.staged import Staged
 
 
 @dataclass(frozen=True)
-class Scores(Mapping[str, float]):
+class Scores(Staged):
     """A mapping from the stages of a run to their values, shares within 0 to 1."""
 
     text: str = ""
@@ -23,15 +22,6 @@ class Scores(Mapping[str, float]):
     """`accuracy` or `f1` (the mean of the labels' own)."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """Stage -> value."""
-
-    def __getitem__(self, stage: str) -> float:
-        return self.stages[stage]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stages)
-
-    def __len__(self) -> int:
-        return len(self.stages)
 
     @property
     def title(self) -> str:
@@ -73,13 +63,3 @@ class Scores(Mapping[str, float]):
         points = {"points_below_full_precision": 100 * (full - self["trained"])}
         lost = full - self["converted"]
         return {"recovered_share": (self["trained"] - self["converted"]) / lost, **points} if lost > 0 else points
-
-    def to_dict(self) -> dict[str, Any]:
-        """As result.json has it: one level deep; {} where nothing was measured."""
-        return {**{key: getattr(self, key) for key in _ABOUT}, "measure": self.measure, **self.stages} if self.text else {}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
-        """The inverse of `to_dict`."""
-        about = {key: values[key] for key in (*_ABOUT, "measure") if key in values}
-        return cls(**about, stages={key: value for key, value in values.items() if key not in about})
