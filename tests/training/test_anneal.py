@@ -10,11 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_train_harmed import stop_after
-from tiny_run import losses
+from tiny_run import killed_and_resumed, losses
 
-from qat.config import RunConfig, TrainConfig
-from qat.config.compose.saved import load_config
+from qat.config import TrainConfig
 from qat.conversion.layers import bitlinears
 from qat.reporting.estimate import annealing
 from qat.train import run
@@ -107,11 +105,7 @@ def test_an_error_leaves_hard_codes(annealed: TrainConfig, watch: type[Watch], m
 def test_a_resume_half_way_gives_the_same_losses_to_the_bit(annealed: TrainConfig, tmp_path: Path) -> None:
     annealed.trainer = replace(annealed.trainer, accumulate_grad_batches=2)
     whole = Path(run(annealed).folder)
-    annealed.run = RunConfig(name="tiny", dir=str(tmp_path / "parts"))
-    annealed.trainer = replace(annealed.trainer, checkpoint_every=4)
-    stop_after(annealed, 6)
-    parts = tmp_path / "parts"
-    run(load_config(str(parts)))
+    parts = killed_and_resumed(annealed, tmp_path / "parts", step=6, checkpoint_every=4)
     assert losses(parts) == losses(whole)
     one, two = (json.loads((folder / "result.json").read_text()) for folder in (whole, parts))
     assert one["perplexity"] == two["perplexity"]

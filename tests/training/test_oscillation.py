@@ -10,13 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_train_harmed import stop_after
-from tiny_run import losses
+from tiny_run import killed_and_resumed, losses
 from torch import nn
 
 import qat
-from qat.config import OptimConfig, QuantConfig, RunConfig, TrainConfig
-from qat.config.compose.saved import load_config
+from qat.config import OptimConfig, QuantConfig, TrainConfig
 from qat.conversion.layers import bitlinears
 from qat.quantizers.oscillation import damping_gradient
 from qat.train import run
@@ -52,11 +50,9 @@ def test_frozen_weights_stay_and_a_resume_is_exact(config: TrainConfig, tmp_path
     result = run(config)
     assert Watch.frozen[0] == 0 and Watch.frozen == sorted(Watch.frozen) and Watch.frozen[-1] > 0
     assert result.verification["packed_max_logit_difference"] == 0 and result.perplexity["packed"] == result.perplexity["trained"]
-    config.run, config.callbacks = RunConfig(name="tiny", dir=str(tmp_path / "parts")), {}
-    config.trainer = replace(config.trainer, checkpoint_every=5)
-    stop_after(config, 7)
-    run(load_config(str(tmp_path / "parts")))
-    assert losses(tmp_path / "parts") == losses(Path(result.folder))
+    config.callbacks = {}
+    parts = killed_and_resumed(config, tmp_path / "parts", step=7, checkpoint_every=5)
+    assert losses(parts) == losses(Path(result.folder))
 
 
 def test_damping_is_a_term_of_the_loss() -> None:

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_harmed import stop_after
-from tiny_run import losses
+from tiny_run import killed_and_resumed, losses
 from torch import nn
 
-from qat.config import ControlConfig, OptimConfig, RunConfig, TrainConfig
-from qat.config.compose.saved import load_config
+from qat.config import ControlConfig, OptimConfig, TrainConfig
 from qat.config.compose.targets import check_targets
 from qat.train import run
 from qat.training.gradients.split import Split, split
@@ -101,11 +99,7 @@ def test_a_resumed_run_continues_to_the_bit(config: TrainConfig, tmp_path: Path)
     result = run(config)
     assert result.verification["packed_max_logit_difference"] == 0
     config.control = ControlConfig()
-    config.run = RunConfig(name="tiny", dir=str(tmp_path / "parts"))
-    config.trainer = replace(config.trainer, checkpoint_every=4)
-    stop_after(config, 6)
-    parts = tmp_path / "parts"
-    run(load_config(str(parts)))
+    parts = killed_and_resumed(config, tmp_path / "parts", step=6, checkpoint_every=4)
     assert losses(parts) == losses(Path(result.folder))
 
 

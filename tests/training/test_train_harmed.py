@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import losses
+from tiny_run import killed_and_resumed, losses
 
-from qat.config import OptimConfig, RunConfig, TrainConfig
+from qat.config import OptimConfig, TrainConfig
 from qat.config.compose.saved import load_config
 from qat.train import run
 
@@ -22,36 +22,11 @@ def test_resume_gives_the_same_losses_to_the_bit(config: TrainConfig, tmp_path: 
         config.optim = replace(config.optim, lambda_steps=8, schedule="two_stage", weight_decay=0.1)
         config.trainer = replace(config.trainer, accumulate_grad_batches=2, val_every=5, val_batches=2)
     whole = Path(run(config).folder)
-    config.run = RunConfig(name="tiny", dir=str(tmp_path / "parts"))
-    config.trainer = replace(config.trainer, checkpoint_every=5)
-    stop_after(config, 7)
-    parts = tmp_path / "parts"
-    run(load_config(str(parts)))
+    parts = killed_and_resumed(config, tmp_path / "parts", step=7, checkpoint_every=5)
     assert losses(parts) == losses(whole)
     one, two = (json.loads((f / "result.json").read_text()) for f in (whole, parts))
     assert one["perplexity"] == two["perplexity"]
     assert one["tokens"] == two["tokens"]
-
-
-def stop_after(config: TrainConfig, step: int) -> None:
-    """Die at a step as a killed process would: no checkpoint is written on the way out."""
-    import lightning.pytorch as pl
-
-    class Killed(BaseException):
-        pass
-
-    class Kill(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.global_step == step:
-                raise Killed
-
-    original = pl.Trainer.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            pl.Trainer, "__init__", lambda self, *a, callbacks, **k: original(self, *a, callbacks=[*callbacks, Kill()], **k)
-        )
-        with pytest.raises(Killed):
-            run(config)
 
 
 def test_nan_stops_names_the_step_and_the_module_and_keeps_the_checkpoint(config: TrainConfig) -> None:

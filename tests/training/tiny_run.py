@@ -1,4 +1,4 @@
-"""A run of a tiny model, for tests of several modules: how it is started from the command line, and what it wrote."""
+"""A run of a tiny model, for tests of several modules: how it is started, killed and resumed, and what it wrote."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qat.config import TrainConfig, TrainerConfig
+import lightning.pytorch as pl
+import pytest
+
+from qat.config import RunConfig, TrainConfig, TrainerConfig
+from qat.config.compose.saved import load_config
+from qat.train import run
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = TrainerConfig(max_steps=12, accelerator="cpu", progress=False, log_every_n_steps=1, threads=1)
@@ -19,6 +25,35 @@ TRAINER = TrainerConfig(max_steps=12, accelerator="cpu", progress=False, log_eve
 def losses(folder: Path) -> dict[int, str]:
     with (folder / "metrics.csv").open() as lines:
         return {int(row["step"]): row["train/loss"] for row in csv.DictReader(lines) if row["train/loss"]}
+
+
+def killed_and_resumed(config: TrainConfig, folder: Path, step: int, checkpoint_every: int) -> Path:
+    """The folder of a run that died at a step and went on from the checkpoint before it."""
+    config.run = RunConfig(name="tiny", dir=str(folder))
+    config.trainer = replace(config.trainer, checkpoint_every=checkpoint_every)
+    stop_after(config, step)
+    run(load_config(str(folder)))
+    return folder
+
+
+def stop_after(config: TrainConfig, step: int) -> None:
+    """Die at a step as a killed process would: no checkpoint is written on the way out."""
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == step:
+                raise Killed
+
+    original = pl.Trainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pl.Trainer, "__init__", lambda self, *a, callbacks, **k: original(self, *a, callbacks=[*callbacks, Kill()], **k)
+        )
+        with pytest.raises(Killed):
+            run(config)
 
 
 def command(*arguments: str) -> list[str]:
