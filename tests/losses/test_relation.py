@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import SIZES
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,19 +19,11 @@ from qat.losses.record import Seen
 from qat.losses.relation import relation, settled
 from qat.losses.taps import TAPS
 
-LLAMA = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 GPT2 = {"vocab_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
 def model(kind: str = "llama", **sizes: Any) -> Any:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**LLAMA, **sizes}))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **sizes}))
 
 
 def naive(mine: list[Tensor], theirs: list[Tensor], heads: int, labels: Tensor, length: list[int]) -> Tensor:
