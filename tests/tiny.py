@@ -39,6 +39,18 @@ class Model(nn.Module):
         return self.lm_head(x)
 
 
+def compiled_and_counted(layer: nn.Module) -> tuple[Callable[[Tensor], Tensor], list[int]]:
+    """A layer compiled anew without a graph break, and a list that grows by each graph that is made."""
+    torch._dynamo.reset()
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(1)
+        return graph.forward
+
+    return torch.compile(layer, fullgraph=True, backend=count), graphs  # type: ignore[arg-type,return-value]
+
+
 def assert_untouched(model: nn.Module) -> None:
     """No layer was converted."""
     assert not any(isinstance(module, BitLinear | PackedBitLinear) for module in model.modules())

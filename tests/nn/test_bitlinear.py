@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import compiled_and_counted
 from torch import nn
 
 import qat
@@ -193,15 +194,8 @@ def test_the_layer_compiles_without_a_graph_break(lam: float, packed: bool) -> N
 
 
 def test_a_new_lambda_does_not_recompile() -> None:
-    torch._dynamo.reset()
     layer, x = BitLinear(6, 3), torch.randn(2, 6)
-    graphs: list[int] = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(1)
-        return graph.forward
-
-    compiled = torch.compile(layer, fullgraph=True, backend=count)
+    compiled, graphs = compiled_and_counted(layer)
     for lam in (0.1, 0.2, 0.3):
         layer.set_lambda(lam)
         assert torch.equal(compiled(x), layer(x))

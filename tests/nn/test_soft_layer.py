@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import compiled_and_counted
 from torch import Tensor, nn
 
 import qat
@@ -137,15 +138,9 @@ def test_learned_scales_compile() -> None:
 
 @pytest.mark.parametrize("lam", [1.0, 0.5])
 def test_it_compiles_without_a_break_and_a_new_beta_does_not_recompile(lam: float) -> None:
-    torch._dynamo.reset()
-    layer, x, graphs = BitLinear(6, 3), torch.randn(2, 6), []
+    layer, x = BitLinear(6, 3), torch.randn(2, 6)
     layer.set_lambda(lam)
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(1)
-        return graph.forward
-
-    compiled = torch.compile(layer, fullgraph=True, backend=count)
+    compiled, graphs = compiled_and_counted(layer)
     for beta in (2.0, 5.0, 7.5):
         layer.set_beta(beta)
         assert torch.equal(compiled(x), layer(x))
