@@ -38,6 +38,12 @@ def needs(distill: DistillConfig, what: str) -> list[str]:
     return [name for name, row in active(distill).items() if getattr(row, what)]
 
 
+def setting(distill: DistillConfig, name: str) -> str:
+    """What turns a row on, for messages: `distill.kl=0.5`."""
+    key = LOSSES[name].weight
+    return f"distill.{key}={getattr(distill, key)}"
+
+
 def measured(distill: DistillConfig) -> dict[str, Loss]:
     """The active rows, and those that are reported whatever their weight, in the table's order."""
     return {name: row for name, row in LOSSES.items() if row.reported or name in active(distill)}

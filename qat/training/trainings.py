@@ -13,7 +13,7 @@ from torch import nn
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
 from qat.conversion.layers import set_norm_blend
 from qat.data import QATData
-from qat.losses import active, needs
+from qat.losses import active, needs, setting
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS
 from qat.tasks import TASKS
@@ -39,10 +39,7 @@ def check_teacher(config: TrainConfig) -> None:
     """Raise ValueError where a loss needs a teacher and none is allowed."""
     for name in needs(config.distill, "teacher"):
         if config.model.teacher == "off":
-            key = active(config.distill)[name].weight
-            raise ValueError(
-                f"distill.{key}={getattr(config.distill, key)} needs a teacher, but model.teacher=off; set one of them"
-            )
+            raise ValueError(f"{setting(config.distill, name)} needs a teacher, but model.teacher=off; set one of them")
 
 
 def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel | None:
@@ -59,8 +56,7 @@ def check_comparable(config: TrainConfig, student: nn.Module, teacher: nn.Module
     distill = settled(config.distill, student)
     for what, kind in TAPS.items():
         for name in needs(distill, what):
-            key = active(distill)[name].weight
-            kind.check(student, teacher, distill, f"distill.{key}={getattr(distill, key)}")  # type: ignore[arg-type]
+            kind.check(student, teacher, distill, setting(distill, name))  # type: ignore[arg-type]
 
 
 def train_student(

@@ -13,7 +13,7 @@ from qat.data.datamodule import QATData
 from qat.data.labelled import preview
 from qat.data.labelled.build import build_labelled, further_examples
 from qat.data.labelled.parts import Labelled
-from qat.losses import active, needs
+from qat.losses import needs, setting
 from qat.losses.views import LABELS, arguments
 from qat.metrics.classification import classified
 from qat.metrics.classification import scores as metrics
@@ -60,9 +60,8 @@ def _check_teacher(config: TrainConfig, known: tuple[str, ...] | None) -> None:
     """Refuse a teacher whose head nobody has trained."""
     asked = needs(config.distill, "teacher")
     if asked and config.model.teacher == "shared" and known is None and not config.control.first:
-        key = active(config.distill)[asked[0]].weight
         raise ValueError(
-            f"distill.{key}={getattr(config.distill, key)} needs a teacher, but {config.model.path} has no trained head;"
+            f"{setting(config.distill, asked[0])} needs a teacher, but {config.model.path} has no trained head;"
             " set control.enabled=true control.first=true, which trains it first, or model.teacher to a fine-tuned classifier"
         )
 
