@@ -97,6 +97,11 @@ class TrainConfig:
                 " so training would end before the model is quantized"
             )
         self._check_norms()
+        self._check_codes()
+        self._check_data()
+
+    def _check_codes(self) -> None:
+        """How codes are trained fits every quantizer of the run."""
         blocks = {quant.weight: quant.quantizer.block for quant in self.quant.variants() if quant.quantizer.block > 1}
         if self.optim.freeze_oscillation is not None and blocks:
             weight, block = next(iter(blocks.items()))
@@ -116,6 +121,9 @@ class TrainConfig:
                 f"optim.anneal={self.optim.anneal} does not fit quant.weight={hard[0]}, which has no soft form;"
                 " use optim.anneal=none"
             )
+
+    def _check_data(self) -> None:
+        """There is a training text where one is read, and what is named as a file is there."""
         for key in ("train", "valid"):
             name = getattr(self.data, key)
             if name and Path(name).suffix in TASKS[self.task].files and not local(name).is_file():
