@@ -64,11 +64,10 @@ def by_hours(job: Job, found: plan.Facts, length: int, hours: float) -> plan.Pla
 def facts(job: Job) -> plan.Facts:
     """What is known of a prepared run."""
     trained = sum(p.numel() for p in job.student.parameters() if p.requires_grad)
-    taught = sum(p.numel() * p.element_size() for p in job.teacher.parameters()) if job.teacher is not None else 0
     groups = job.optimizer(parameter_groups(job.student, job.config.optim)).param_groups
     return plan.Facts(
         parameters=trained,
-        state_bytes=16 * trained + taught,
+        state_bytes=estimate.STATE_BYTES * trained + estimate.teacher_bytes(job.teacher),
         sequence_bytes=estimate.activation_bytes(job.student, code_of(job.config).sample(job.config)),
         room_bytes=room(job.config),
         text_tokens=None if job.data is None else job.data.train_tokens,

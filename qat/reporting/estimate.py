@@ -15,6 +15,8 @@ from qat.quantizers.packing import get_layout
 from qat.reporting import updates
 
 MIB = 2**20
+STATE_BYTES = 16
+"""Of a trained parameter: the weight, its gradient and Adam's two moments, in float32."""
 
 
 def lines(
@@ -27,8 +29,8 @@ def lines(
         sample: one sequence of data.sequence_length tokens with its labels, as the model's arguments.
     """
     parameters = sum(p.numel() for p in student.parameters())
-    taught = sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
-    state, activations = 16 * parameters, activation_bytes(student, sample) * config.data.batch_size
+    taught, state = teacher_bytes(teacher), STATE_BYTES * parameters
+    activations = activation_bytes(student, sample) * config.data.batch_size
     linears, packed = linear_bytes(student, config.export.layout)
     total = (state + taught + activations) / MIB
     codes, whole = sum(layer.weight.numel() for _, layer in bitlinears(student)), full_precision_bf16(base)
@@ -51,6 +53,11 @@ def annealing(config: TrainConfig) -> list[str]:
     soft = math.ceil(optim.anneal_share * total)
     words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} with codes"
     return [f"weights         {words}"]
+
+
+def teacher_bytes(teacher: nn.Module | None) -> int:
+    """Bytes of the teacher's parameters; 0 without one."""
+    return sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
 
 
 def linear_bytes(student: nn.Module, layout: str) -> tuple[int, int]:
