@@ -24,7 +24,8 @@ from qat.training.tasks import code_of
 
 WARM, TIMED = 2, 5
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_DAY = 24 * 365
+_YEAR = 24 * 365
+"""In hours: the most that is planned."""
 
 
 def planned(config: TrainConfig, tokens: int | None = None, hours: float | None = None) -> plan.Plan:
@@ -35,8 +36,8 @@ def planned(config: TrainConfig, tokens: int | None = None, hours: float | None 
     """
     if (tokens is None) == (hours is None):
         raise ValueError("give the budget as --tokens N or --hours H, one of them")
-    if hours is not None and not 0 < hours <= _DAY:
-        raise ValueError(f"--hours {hours:g} is not allowed; it must be above 0 and at most {_DAY}")
+    if hours is not None and not 0 < hours <= _YEAR:
+        raise ValueError(f"--hours {hours:g} is not allowed; it must be above 0 and at most {_YEAR}")
     if tokens is not None and not 0 < tokens <= 10**15:
         raise ValueError(f"--tokens {tokens:,} is not allowed; it must be in 1 to {10**15:,}")
     if not TASKS[config.task].whole:
