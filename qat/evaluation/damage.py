@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from qat import ops
 from qat.config import QuantConfig
 from qat.conversion.selection import is_conv1d, is_linear
-from qat.metrics.perplexity import Window, logits_of
+from qat.metrics.perplexity import Window, logits_of, scored_tokens
 from qat.nn.bitlinear import rounded
 
 FORMS = {"weights": (True, False), "activations": (False, True), "both": (True, True)}
@@ -99,7 +99,7 @@ class Meter:
             ValueError: no token is scored, or a logit is not finite.
         """
         self.model, self.windows = model, windows
-        self.tokens = sum(ids[:, start:].numel() for ids, start in windows)
+        self.tokens = scored_tokens(windows)
         if not self.tokens:
             raise ValueError("the windows score no token, so there is no damage to be measured")
         self.reference = [torch.log_softmax(scored.float(), -1) for scored in self._scored()]

@@ -77,6 +77,11 @@ def log_likelihood(model: nn.Module, batches: Iterable[Window]) -> tuple[float, 
     return total, count
 
 
+def scored_tokens(batches: Iterable[Window]) -> int:
+    """How many tokens the windows score."""
+    return sum(ids[:, start:].numel() for ids, start in batches)
+
+
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [B, L, V] of ids [B, L], without a key-value cache."""

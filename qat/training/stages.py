@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat.config import TrainConfig
 from qat.data import text_tokens
-from qat.metrics.perplexity import Window, exp_mean, log_likelihood, windows
+from qat.metrics.perplexity import Window, exp_mean, log_likelihood, scored_tokens, windows
 from qat.reporting.result import Perplexity
 from qat.training.fit import device_of
 
@@ -40,7 +40,7 @@ class Measure:
         stride = config.eval.stride or context
         shape, tokens = (context, stride, config.eval.batch_size), data.eval_tokens[:limit]
         scored = {"": data.eval_windows(*shape, limit)}
-        count = sum(ids[:, start:].numel() for ids, start in scored[""]) if config.data.kind == "chat" else len(tokens)
+        count = scored_tokens(scored[""]) if config.data.kind == "chat" else len(tokens)
         about = {"": Perplexity(data.eval_name, count, context, stride)}
         for name, source in config.eval.texts.items():
             further = text_tokens(source, tokenizer, config.data, limit)
