@@ -6,6 +6,8 @@ learned ranges. `sparse`: three of four weights. `deadzone`: zeros that add to t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qat.quantizers.record import Parameter, Quantizer
 
 _HERE = "qat.quantizers.menu"
@@ -13,7 +15,7 @@ _TERNARY = (-1, 0, 1)
 _ROUNDED, _SOFT = "qat.quantizers.ternary:codes", "qat.quantizers.ternary:soft"
 
 
-def _threshold(name: str, words: str, **more: object) -> Quantizer:
+def _threshold(name: str, words: str) -> Quantizer:
     """One whose zeros are below a threshold of its own, with the least-squares scale of what is left."""
     return Quantizer(
         levels=_TERNARY,
@@ -24,26 +26,28 @@ def _threshold(name: str, words: str, **more: object) -> Quantizer:
         scales=("absmean",),
         words=words,
         why="its threshold and scale are its own",
-        **more,  # type: ignore[arg-type]
     )
 
 
-def _learned(unit: str, name: str) -> dict[str, Parameter]:
-    """A parameter in units of its start, which is kept."""
-    return {name: Parameter(f"{_HERE}.steps:start"), "unit": Parameter(unit, trained=False)}
+def _learned(grid: str, parameter: str) -> Quantizer:
+    """A grid of levels whose step or range is a parameter in units of its start, which is kept."""
+    at = f"{_HERE}.{grid}"
+    return Quantizer(
+        levels=_TERNARY,
+        codes=f"{at}.codes",
+        soft=f"{at}.soft",
+        scale=f"{at}.scale",
+        gradient=f"{at}.gradient",
+        parameters={parameter: Parameter(f"{_HERE}.steps:start"), "unit": Parameter(f"{at}.unit", trained=False)},
+        packs_as=("ternary",),
+        scales=("absmean",),
+    )
 
 
 def _uniform(bits: int, grid: str, ratios: tuple[float, ...]) -> Quantizer:
     """Whole numbers of that many bits times a learned step, as ternary digits."""
-    return Quantizer(
-        levels=_TERNARY,
-        codes=f"{_HERE}.steps:{grid}.codes",
-        soft=f"{_HERE}.steps:{grid}.soft",
-        scale=f"{_HERE}.steps:scale",
-        gradient=f"{_HERE}.steps:{grid}.gradient",
-        parameters=_learned(f"{_HERE}.steps:{grid}.unit", "step"),
-        packs_as=("ternary",),
-        scales=("absmean",),
+    return replace(
+        _learned(f"steps:{grid}", "step"),
         backwards=("input", "bf16"),
         planes=(len(ratios),),
         ratios=ratios,
@@ -57,9 +61,8 @@ _RANGE = "its range is learned from max|W| on, one a channel or group, and the g
 ROWS: dict[str, Quantizer] = {
     "twn": _threshold("twn", "ternary, threshold 0.7 mean|W| (TWN)"),
     "ternary_count": _threshold("count", "ternary, a fixed share of zeros"),
-    "ternary_threshold": _threshold(
-        "learned",
-        "ternary, learned threshold",
+    "ternary_threshold": replace(
+        _threshold("learned", "ternary, learned threshold"),
         gradient=f"{_HERE}.thresholds:learned_gradient",
         parameters={"threshold": Parameter(f"{_HERE}.thresholds:learned_start")},
     ),
@@ -73,43 +76,28 @@ ROWS: dict[str, Quantizer] = {
         words="ternary, one zero in four (Sherry)",
         why="its scale is its own",
     ),
-    "lsq": Quantizer(
-        levels=_TERNARY,
+    "lsq": replace(
+        _learned("steps:TERNARY", "step"),
         codes=_ROUNDED,
-        scale=f"{_HERE}.steps:scale",
-        gradient=f"{_HERE}.steps:TERNARY.gradient",
         soft=_SOFT,
-        parameters=_learned(f"{_HERE}.steps:TERNARY.unit", "step"),
-        packs_as=("ternary",),
-        scales=("absmean",),
         words="ternary, learned step (LSQ)",
         why="its step is learned",
     ),
     "uniform2": _uniform(2, "TWO", (3, 1)),
     "uniform3": _uniform(3, "THREE", (3, 1)),
     "uniform4": _uniform(4, "FOUR", (9, 3, 1)),
-    "seq": Quantizer(
-        levels=_TERNARY,
+    "seq": replace(
+        _learned("stretched:THREE", "clip"),
         codes=_ROUNDED,
-        scale=f"{_HERE}.stretched:THREE.scale",
-        gradient=f"{_HERE}.stretched:THREE.gradient",
         soft=_SOFT,
-        parameters=_learned(f"{_HERE}.stretched:THREE.unit", "clip"),
-        packs_as=("ternary",),
-        scales=("absmean",),
         granularities=("channel", "group"),
         words="ternary, learned range (SEQ)",
         why=_RANGE,
     ),
-    "seq2": Quantizer(
+    "seq2": replace(
+        _learned("stretched:FOUR", "clip"),
         levels=(-1, 1),
-        codes=f"{_HERE}.stretched:FOUR.codes",
-        soft=f"{_HERE}.stretched:FOUR.soft",
-        scale=f"{_HERE}.stretched:FOUR.scale",
-        gradient=f"{_HERE}.stretched:FOUR.gradient",
-        parameters=_learned(f"{_HERE}.stretched:FOUR.unit", "clip"),
         packs_as=("binary", "ternary"),
-        scales=("absmean",),
         granularities=("channel", "group"),
         backwards=("input", "bf16"),
         planes=(2,),

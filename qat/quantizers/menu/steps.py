@@ -40,11 +40,6 @@ def whole(planes: Tensor, ratios: Tensor | tuple[float, ...]) -> Tensor:
     return sum((ratio * plane for ratio, plane in zip(ratios, planes, strict=True)), torch.zeros_like(planes[0]))
 
 
-def scale(rows: Tensor, options: WeightOptions, step: Tensor, unit: Tensor) -> Tensor:
-    """The step [R, 1]."""
-    return step.abs() * unit
-
-
 def start(rows: Tensor, options: WeightOptions) -> Tensor:
     """The step in units of its start [R, 1]: 1."""
     return rows.new_ones(rows.shape[0], 1)
@@ -67,6 +62,10 @@ class Grid:
         """What the step starts as [R, 1], above 0."""
         times = 1.0 if self.planes == 1 else 2 / self.high**0.5
         return (times * mean(rows.abs())).clamp_min(options.eps)
+
+    def scale(self, rows: Tensor, options: WeightOptions, step: Tensor, unit: Tensor) -> Tensor:
+        """The step [R, 1]."""
+        return step.abs() * unit
 
     def codes(self, rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
         """[planes, R, L] of rows [R, L] and scales [R, planes], the step last; half to even."""
