@@ -53,7 +53,7 @@ def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) ->
     return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())
 
 
-def bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     return weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
 
 
@@ -77,7 +77,7 @@ _TINY = 1e-30
 
 _MATMULS = {
     "input": (_input_gradient, input_weight_gradient),
-    "bf16": (_bf16_gradient, bf16_weight_gradient),
+    "bf16": (_bf16_gradient, _bf16_weight_gradient),
     "int8": (_int8_gradient, _int8_weight_gradient),
 }
 
