@@ -12,12 +12,12 @@ from torch import Tensor
 from qat.quantizers.menu.thresholds import kept_mean
 from qat.quantizers.record import WeightOptions
 
-BLOCK = 4
+_BLOCK = 4
 
 
 def _kept(rows: Tensor) -> Tensor:
     """All but the smallest of each four, the first of equal ones."""
-    blocks = rows.abs().unflatten(-1, (-1, BLOCK))
+    blocks = rows.abs().unflatten(-1, (-1, _BLOCK))
     return torch.ones_like(blocks, dtype=torch.bool).scatter(-1, blocks.argmin(-1, keepdim=True), False).reshape(rows.shape)
 
 

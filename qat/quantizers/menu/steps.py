@@ -33,7 +33,7 @@ def digits(codes: Tensor, planes: int) -> Tensor:
     return torch.stack(found[::-1])
 
 
-def whole(planes: Tensor, ratios: Tensor | tuple[float, ...]) -> Tensor:
+def whole(planes: Tensor, ratios: tuple[float, ...]) -> Tensor:
     """The sum [R, L] of planes [planes, R, L] times their ratios; of a single plane [R, L], itself."""
     if planes.ndim == 2:
         return planes

@@ -26,9 +26,8 @@ _END = 0.99
 
 @dataclass(frozen=True)
 class Stretched:
-    """`levels` of them, one a `share` of the range, in planes with these ratios."""
+    """Levels of which one is a `share` of the range, in planes with these ratios."""
 
-    levels: int
     share: float
     ratios: tuple[float, ...] = (1.0,)
 
@@ -64,4 +63,4 @@ class Stretched:
         return rows / scale[:, -1:] * self.share
 
 
-THREE, FOUR = Stretched(3, 2 / 3), Stretched(4, 1 / 4, (2.0, 1.0))
+THREE, FOUR = Stretched(2 / 3), Stretched(1 / 4, (2.0, 1.0))

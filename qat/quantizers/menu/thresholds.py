@@ -20,7 +20,6 @@ from qat.quantizers.scales import mean
 
 _TWN = 0.7
 _KEPT = 86 / 128
-_START = 0.7
 
 
 def kept_mean(magnitudes: Tensor, kept: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ def _border(magnitudes: Tensor, threshold: Tensor) -> Tensor:
 
 def learned_start(rows: Tensor, options: WeightOptions) -> Tensor:
     """Theta starts as TWN's."""
-    return rows.new_full((rows.shape[0], 1), _START)
+    return rows.new_full((rows.shape[0], 1), _TWN)
 
 
 def learned_scale(rows: Tensor, options: WeightOptions, threshold: Tensor) -> Tensor:
