@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qat import ops
 from qat.config import QuantConfig
+from qat.nn.carried import carried, carried_share
 from qat.nn.norm import input_norm
 from qat.ops.soft.calls import soft_bitlinear, soft_quantize
 from qat.quantizers.activations import rounded_activation
@@ -113,26 +114,16 @@ class BitLinear(nn.Linear):
             super().reset_parameters()
 
     def set_lambda(self, value: float) -> None:
-        """Blend quantization in: W + lambda (Q(W) - W), activations likewise. 1 is plain quantization.
-
-        A tensor carries the value, so that torch.compile does not recompile at every step.
-        """
-        if not 0 <= value <= 1:
-            raise ValueError(f"lambda={value} is not allowed; it must be in 0 to 1")
-        with torch.inference_mode(False):
-            if value == 1:
-                self.lam = None
-            elif self.lam is None:
-                _say_float_form()
-                self.lam = torch.tensor(value, dtype=torch.float32, device=self.weight.device)
-            else:
-                self.lam.fill_(value)
+        """Blend quantization in: W + lambda (Q(W) - W), activations likewise; 1 is plain. ValueError unless it is in 0 to 1."""
+        self.lam = carried_share("lambda", value, self.lam, self.weight.device)
+        if self.lam is not None:
+            _say_float_form()
 
     def set_beta(self, value: float | None, carrier: Tensor | None = None) -> None:
         """Train with soft codes of that sharpness, see `qat.quantizers.soft`; None: with codes, straight through.
 
-        Soft codes are of training mode alone: in `eval()` the layer computes with codes, as it will be deployed. A tensor
-        carries the value, so that torch.compile does not recompile at every step; layers may share one, `carrier`, which is set.
+        Soft codes are of training mode alone: in `eval()` the layer computes with codes, as it will be deployed. Layers may
+        share the tensor that carries the value, `carrier`, which is set.
 
         Raises:
             ValueError: the value is not above 0 and finite, or the quantizer has no soft form.
@@ -148,14 +139,7 @@ class BitLinear(nn.Linear):
             raise ValueError(f"beta={value} is not allowed; it must be above 0 and finite")
         if record.soft is None:
             raise ValueError(f"quant.weight={self.config.weight} has no soft form, so it cannot be annealed")
-        if carrier is not None:
-            self.beta = carrier
-            return
-        with torch.inference_mode(False):
-            if self.beta is None or self.beta.device != self.weight.device:
-                self.beta = torch.full((), value, dtype=torch.float32, device=self.weight.device)
-            else:
-                self.beta.fill_(value)
+        self.beta = carried(value, self.beta, self.weight.device) if carrier is None else carrier
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.nn.carried import carried_share
+
+_CPU = torch.device("cpu")
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, arXiv:1910.07467, in float32 and cast back before the weight.
@@ -33,20 +37,8 @@ class RMSNorm(nn.Module):
         return normed if self.blend is None else x + self.blend * (normed - x)
 
     def set_blend(self, value: float) -> None:
-        """How much of the norm there is; 1 is the norm itself. A tensor carries it, so that torch.compile does not recompile.
-
-        Raises:
-            ValueError: the value is not in 0 to 1.
-        """
-        if not 0 <= value <= 1:
-            raise ValueError(f"blend={value} is not allowed; it must be in 0 to 1")
-        with torch.inference_mode(False):
-            if value == 1:
-                self.blend = None
-            elif self.blend is None:
-                self.blend = torch.tensor(value, dtype=torch.float32)
-            else:
-                self.blend.fill_(value)
+        """How much of the norm there is; 1 is the norm itself. ValueError unless it is in 0 to 1."""
+        self.blend = carried_share("blend", value, self.blend, _CPU)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
