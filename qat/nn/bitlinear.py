@@ -87,15 +87,19 @@ class BitLinear(nn.Linear):
         """The parameters and buffers of its quantizer by name, float32 as the scale [1 | N, G], or [1]; {} where it has none."""
         return {name: getattr(self, name) for name in self.parameter_names}
 
+    def _given(self) -> list[Tensor]:
+        """`quantizer_parameters` as the ops take them, in the record's order."""
+        return list(self.quantizer_parameters().values())
+
     def quantized(self) -> tuple[Tensor, Tensor]:
         """Codes int8 [N, K] and scale float32 [1 | N, G] of the weight as it is, see `qat.ops.quantize_weight`."""
-        return ops.quantize_weight(self.weight, self.config, list(self.quantizer_parameters().values()))
+        return ops.quantize_weight(self.weight, self.config, self._given())
 
     def output_bias(self, share: Tensor | float = 1.0) -> Tensor | None:
         """What is added to the outputs: the bias, and that share of what the quantizer adds to it (float32 then)."""
         if self.added_bias is None:
             return self.bias
-        codes, _ = ops.quantize_weight(self.weight.detach(), self.config, list(self.quantizer_parameters().values()))
+        codes, _ = ops.quantize_weight(self.weight.detach(), self.config, self._given())
         added: Tensor = share * self.added_bias(self.weight, codes)
         return added if self.bias is None else added + self.bias.float()
 
@@ -150,18 +154,17 @@ class BitLinear(nn.Linear):
         if self.config.act_hadamard:
             ops.check_input(x, self.in_features)
             x = rotate(x)
-        parameters, beta = list(self.quantizer_parameters().values()), self.beta if self.training else None
+        parameters, beta = self._given(), self.beta if self.training else None
         if self.lam is not None:
             bias = self.output_bias(self.lam)
             bias = None if bias is None else bias.to(self.weight.dtype)
-            return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam, beta), bias)
+            return F.linear(self._mixed_activation(x, self.lam), self._mixed_weight(self.lam, beta, parameters), bias)
         x, config = rounded(x, self.config), self._of_floats or self.config
         if beta is not None:
             return soft_bitlinear(x, self.weight, self.output_bias(), beta, config, parameters)
         return ops.bitlinear(x, self.weight, self.output_bias(), config, parameters)
 
-    def _mixed_weight(self, lam: Tensor, beta: Tensor | None) -> Tensor:
-        parameters = list(self.quantizer_parameters().values())
+    def _mixed_weight(self, lam: Tensor, beta: Tensor | None, parameters: list[Tensor]) -> Tensor:
         if beta is not None:
             return self.weight + lam * (soft_quantize(self.weight, beta, self.config, parameters)[0] - self.weight)
         if self.config.quantizer.gradient is not None:

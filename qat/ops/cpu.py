@@ -186,7 +186,7 @@ def _quantize(w: Tensor, parameters: Sequence[Tensor], o: WeightOptions) -> tupl
     if resolve(record.codes) is components.codes:
         return _nearest(w, parameters, o)
     if flag is None:
-        say_left("cpu", o.weight, latent.record_of(o), serves)
+        say_left("cpu", o.weight, record, serves)
         return latent.quantize_weight(w, o, parameters)
     rows, value, shape = latent.weight_scale(w, o, parameters, SCALES)
     limit = torch.ops.qat.cpu_mean(rows.contiguous(), False) if flag else value
