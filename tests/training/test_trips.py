@@ -26,22 +26,22 @@ from qat.training.trainings import check_teacher, load_teacher
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def hidden(seen: Seen, distill: DistillConfig) -> Pair:
-    """What losses/hidden.py would hold: the mean square distance of the last hidden states, a sum over predicted tokens."""
+def last(seen: Seen, distill: DistillConfig) -> Pair:
+    """What losses/last.py would hold: the mean square distance of the last hidden states, a sum over predicted tokens."""
     mine, theirs = (outputs.hidden_states[-1][:, :-1][seen.predicts] for outputs in (seen.student, seen.teacher))
     return (mine - theirs).square().mean(-1).sum(), seen.targets.numel()
 
 
 @dataclass
-class WithHidden(DistillConfig):
-    """What config/losses.py would hold; the fourth file is conf/distill/hidden.yaml."""
+class WithLast(DistillConfig):
+    """What config/losses.py would hold; the fourth file is conf/distill/last.yaml."""
 
-    hidden: float = 0.0
+    last: float = 0.0
 
 
 @pytest.fixture
 def row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses.LOSSES, "hidden", Loss(hidden, weight="hidden", teacher=True, hidden_states=True))
+    monkeypatch.setitem(losses.LOSSES, "last", Loss(last, weight="last", teacher=True, hidden_states=True))
 
 
 def module(folder: Path, distill: DistillConfig) -> QATModule:
@@ -52,12 +52,12 @@ def module(folder: Path, distill: DistillConfig) -> QATModule:
 
 
 def test_a_loss_of_one_s_own(row: None, tiny_model: Path) -> None:
-    made = module(tiny_model, WithHidden(hidden=2.0))
+    made = module(tiny_model, WithLast(last=2.0))
     labels = torch.randint(4, 30, (2, 8))
     labels[0, :5] = -100
     batch = {"input_ids": labels.clamp_min(4), "labels": labels}
     pairs = made.pairs(batch)
-    total, count = pairs["hidden"]
+    total, count = pairs["last"]
     with torch.no_grad():
         mine, theirs = (m(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states[-1] for m in models(made))
     rows = (mine - theirs)[:, :-1][labels[:, 1:] != -100]
@@ -75,16 +75,16 @@ def models(made: QATModule) -> tuple[Any, Any]:
 
 
 def test_hidden_states_are_asked_for_where_a_row_needs_them(row: None, tiny_model: Path) -> None:
-    assert module(tiny_model, WithHidden(hidden=1.0))._asked == {"output_hidden_states": True}
-    assert module(tiny_model, WithHidden())._asked == {}
+    assert module(tiny_model, WithLast(last=1.0))._asked == {"output_hidden_states": True}
+    assert module(tiny_model, WithLast())._asked == {}
 
 
 def test_a_teacher_is_loaded_where_a_row_needs_one(row: None, tiny_model: Path) -> None:
     config, base = TrainConfig(model=ModelConfig(path=str(tiny_model))), AutoModelForCausalLM.from_pretrained(tiny_model)
-    assert load_teacher(replace(config, distill=WithHidden()), base) is None
-    assert load_teacher(replace(config, distill=WithHidden(hidden=1.0)), base) is base
-    off = replace(config, distill=WithHidden(hidden=1.0), model=ModelConfig(path=str(tiny_model), teacher="off"))
-    with pytest.raises(ValueError, match=r"distill.hidden=1.0 needs a teacher, but model.teacher=off"):
+    assert load_teacher(replace(config, distill=WithLast()), base) is None
+    assert load_teacher(replace(config, distill=WithLast(last=1.0)), base) is base
+    off = replace(config, distill=WithLast(last=1.0), model=ModelConfig(path=str(tiny_model), teacher="off"))
+    with pytest.raises(ValueError, match=r"distill.last=1.0 needs a teacher, but model.teacher=off"):
         check_teacher(off)
 
 
