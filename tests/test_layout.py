@@ -27,6 +27,7 @@ ROOMS = [
     "models",
     "data",
     "evaluation",
+    "monitor",
     "generation",
     "serving",
     "reporting",

@@ -63,11 +63,12 @@ def fit(
     found = newest(folder / "checkpoints", say=True)
     every = min(config.log_every_n_steps, config.max_steps)
     metrics = continued(folder / "metrics.csv", columns(module), found.step if found else None)
-    throughput, stopped = Throughput(every), list[pl.Callback]()
+    row: dict[str, float] = {}
+    throughput, stopped = Throughput(every, row), list[pl.Callback]()
     asked = _in_folder(callbacks or [], folder)
     theirs = [one for callback in asked for one in (callback, Blame(callback, stopped))]
     ours = [progress(name)] if config.progress else []
-    last = [WriteRows(metrics, every), StopAtStep(signals, config.val_every), Checkpoint(folder / "checkpoints", config)]
+    last = [WriteRows(metrics, every, row), StopAtStep(signals, config.val_every), Checkpoint(folder / "checkpoints", config)]
     chain = [NonFiniteGuard(), throughput, RandomState(), *theirs, *ours, *last]
     with misconfiguration():
         trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
@@ -165,7 +166,7 @@ def columns(module: QATModule) -> list[str]:
     """What a training writes into metrics.csv, known before it begins."""
     names = ["loss", *measured(module.distill)]
     scores = [f"val/{name}" for name in module.scores or ()]
-    return ["train/tokens_per_second", *(f"{part}/{name}" for part in ("train", "val") for name in names), *scores]
+    return ["speed/tokens_per_second", *(f"{part}/{name}" for part in ("train", "val") for name in names), *scores]
 
 
 _NOISE = (

@@ -15,7 +15,7 @@ def test_a_damaged_header_s_column_is_dropped_and_said(tmp_path: Path, capsys: p
     file.write_text('epoch,step,tr"in/loss\n0,10,1.5\n')
     continued(file, ["train/loss"], 30).log_metrics({"train/loss": 1.0}, 20)
     assert "metrics.csv: 1 rows do not parse and are dropped" in capsys.readouterr().out
-    assert file.read_text().splitlines() == ["epoch,step,train/loss", "0,10,", "0,20,1.0"]
+    assert file.read_text().splitlines() == ["step,tokens,epoch,train/loss", "10,,0,", "20,,,1.0"]
 
 
 def test_rows_that_do_not_parse_are_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +28,7 @@ def test_rows_that_do_not_parse_are_dropped_and_said(tmp_path: Path, capsys: pyt
     with file.open() as lines:
         found = list(csv.DictReader(lines))
     assert [(row["step"], row["train/loss"]) for row in found] == [("10", "1.5"), ("30", "1.25"), ("40", "1.0"), ("40", "")]
-    assert found[-1]["lr"] == "0.5" and list(found[0]) == ["epoch", "step", "train/loss", "val/loss", "lr"]
+    assert found[-1]["lr"] == "0.5" and list(found[0]) == ["step", "tokens", "epoch", "train/loss", "val/loss", "lr"]
 
 
 @pytest.mark.parametrize(("steps", "expected"), [("9 19 19", [10, 20, 20]), ("10 20", [10, 20]), ("0", [1]), ("1 2", [1, 2])])

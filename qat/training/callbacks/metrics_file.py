@@ -2,6 +2,7 @@
 
 A row is one optimizer step (1 is the first) or one validation after it. Rows of training are written before the step's
 checkpoint: lightning logs after its callbacks, so a kill between the two would leave a checkpoint whose row nobody writes again.
+Columns are names of `qat.monitor.table`; earlier versions wrote an `epoch` beside them, which was 0.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from qat.storage import write_text
 from qat.training.callbacks.boundary import step_ends
 
 Row = dict[str, str]
-FIRST = ["epoch", "step"]
+FIRST = ["step", "tokens"]
+_NO_METRIC = ("step", "epoch")  # which lightning adds of itself
 
 
 class MetricsFile(Logger):
@@ -55,7 +57,7 @@ class MetricsFile(Logger):
         """Append a row of what this step's rows do not hold yet; NaN says that this step did not measure it."""
         step = int(step or 0)
         known = self._last[1] if self._last[0] == step else set()
-        fresh = {key: value for key, value in metrics.items() if key not in known and key not in FIRST}
+        fresh = {key: value for key, value in metrics.items() if key not in known and key not in _NO_METRIC}
         new = {key: value for key, value in fresh.items() if not math.isnan(value)}
         if not new:
             return
@@ -64,7 +66,7 @@ class MetricsFile(Logger):
             self.columns += sorted(set(new) - set(self.columns))
             self._rewrite(rows)
         with self.file.open("a", encoding="utf-8", newline="") as file:
-            file.write(self._text([{"epoch": "0", "step": str(step), **{key: str(value) for key, value in new.items()}}]))
+            file.write(self._text([{"step": str(step), **{key: str(value) for key, value in new.items()}}]))
         self._last = (step, known | new.keys())
 
     def _rewrite(self, rows: list[Row]) -> None:
@@ -77,18 +79,28 @@ class MetricsFile(Logger):
 
 
 class WriteRows(pl.Callback):
-    """Writes the row of every `every`-th step when the step ends; it stands before whatever writes checkpoints."""
+    """Writes the row of every `every`-th step when the step ends; it stands before whatever writes checkpoints.
 
-    def __init__(self, file: MetricsFile, every: int) -> None:
-        self.file, self.every = file, every
+    What other callbacks measured of the step lies in `row`, which they share; loggers get it too, and it is emptied. Logging it
+    through lightning would repeat each value in every later row.
+    """
+
+    def __init__(self, file: MetricsFile, every: int, row: dict[str, float]) -> None:
+        self.file, self.every, self.row = file, every, row
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """What was logged as train/... up to here."""
-        if step_ends(trainer, batch_idx) and trainer.global_step % self.every == 0:
-            found = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
-            self.file.log_metrics(found, trainer.global_step)
+        if not step_ends(trainer, batch_idx):
+            return
+        found = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
+        due = trainer.global_step % self.every == 0
+        self.file.log_metrics({**self.row, **(found if due else {})}, trainer.global_step)
+        for logger in trainer.loggers if self.row else ():
+            if logger is not self.file:
+                logger.log_metrics(dict(self.row), trainer.global_step)
+        self.row.clear()
 
 
 def continued(file: Path, columns: Iterable[str], step: int | None) -> MetricsFile:

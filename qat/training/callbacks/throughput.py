@@ -11,10 +11,13 @@ from qat.training.callbacks.boundary import step_ends
 
 
 class Throughput(pl.Callback):
-    """Counts `tokens` on all devices and `seconds`, across resumes, leaving out the time spent validating."""
+    """Counts `tokens` on all devices and `seconds`, across resumes, leaving out the time spent validating.
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    Both the count and the rate go into `row`, that of the step in metrics.csv.
+    """
+
+    def __init__(self, every: int, row: dict[str, float]) -> None:
+        self.every, self.row = every, row
         self.tokens, self.seconds = 0, 0.0
         self._start: float | None = None
         self._window = (0, 0.0)  # tokens and seconds when the last row was written
@@ -34,9 +37,9 @@ class Throughput(pl.Callback):
         self._start = now
         self.tokens += batch["input_ids"].numel() * trainer.world_size
         rate = self._rate()
-        module.log("train/tokens_per_second", rate, prog_bar=False)
         module.log("tok/s", float(round(rate)), prog_bar=True, logger=False)
         if step_ends(trainer, batch_idx) and trainer.global_step % self.every == 0:
+            self.row |= {"tokens": self.tokens, "speed/tokens_per_second": rate}
             self._window = (self.tokens, self.seconds)
 
     def _rate(self) -> float:
