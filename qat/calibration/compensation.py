@@ -12,7 +12,7 @@ by the gradient of the loss (33), a text's first windows in place of windows fro
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from qat.conversion.swap import swap
 from qat.conversion.walker import announce
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
+from qat.terminal.stage import stage as shown
 
 SIZES = tuple(m / 10 for m in range(7, 16))
 """Of the scales, as multiples of those that fit the weight best: codes are chosen for each, and the best is kept."""
@@ -90,8 +91,8 @@ def compensate(base: nn.Module, model: nn.Module, windows: Sequence[Tensor], *, 
     """
     started = time.monotonic()
     work = _Work(base, model, dict(bitlinears(model)), layout, Calibrated(sum(ids.numel() for ids in windows)))
-    with torch.no_grad():
-        work.run(windows)
+    with torch.no_grad(), shown("calibrating layers", len(work.layers), "layers") as bar:
+        work.run(windows, bar.advance)
     announce(model, "packed")
     work.found.seconds = time.monotonic() - started
     return work.found
@@ -107,7 +108,7 @@ class _Work:
     layout: str
     found: Calibrated
 
-    def run(self, windows: Sequence[Tensor]) -> None:
+    def run(self, windows: Sequence[Tensor], advance: Callable[[float], None]) -> None:
         if not self.layers:
             raise ValueError(f"{type(self.model).__name__} has no BitLinear layer to calibrate; convert it first")
         for layer in self.layers.values():
@@ -119,6 +120,7 @@ class _Work:
                 start = [one.first() for one in stage.arguments]
                 streams = start, list(start)
             self.stage(stage, streams if stage.name else None)
+            advance(sum(map(len, stage.groups)))
 
     def stage(self, stage: Stage, streams: tuple[list[Any], list[Any]] | None) -> None:
         """Calibrate the stage's layers, and take the streams (full precision, quantized) through it."""

@@ -16,6 +16,7 @@ from qat.calibration.latents import check_start, start_calibrated
 from qat.calibration.norms import calibrate_norms
 from qat.calibration.windows import batched, spread
 from qat.config import TrainConfig
+from qat.terminal.stage import stage
 
 
 class Sequences(Protocol):
@@ -45,7 +46,8 @@ def calibrated(
     if calibrate is None:
         return {}
     windows = [ids.to(device) for ids in _windows(sequences, config.model.start_tokens)]
-    facts = calibrate(base.to(device), student.to(device).eval(), windows)
+    with stage("calibrating the start"):
+        facts = calibrate(base.to(device), student.to(device).eval(), windows)
     base.cpu(), student.cpu()
     print(f"calibrated start: {facts['tokens']:,} tokens of the training text in {facts['seconds']:.1f} s", flush=True)
     return facts

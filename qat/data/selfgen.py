@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from qat.config import SelfgenConfig
 from qat.data import tokens
 from qat.data.order import generator
 from qat.models.hub import check_context, embedding_rows
+from qat.terminal.stage import Stage, quietly, stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -78,8 +79,6 @@ def sample(
     progress: bool = True,
 ) -> Iterator[np.ndarray]:
     """Yield int64 arrays [B * length], B <= `config.batch_size`, until `count` sequences are sampled."""
-    from tqdm.auto import tqdm
-
     from qat.inference.decode import why_uncached
 
     was_training = teacher.training
@@ -87,7 +86,7 @@ def sample(
     why = why_uncached(teacher)
     if why:
         print(f"qat: {why}; every token reads its whole sequence again", file=sys.stderr)
-    with tqdm(total=count * length, desc="sampling", unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+    with quietly(not progress), stage("sampling from the model", count * length, "tokens") as bar:
         for done in range(0, count, config.batch_size):
             first = first_tokens(tokenizer, min(config.batch_size, count - done), random)
             ids = _grow(teacher, first, length, config, random, bar, not why)
@@ -113,7 +112,7 @@ def _grow(
     length: int,
     config: SelfgenConfig,
     random: torch.Generator,
-    bar: Any,
+    bar: Stage,
     cached: bool,
 ) -> torch.Tensor:
     """Sequences [B, length] from their first tokens [B], over a cache or by whole passes."""
@@ -131,8 +130,8 @@ def _grow(
             logits = teacher(input_ids=ids[:, :position], use_cache=False).logits[:, -1]
         uniform = torch.rand(len(first), 1, generator=random).to(device)
         ids[:, position] = draw(logits.float(), uniform, config.temperature, config.top_k)
-        bar.update(len(first))
-    bar.update(len(first))
+        bar.advance(len(first))
+    bar.advance(len(first))
     return ids.cpu()
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from qat.data.seams import encode_pieces
 from qat.data.sources import BUILTIN, Source, read_documents
 from qat.storage import local, new_file, write_text
+from qat.terminal.stage import Stage, stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,9 +59,15 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path, m
     found = read(folder, name)
     if found is not None:
         return found
-    return write(
-        folder, name, _limited(_encode(source, tokenizer), max_tokens), vocabulary=max(tokenizer.get_vocab().values()) + 1
-    )
+    blocks, vocabulary = _limited(_encode(source, tokenizer), max_tokens), max(tokenizer.get_vocab().values()) + 1
+    with stage(f"tokenizing {source.title}", max_tokens, "tokens") as shown:
+        return write(folder, name, _counted(blocks, shown), vocabulary)
+
+
+def _counted(blocks: Iterable[list[int]], shown: Stage) -> Iterator[list[int]]:
+    for block in blocks:
+        yield block
+        shown.advance(len(block))
 
 
 def _limited(blocks: Iterable[list[int]], most: int | None) -> Iterator[list[int]]:

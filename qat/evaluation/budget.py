@@ -137,7 +137,7 @@ def spend(
 
 def _gains(meter: Meter, layers: Mapping[str, QuantConfig], progress: bool) -> Iterator[tuple[str, float]]:
     some: Iterable[tuple[str, QuantConfig]] = [(name, config) for name, config in layers.items() if config.planes == 1]
-    for name, config in shown(some, "gain of a second component", progress):
+    for name, config in shown(some, "gain of a second component", "layers", progress):
         more = replace(config, components=_MORE)
         yield name, meter({name: config}, "weights").kl - meter({name: more}, "weights").kl
 

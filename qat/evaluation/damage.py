@@ -21,12 +21,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -35,6 +33,9 @@ from qat.config import QuantConfig
 from qat.conversion.selection import is_conv1d, is_linear
 from qat.metrics.perplexity import Window, logits_of, scored_tokens
 from qat.nn.bitlinear import rounded
+from qat.terminal.stage import quietly, tracked
+
+T = TypeVar("T")
 
 FORMS = {"weights": (True, False), "activations": (False, True), "both": (True, True)}
 """Form -> whether weights and inputs are quantized."""
@@ -138,7 +139,7 @@ def damage_map(
         model: in full precision. It is put into eval mode and back, and its weights are as they were.
         layers: name -> how it is quantized; of linear layers, for example `Conversion.config` for each of its `converted`.
         windows: of `metrics.perplexity.windows`; time is theirs times 5 + families + layers.
-        progress: show a bar.
+        progress: show how far it is.
 
     Raises:
         ValueError: no layer, a name of none, no scored token, or a logit that is not finite.
@@ -151,8 +152,8 @@ def damage_map(
         meter = Meter(model, list(windows))
         forms = {form: meter(layers, form) for form in FORMS}
         families = _families(layers)
-        by_family = {name: meter(some) for name, some in shown(families.items(), "damage of families", progress)}
-        alone = {name: meter({name: config}) for name, config in shown(layers.items(), "damage of layers", progress)}
+        by_family = {name: meter(some) for name, some in shown(families.items(), "damage of families", "families", progress)}
+        alone = {name: meter({name: config}) for name, config in shown(layers.items(), "damage of layers", "layers", progress)}
     finally:
         model.train(was_training)
     return DamageMap(meter.tokens, meter.full_precision, forms, by_family, alone)
@@ -166,10 +167,10 @@ def _families(layers: Mapping[str, QuantConfig]) -> dict[str, dict[str, QuantCon
     return found
 
 
-def shown(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
-    """A bar around a loop where one is wanted; on stderr, which holds no result."""
-    console = Console(stderr=True)
-    return track(list(items), what, console=console, transient=True, disable=not progress)
+def shown(items: Iterable[T], what: str, unit: str, progress: bool) -> Iterator[T]:
+    """A loop, and how far it is where that is wanted."""
+    with quietly(not progress):
+        yield from tracked(list(items), what, unit)
 
 
 @contextmanager

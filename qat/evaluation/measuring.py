@@ -20,6 +20,7 @@ from qat.metrics.perplexity import Window, exp_mean, log_likelihood, windows
 from qat.models.any import Loaded, load
 from qat.models.heads import refuse_classifier
 from qat.storage import local
+from qat.terminal.stage import stage, tracked
 
 _PROMPT_TOKENS = 32
 
@@ -91,7 +92,8 @@ def evaluate(
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max-tokens={max_tokens} is not allowed; it must be at least 2")
     chosen = runtime.choose_reader(path, reader, asked.needs_pytorch(head))
-    found = runtime.load(path) if chosen == "llama.cpp" else load(path, trust_remote_code=trust_remote_code)
+    with stage(f"loading {path}"):
+        found = runtime.load(path) if chosen == "llama.cpp" else load(path, trust_remote_code=trust_remote_code)
     refuse_classifier(found.model, path)
     if head != "full":
         from qat.inference.digits import quantize_head
@@ -101,7 +103,8 @@ def evaluate(
     if asked.text is not None:
         result |= _on_text(found, asked, context, stride, max_tokens, batch_size)
     if asked.tasks:
-        result["tasks"] = run_tasks(found, asked.tasks, asked.include_path, asked.task_data, asked.limit, batch_size)
+        with stage(f"zero-shot tasks {', '.join(asked.tasks)}"):
+            result["tasks"] = run_tasks(found, asked.tasks, asked.include_path, asked.task_data, asked.limit, batch_size)
     return {**result, "model": path, "kind": found.kind if head == "full" else f"{found.kind}, {head} head"}
 
 
@@ -114,13 +117,14 @@ def _on_text(
     tokens = text_tokens(asked.text, found.tokenizer, DataConfig(), max_tokens)
     batches = list(windows(tokens, context, stride, batch_size))
     own = getattr(found.model, "log_likelihood", None)  # of a model that runs elsewhere
-    total, scored = own(batches) if own else log_likelihood(found.model, batches)
     name = Path(asked.text).name if local(asked.text).exists() else asked.text
+    with stage(f"perplexity on {name}", len(batches), "batches") as shown:
+        total, scored = own(batches) if own else log_likelihood(found.model, shown.each(batches))
     result = {"perplexity": exp_mean(total, scored), "text": name, "context": context, "stride": stride}
     result |= {"tokens": len(tokens), "scored_tokens": scored}
     if len(tokens) < context:
         result["remark"] = f"the text is shorter than one window: its {len(tokens)} tokens are measured as one"
-    teacher = load(asked.teacher, trust_remote_code=asked.trust_remote_code) if asked.teacher else None
+    teacher = _load_teacher(asked) if asked.teacher else None
     if teacher is not None:
         _same_tokens(found, teacher)
         result["teacher"] = {"model": asked.teacher, "kind": teacher.kind, **_compare(found, teacher, batches, asked.layers)}
@@ -129,13 +133,19 @@ def _on_text(
     return result
 
 
+def _load_teacher(asked: Asked) -> Loaded:
+    with stage(f"loading {asked.teacher}"):
+        return load(str(asked.teacher), trust_remote_code=asked.trust_remote_code)
+
+
 def _same_tokens(found: Loaded, teacher: Loaded) -> None:
     if found.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise ValueError("--teacher has another vocabulary than the model; their predictions cannot be compared")
 
 
 def _compare(found: Loaded, teacher: Loaded, batches: Sequence[Window], layers: bool) -> dict[str, Any]:
-    close = agreement(found.model, teacher.model, batches)
+    with stage("comparing with the teacher", len(batches), "batches") as shown:
+        close = agreement(found.model, teacher.model, shown.each(batches))
     result: dict[str, Any] = {"perplexity": exp_mean(close.reference_nll, 1), "kl": close.kl, "top1": close.top1}
     if layers:
         errors = layer_errors(found.model, teacher.model, batches[0][0])
@@ -154,7 +164,7 @@ def _prompts(tokens: Tensor, count: int) -> list[Tensor]:
 def samples(found: Loaded, teacher: Loaded | None, prompts: Sequence[Tensor], new_tokens: int = 48) -> list[dict[str, str]]:
     """The likeliest continuation of each prompt int64 [T]: {"prompt", "continuation", "teacher"} as texts."""
     texts = []
-    for prompt in prompts:
+    for prompt in tracked(prompts, "continuing prompts", "prompts"):
         entry = {"prompt": found.tokenizer.decode(prompt)}
         for name, one in (("continuation", found), ("teacher", teacher)):
             if one is not None:

@@ -10,6 +10,7 @@ from qat.models.any import packed_folder
 from qat.models.heads import refuse_classifier
 from qat.storage import local, parse_json
 from qat.targets import format_for
+from qat.terminal.stage import stage
 
 if TYPE_CHECKING:
     from qat.metrics.perplexity import Window
@@ -50,7 +51,8 @@ def export(
     from qat.formats.packed import folder as packed
     from qat.models.hub import load_tokenizer
 
-    model = packed.load(folder, trust_remote_code=trust_remote_code)
+    with stage(f"loading {folder}"):
+        model = packed.load(folder, trust_remote_code=trust_remote_code)
     refuse_classifier(model, run)
     tokenizer = load_tokenizer(ModelConfig(path=str(folder), trust_remote_code=trust_remote_code))
     windows = text_windows(model, tokenizer, text, max_tokens)
@@ -70,9 +72,10 @@ def write(
         round_floats(model, given[name])
     probes = windows[0][0][:_PROBES, :_PROBE_LENGTH]
     replaced = local(out).exists()
-    info = writer.save(
-        model, out, tokenizer, **given, card=facts, check=lambda new: writer.read_back(new, model, probes, windows)
-    )
+    with stage(f"writing {out} and reading it back"):
+        info = writer.save(
+            model, out, tokenizer, **given, card=facts, check=lambda new: writer.read_back(new, model, probes, windows)
+        )
     return {**info, "format": format, "replaced": replaced}
 
 

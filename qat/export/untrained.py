@@ -17,6 +17,7 @@ from qat.export.job import chosen, text_windows, write
 from qat.formats import get_format
 from qat.storage import local
 from qat.targets import refuse_file_name
+from qat.terminal.stage import stage, tracked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,15 +148,17 @@ def _prepare(source: ModelConfig, quant: QuantConfig, texts: _Texts) -> _Work:
 
     if (local(source.path) / PACKED).is_dir():
         raise ValueError(f"{source.path} is a run, whose model is quantized already; export it without --ptq")
-    tokenizer, base = load_tokenizer(source), load_model(source)
+    with stage(f"loading {source.path}"):
+        tokenizer, base = load_tokenizer(source), load_model(source)
     check_vocabulary(base, tokenizer)
     windows, scored, about = texts.windows(base, tokenizer)
     student = copy.deepcopy(base)
     probe = {"input_ids": windows[0][:1, :32], "use_cache": False}
     include, exclude = source.include or None, source.exclude or None
-    record = walker.convert(student, quant, include=include, exclude=exclude, probe=probe)
-    converted = copy.deepcopy(student)
-    walker.pack(converted)
+    with stage("converting"):
+        record = walker.convert(student, quant, include=include, exclude=exclude, probe=probe)
+        converted = copy.deepcopy(student)
+        walker.pack(converted)
     return _Work(base, tokenizer, student, record, converted, windows, scored, about)
 
 
@@ -165,9 +168,10 @@ def _write(source: ModelConfig, work: _Work, out: str, format: str, given: dict[
     from qat.formats.packed import folder as packed
     from qat.models.hub import describe_source
 
-    values = {"full precision": _perplexity(work.base, work), "converted": _perplexity(work.converted, work)}
+    start = {"full precision": work.base, "converted": work.converted}
+    values = {name: _perplexity(one, work, name) for name, one in start.items()}
     found = compensate(work.base, work.student, work.windows)
-    values["calibrated"] = _perplexity(work.student, work)
+    values["calibrated"] = _perplexity(work.student, work, "calibrated")
     results = {f"perplexity, {name}": round(value, 4) for name, value in values.items()}
     card = {**describe_source(source), "recipe": f"not trained; calibrated on {found.tokens:,} tokens"}
     save = packing_record(work.record, "2bit"), work.tokenizer, {"card": card}
@@ -186,10 +190,10 @@ def _write(source: ModelConfig, work: _Work, out: str, format: str, given: dict[
     return {**info, "text": work.about, "sizes": sizes, "perplexity": values, "calibrated": lines}
 
 
-def _perplexity(model: Any, work: _Work) -> float:
+def _perplexity(model: Any, work: _Work, name: str) -> float:
     from qat.metrics.perplexity import exp_mean, log_likelihood
 
-    return exp_mean(*log_likelihood(model, work.scored))
+    return exp_mean(*log_likelihood(model, tracked(work.scored, f"perplexity, {name}", "batches")))
 
 
 def _refuse_other(read: Any, written: Any, ids: Tensor) -> None:

@@ -14,6 +14,7 @@ from qat.generation.memory import memory
 from qat.models.any import Loaded, load
 from qat.models.heads import refuse_classifier
 from qat.nn.sampling import Sampling, sampler
+from qat.terminal.stage import stage
 
 
 def _check_request(prompt: str, max_new_tokens: int) -> None:
@@ -109,7 +110,8 @@ def generate(
         if not 1 <= threads <= most:
             raise ValueError(f"--threads {threads} is not allowed; it must be from 1 to {most}, this machine's cores")
         torch.set_num_threads(threads)
-    found, about = ready(path, head, trust_remote_code)
+    with stage(f"loading {path}"):
+        found, about = ready(path, head, trust_remote_code)
     from transformers import TextStreamer
 
     from qat.inference.decode import Decoder

@@ -14,6 +14,7 @@ from qat.formats import FORMATS, get_format
 from qat.formats.packed import folder as packed
 from qat.models import hub as models
 from qat.tasks import TASKS
+from qat.terminal.stage import stage
 from qat.training.stages import Measure as TextMeasure
 from qat.training.tasks import Measure
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 def save_packed(config: TrainConfig, model: PreTrainedModel, record: Conversion, folder: Path, tokenizer: Any) -> dict[str, int]:
     """Write <run>/packed; its sizes in bytes, whole file and linear layers alone."""
     card = {**models.describe_source(config.model), "recipe": config.run.name}
-    packed.save(model, folder / "packed", record, tokenizer, extra={"card": card}, floats=config.export.floats)
+    with stage("writing packed/"):
+        packed.save(model, folder / "packed", record, tokenizer, extra={"card": card}, floats=config.export.floats)
     linears_bf16 = sum(2 * layer.in_features * layer.out_features for layer in packed_layers(model).values())
     return {**packed.sizes(folder / "packed"), "linears_bf16": linears_bf16}
 
@@ -52,7 +54,11 @@ def export_all(
     Raises:
         ValueError: what the stock reader gives differs from what was packed.
     """
-    return [_export(name, config, model, folder, tokenizer, measure, stages) for name in config.export.formats]
+    found = []
+    for name in config.export.formats:
+        with stage(f"exporting {name} and reading it back"):
+            found.append(_export(name, config, model, folder, tokenizer, measure, stages))
+    return found
 
 
 def _export(

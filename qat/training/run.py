@@ -27,6 +27,7 @@ from qat.formats.dtypes import round_floats
 from qat.models import hub as models
 from qat.reporting import estimate, updates
 from qat.reporting.result import RunResult, read_result
+from qat.terminal.stage import quietly, stage
 from qat.training import fit
 from qat.training.checkpoints import newest
 from qat.training.exports import export_all, save_packed
@@ -48,7 +49,7 @@ def run(config: TrainConfig) -> RunResult:
     Raises:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
-    with listening() as signals:
+    with listening() as signals, quietly(not config.trainer.progress):
         if (result := finished(config)) is not None:
             return result
         if not config.resume and not config.dry_run:
@@ -117,7 +118,8 @@ def prepare(config: TrainConfig) -> Job:
     tokenizer = models.load_tokenizer(config.model)
     code = code_of(config)
     data = code.open_data(config, tokenizer, total_batches(config.trainer))
-    base = code.load_model(config, data)
+    with stage(f"loading {config.model.path}"):
+        base = code.load_model(config, data)
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
     student, record = converted(config, base, data)
@@ -132,7 +134,8 @@ def converted(config: TrainConfig, base: PreTrainedModel, data: QATData | None) 
     student = copy.deepcopy(base).to(device_of(config.trainer))  # type: ignore[arg-type]  # where the probe tries it
     include, exclude = config.model.include or None, config.model.exclude or None
     probe = code_of(config).probe(data, base)
-    record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe)
+    with stage("converting"):
+        record = conversion.convert(student, config.quant, include=include, exclude=exclude, probe=probe)
     return student.cpu(), record  # type: ignore[call-arg,return-value]
 
 
@@ -197,7 +200,8 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     round_floats(job.student, config.export.floats)  # to what will be stored, so that it is what is measured
     book.measured("trained", measure(job.student))
     packed = measure.place(copy.deepcopy(job.student))  # packed where it was trained: the kernels there are warm
-    packing = conversion.pack(packed, layout=config.export.layout)
+    with stage("packing"):
+        packing = conversion.pack(packed, layout=config.export.layout)
     packing.skipped = job.record.skipped
     book.measured("packed", measure(packed))
     book.add(logit_difference=same_outputs(job.student, packed, measure, book.facts.stages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from qat.config import TrainConfig
 from qat.data import text_tokens
 from qat.metrics.perplexity import Window, exp_mean, log_likelihood, scored_tokens, windows
 from qat.reporting.result import Perplexity
+from qat.terminal.stage import stage, tracked
 from qat.training.fit import device_of
 
 if TYPE_CHECKING:
@@ -51,9 +53,12 @@ class Measure:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The perplexity of `model` on every text; it is left in eval mode on the CPU."""
         self.place(model)
-        found = {name: exp_mean(*log_likelihood(model, scored)) for name, scored in self.windows.items()}
+        found = {name: exp_mean(*log_likelihood(model, self._shown(name))) for name in self.windows}
         model.cpu()
         return found
+
+    def _shown(self, name: str) -> Iterator[Window]:
+        return tracked(self.windows[name], f"perplexity on {self.about[name].text}", "batches")
 
     def place(self, model: Any) -> Any:
         """The model, in eval mode, on the device that measures."""
@@ -80,7 +85,7 @@ def same_outputs(trained: nn.Module, packed: nn.Module, measure: Any, values: di
     Raises:
         ValueError: logits of what is probed, or values, differ.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), stage("comparing trained and packed model"):
         a, b = (measure.logits(model) for model in (trained, packed))
     difference = (a - b).abs().max().item()
     if difference != 0 or values["trained"] != values["packed"]:

@@ -17,6 +17,7 @@ from qat.losses import active, needs, setting
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS
 from qat.tasks import TASKS
+from qat.terminal.stage import stage
 from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Oscillation, Samples
 from qat.training.fit import FitResult, fit
 from qat.training.gradients.terms import TermGradients
@@ -48,7 +49,8 @@ def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel 
         return None
     if config.model.teacher == "shared":
         return base
-    return code_of(config).load_teacher(config, base)
+    with stage(f"loading the teacher {config.model.teacher}"):
+        return code_of(config).load_teacher(config, base)
 
 
 def check_comparable(config: TrainConfig, student: nn.Module, teacher: nn.Module | None) -> None:

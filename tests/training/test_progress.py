@@ -1,26 +1,41 @@
-"""The progress bar counts batches, whatever an optimizer step takes."""
+"""The bar of a training counts optimizer steps, whatever one takes, and leaves the terminal however the training ends."""
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import TQDMProgressBar
 
-from qat.training.callbacks.progress import Bar
+from qat.terminal import stage
+from qat.training.callbacks.progress import Bar, numbers, progress
 
 
-@pytest.mark.parametrize(("step", "batches", "total"), [(0, float("inf"), 80), (12, float("inf"), 80), (0, 50, 50)])
-def test_a_bar_with_accumulation(step: int, batches: float, total: int, capsys: pytest.CaptureFixture[str]) -> None:
+def trainer(step: int, **found: float) -> Any:
+    return SimpleNamespace(max_steps=20, global_step=step, accumulate_grad_batches=4, progress_bar_metrics=found)
+
+
+@pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
+def test_a_bar_counts_the_steps_that_are_left(
+    end: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "FIRST", 0.01)
+    monkeypatch.setattr(stage, "EVERY", 0.05)
     bar = Bar("QAT")
-    bar._trainer = SimpleNamespace(  # type: ignore[assignment]
-        max_steps=20, global_step=step, accumulate_grad_batches=4, num_training_batches=batches
-    )
-    shown = bar.init_train_tqdm()
-    assert (shown.total, shown.n, shown.initial) == (total, 4 * step, 4 * step) and shown.desc == "QAT: "
-    shown.close()
+    bar.on_train_start(trainer(12))
+    bar.on_train_batch_end(trainer(14, loss=2.5, **{"tok/s": 1761.0}))
+    time.sleep(0.15)
+    getattr(bar, end)(trainer(14))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "qat: QAT ..." and lines[1] == "qat: QAT: 2 of 8 steps, 0:00 left, loss 2.500, 1,761 tokens/s"
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
-def test_the_bar_counts_whole_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TQDMProgressBar, "get_metrics", lambda *_: {"v_num": 1, "loss": "2.5", "tok/s": 1761.0})
-    assert Bar("QAT").get_metrics(None, None) == {"loss": "2.5", "tok/s": "1,761"}  # type: ignore[arg-type]
+def test_numbers_that_are_not_known_yet() -> None:
+    assert numbers(trainer(0)) == "" and numbers(trainer(1, loss=2.5)) == "loss 2.500"
+
+
+def test_a_pipe_gets_lines() -> None:
+    assert type(progress("QAT")).__name__ == "Lines"

@@ -22,6 +22,7 @@ from qat.data.order import predicted_tokens
 from qat.data.records import read_records
 from qat.data.sources import Source
 from qat.metrics.perplexity import Window
+from qat.terminal.stage import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -125,8 +126,8 @@ def read_chats(source: Source, tokenizer: PreTrainedTokenizerFast, most: int | N
     chats: list[Encoded] = []
     bad: list[str] = []
     total, seen = 0, Seen()
-    with Renderer(tokenizer) as renderer:
-        for where, record in read_records(source):
+    with Renderer(tokenizer) as renderer, stage(f"reading {source.title}", unit="chats") as shown:
+        for where, record in shown.each(read_records(source)):
             try:
                 chats.append(_read(record, where, source.field, renderer, seen))
             except TemplateStopped:

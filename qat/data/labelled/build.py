@@ -14,6 +14,7 @@ from qat.data.labelled.parts import Labelled
 from qat.data.labelled.reading import Example, read_examples
 from qat.data.order import generator
 from qat.data.sources import Source
+from qat.terminal.stage import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,9 +33,10 @@ def build_labelled(
             validation that training does not have.
     """
     source = _source(data)
-    train, valid, held_out = _parts(data, source)
-    labels = Labels.of(train, source.title) if known is None else Labels.in_order(known, train, source.title)
-    parts = [Labelled(examples, labels, tokenizer, data.sequence_length) for examples in (train, valid)]
+    with stage(f"reading {source.title}"):
+        train, valid, held_out = _parts(data, source)
+        labels = Labels.of(train, source.title) if known is None else Labels.in_order(known, train, source.title)
+        parts = [Labelled(examples, labels, tokenizer, data.sequence_length) for examples in (train, valid)]
     if data.max_tokens is not None:
         parts[0].cut(data.max_tokens)
     names = source.title, held_out

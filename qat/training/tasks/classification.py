@@ -20,6 +20,7 @@ from qat.metrics.classification import scores as metrics
 from qat.models import hub as models
 from qat.models.heads import classifier
 from qat.reporting.scores import Scores
+from qat.terminal.stage import tracked
 from qat.training.fit import device_of
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ class Examples:
         self.place(model)
         found: dict[str, float] = {}
         for name, batches in self.batches.items():
-            values = classified(model, batches, self.labels, arguments)
+            shown = tracked(batches, f"accuracy on {self.about[name].text}", "batches")
+            values = classified(model, shown, self.labels, arguments)
             found |= {name: values["accuracy"], _f1(name): values["f1"]}
         model.cpu()
         return found
