@@ -119,15 +119,16 @@ def _serve(command: Command) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line. `--dry-run` is short for dry_run=true; resume=DIR takes the configuration of that run."""
-    from qat.config.compose.command import help_text, parse
+    from qat.config.compose.command import parse
+    from qat.config.compose.help import help_text
     from qat.training.signals import Interrupted, listening
 
     # libgomp's threads spin while they wait: beside any other work on the machine that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        return print(help_text())
     try:
+        if {"-h", "--help"} & set(arguments):
+            return print(help_text(arguments))
         with listening(leave=True):
             code = _serve(parse(arguments))
     except Interrupted as ended:

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from qat.config.flags import VERBOSE
 from qat.ops.build.store import BuildError
 from qat.quantizers import QUANTIZERS
 from qat.quantizers.record import Quantizer
+
+FROM = " from "
+"""In the words of compiled kernels, before the file that they come from."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,11 @@ class Status:
 
     kernels: str
     why: str
+
+    @property
+    def short(self) -> str:
+        """`why` without the file that compiled kernels come from, and what they leave to pure torch: that is for -v."""
+        return self.why.partition(FROM)[0] if self.kernels == "compiled" else self.why
 
 
 def choose(device: str, load: Callable[[], str]) -> Status:
@@ -31,7 +40,8 @@ def choose(device: str, load: Callable[[], str]) -> Status:
         RuntimeError: QAT_KERNELS=compiled, but there are none.
     """
     found = _find(device, load)
-    print(f"qat: {found.kernels} {device} kernels: {found.why}", file=sys.stderr, flush=True)
+    said = found.why if os.environ.get(VERBOSE) else found.short
+    print(f"qat: {found.kernels} {device} kernels: {said}", file=sys.stderr, flush=True)
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qat.ops import reference
 from qat.ops.build import cpu as build_cpu
-from qat.ops.choice import Status, choose, say_left
+from qat.ops.choice import FROM, Status, choose, say_left
 from qat.ops.derived import Derived
 from qat.ops.operands import DTYPES, ELSEWHERE, FITTED, MAX_WIDTH, float_bias, multiplies, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, weight_options
@@ -71,7 +71,7 @@ def _fake_linear(x: Tensor, tiles: Tensor, scale: Tensor, bias: Tensor | None, n
 def _load() -> str:
     library, _ = build_cpu.load()
     torch.library.register_fake("qat::cpu_linear", _fake_linear)  # so that torch.compile may hold it (qat.inference.tiles)
-    return f"{start_isa()} kernels from {library}; {ELSEWHERE}"
+    return f"{start_isa()} kernels{FROM}{library}; {ELSEWHERE}"
 
 
 def status() -> Status:

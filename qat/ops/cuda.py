@@ -26,7 +26,7 @@ from torch import Tensor
 from qat.ops import reference
 from qat.ops.build import cuda as build_cuda
 from qat.ops.build.store import BuildError
-from qat.ops.choice import Status, choose, say_left
+from qat.ops.choice import FROM, Status, choose, say_left
 from qat.ops.derived import Derived
 from qat.ops.operands import ELSEWHERE, FITTED, MAX_WIDTH, float_bias, multiplies, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
@@ -60,7 +60,7 @@ def _load(index: int) -> str:
     built = build_cuda.archs_of(library)
     if not any(build_cuda.serves(one, arch) for one in built):
         raise BuildError(f"{library} is built for {', '.join(built)}, but {name} needs {arch}; name it in QAT_CUDA_ARCHS")
-    return f"{name} (sm_{arch}) from {library}; {ELSEWHERE}"
+    return f"{name} (sm_{arch}){FROM}{library}; {ELSEWHERE}"
 
 
 def status(index: int | None = None) -> Status:

@@ -31,6 +31,7 @@ class Perplexity(Staged):
     stages: Mapping[str, float] = field(default_factory=dict)
     """Stage -> perplexity."""
     measure: ClassVar[str] = "perplexity"
+    gap_title: ClassVar[str] = "gap, nats\na token"
 
     @property
     def title(self) -> str:
@@ -45,6 +46,11 @@ class Perplexity(Staged):
     def shown(self, value: float) -> str:
         """A value, for people."""
         return f"{value:,.3f}"
+
+    def gap(self, value: float) -> str:
+        """To full precision, in nats a token, for people; empty where there is nothing to compare with."""
+        full = self.get("full_precision")
+        return "" if full is None or value == full else f"{math.log(value / full):+.3f}"
 
     def lines(self) -> list[str]:
         """A share above 1 is ordinary where the text is new to the model, and reads like a mistake: it is said in words."""

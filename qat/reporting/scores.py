@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from qat.reporting.staged import Staged
 
@@ -22,6 +23,7 @@ class Scores(Staged):
     """`accuracy` or `f1` (the mean of the labels' own)."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """Stage -> value."""
+    gap_title: ClassVar[str] = "points to\nfull precision"
 
     @property
     def title(self) -> str:
@@ -36,6 +38,11 @@ class Scores(Staged):
     def shown(self, value: float) -> str:
         """A value, for people: in percent."""
         return f"{100 * value:.2f}"
+
+    def gap(self, value: float) -> str:
+        """To full precision as it was trained, in points, for people; empty where there is nothing to compare with."""
+        full = self.get("control", self.get("full_precision"))
+        return "" if full is None or value == full else f"{100 * (value - full):+.2f}"
 
     def lines(self) -> list[str]:
         """How far below full precision."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from qat.reporting.following import following
 from qat.reporting.result import RunResult
+
+REPORT = "report.html"
+"""In a run's folder."""
 
 STAGES = {
     "full_precision": "full precision",
@@ -37,11 +42,15 @@ def _stages_table(result: RunResult) -> Any:
     table = Table()
     table.add_column("model", no_wrap=True)
     texts = {one.title: one for one in (about, *result.further.values())}
-    for name in texts:
+    gaps = {key: about.gap(value) for key, value in about.items()}
+    for number, name in enumerate(texts):
         table.add_column(name, justify="right")
+        if number == 0 and any(gaps.values()):
+            table.add_column(about.gap_title, justify="right")
     for key, label in STAGES.items():
         if key in about:
-            table.add_row(label, *(values.shown(values[key]) if key in values else "" for values in texts.values()))
+            first, *others = (values.shown(values[key]) if key in values else "" for values in texts.values())
+            table.add_row(label, first, *([gaps[key]] if any(gaps.values()) else []), *others)
     return table
 
 
@@ -57,6 +66,10 @@ def _lines(result: RunResult) -> list[str]:
     lines += [f"verified   {text}" for text in result.verification.get("summary", [])]
     lines += [f"exported   {name}" for name in result.export.get("done", [])]
     lines += [f"skipped    export {name}: {reason}" for name, reason in result.export.get("skipped", {}).items()]
+    if (Path(result.folder) / REPORT).is_file():
+        lines.append(f"report     {Path(result.folder) / REPORT}")
+    if commands := following(result):
+        lines += ["next", *(f"  {command}" for command in commands)]
     return [*lines, f"run        {result.folder} ({result.status})"]
 
 

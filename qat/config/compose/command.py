@@ -1,4 +1,4 @@
-"""The words of the command line: help, and the flags beside the settings."""
+"""The words of the command line: its settings, and the flags beside them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import NoReturn
 
-from qat.config.compose.keys import check_keys, options
+from qat.config.compose.keys import check_keys
+from qat.config.flags import heard
 
-FLAGS = "--help, --dry-run, -m (one run for each of key=a,b), --cfg job, --info, --config-dir DIR"
+FLAGS = "--help [GROUP], --dry-run, -v, -m (one run for each of key=a,b), --cfg job, --info, --config-dir DIR"
 """Of those that Hydra has, the ones that serve here."""
-
-HELP = """Fine-tune a pretrained model as a ternary or binary BitLinear model.
-
-  python -m qat.train recipe=NAME [key=value ...]    train, verify, pack, export
-  python -m qat.train recipe=NAME --dry-run          coverage, memory and tokens; no training
-  python -m qat.train resume=runs/NAME/TIME          continue a run exactly
-  python -m qat.train -m recipe=NAME key=a,b         one run for each value
-  python -m qat.train recipe=NAME --cfg job          all keys with their values (explained in qat/config/)
-
-recipes, and the groups that they and you choose from:
-"""
-
-
-def help_text() -> str:
-    """Hydra's own help composes everything first, which takes more than a second."""
-    return HELP + "\n".join(f"  {group + '=':<11}{', '.join(names)}" for group, names in options().items())
-
 
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
@@ -64,7 +48,7 @@ def parse(arguments: list[str]) -> Command:
     Raises:
         ValueError: a flag or a key that is none, or flags that do not go with each other.
     """
-    arguments = ["dry_run=true" if argument == "--dry-run" else argument for argument in arguments]
+    arguments = ["dry_run=true" if argument == "--dry-run" else argument for argument in heard(arguments)]
     command = _without_flags(arguments) if any(argument.startswith("-") for argument in arguments) else Command(arguments)
     for setting in command.settings:
         if "=" not in setting.lstrip("+")[1:] and not setting.startswith("~"):

@@ -29,6 +29,7 @@ from qat.ops.build.store import (
     source_folder,
     version_line,
 )
+from qat.terminal.stage import stage
 
 _NAME = "qat_kernels"
 _FLAGS = ["-O3", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -82,11 +83,10 @@ def _compile_and_load(folder: Path, version: str) -> None:
     from torch.utils import cpp_extension
 
     fresh(folder)
-    print("qat: compiling the CPU kernels, once (about half a minute) ...", file=sys.stderr, flush=True)
     files = [str(file) for file in sources() if file.suffix == ".cpp"]
     link = ["-fsanitize=address,undefined"] if sanitizing() else []
     try:
-        with _ninja_on_path():
+        with _ninja_on_path(), stage("compiling the CPU kernels, once (about half a minute)"):
             cpp_extension.load(
                 _NAME, files, _flags(), extra_ldflags=link, build_directory=str(folder), with_cuda=False, is_python_module=False
             )

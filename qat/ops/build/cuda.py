@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +34,7 @@ from qat.ops.build.store import (
     source_folder,
     version_line,
 )
+from qat.terminal.stage import stage
 
 ARCHS = ["80", "90a"]
 """What is built where no GPU is visible: Ampere (it serves all of 8.x) and Hopper with its own matrix instructions."""
@@ -127,11 +127,10 @@ def _compile(folder: Path, found: tuple[str, str], archs: list[str]) -> None:
     nvcc, version = found
     fresh(folder)
     named = ", ".join(f"sm_{arch}" for arch in archs)
-    print(f"qat: compiling the CUDA kernels for {named}, once (a few minutes) ...", file=sys.stderr, flush=True)
     files = [file for file in sources() if file.suffix in (".cpp", ".cu")]
     objects = [folder / f"{file.stem}.o" for file in files]
     commands = [_compile_command(nvcc, file, archs, out) for file, out in zip(files, objects, strict=True)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, stage(f"compiling the CUDA kernels for {named}, once (a few minutes)"):
         done = list(pool.map(_run, commands))
     if not any(code for code, _ in done):
         done.append(_run(_link_command(nvcc, objects, folder / f"{_NAME}.so")))
