@@ -1,0 +1,57 @@
+"""Pictures for trackers: heat maps of layers by steps, and rows of the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from qat.conversion.layers import bitlinears
+from qat.monitor.table import HEALTH, find
+
+WIDEST, BINS = 4.0, 64
+MOST_LAYERS, MOST_LOOKS = 400, 400
+"""Cells of a heat map; beyond them every n-th is shown, which the title says."""
+
+
+def latent_histograms(model: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`latents/<family>` -> (counts int64 [64], edges [65]) of latent weights, in units of their layer's mean magnitude.
+
+    In these units the thresholds of every ternary quantizer lie near 0.5, whatever the layer. What is farther out than 4 is
+    counted in the outermost bins, so that the counts are of all weights.
+    """
+    edges, counts = np.linspace(-WIDEST, WIDEST, BINS + 1), dict[str, np.ndarray]()
+    for name, layer in bitlinears(model):
+        weight = layer.weight.detach().float()
+        unit = (weight / weight.abs().mean().clamp(min=1e-12)).clamp(-WIDEST, WIDEST)
+        found = unit.flatten().histc(BINS, -WIDEST, WIDEST).long().cpu().numpy()
+        family = f"latents/{name.rpartition('.')[2].removesuffix('_proj')}"
+        counts[family] = counts.get(family, 0) + found
+    return {family: (found, edges) for family, found in counts.items()}
+
+
+def heat_maps(looks: dict[str, np.ndarray], names: list[str], steps: np.ndarray) -> dict[str, Any]:
+    """`layers/<what>` -> a plotly figure of layers by steps; `looks` are [looks, layers], NaN where nothing was measured."""
+    from plotly.graph_objects import Figure, Heatmap
+
+    down, across = -(-len(names) // MOST_LAYERS) or 1, -(-len(steps) // MOST_LOOKS) or 1
+    figures = {}
+    for what, values in looks.items():
+        shown = np.where(np.isfinite(values), values, np.nan)[::across, ::down].T
+        less = f", every {down}. layer and {across}. look" if down * across > 1 else ""
+        figure = Figure(Heatmap(z=shown, x=steps[::across], y=names[::down], colorscale="Viridis"))
+        figure.update_layout(title=f"{HEALTH[what][2]}{less}", xaxis_title="step", height=max(300, 14 * len(names[::down])))
+        figures[f"layers/{what}"] = figure
+    return figures
+
+
+def result_rows(numbers: dict[str, float]) -> list[list[Any]]:
+    """[name, value, unit, sentence] of each number of the result."""
+    return [[name, value, find(name).unit, find(name).says] for name, value in numbers.items()]
+
+
+def packed_folder(folder: Path) -> Path | None:
+    """The packed model of a run, where it has one."""
+    return found if (found := folder / "packed").is_dir() else None
