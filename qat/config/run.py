@@ -29,6 +29,14 @@ class RunConfig:
     """Name of the run; the recipe's by default."""
     dir: str | None = None
     """Its folder; null: runs/<name>/<time>."""
+    group: str | None = None
+    """What loggers group runs by; null: the sweep that it is a job of."""
+    job: str | None = None
+    """What this job of a sweep alone says, a part of its name in loggers; the sweep fills it in."""
+    job_type: str = "train"
+    """What loggers call this kind of run."""
+    tags: list[str] = field(default_factory=list)
+    """What loggers tag the run with."""
 
     def __post_init__(self) -> None:
         check_types("run", self)

@@ -74,8 +74,6 @@ def fit(
         trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
     with _quiet(), signals.wait_for_step(), misconfiguration(), narrow_heads():
         trainer.fit(module, datamodule=data, ckpt_path=found.file if found else None, weights_only=True)
-    for logger in loggers or []:
-        _close(logger)
     early = signals.asked is None and trainer.global_step < config.max_steps
     return FitResult(trainer.global_step, throughput.tokens, throughput.seconds, signals.asked, words(stopped) if early else None)
 
@@ -99,13 +97,6 @@ def _in_folder(callbacks: list[pl.Callback], folder: Path) -> list[pl.Callback]:
         if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(folder / "model_checkpoints")
     return callbacks
-
-
-def _close(logger: Logger) -> None:
-    """Weights & Biases' last words come now, and not after the run's table, when the process ends."""
-    finish = getattr(getattr(logger, "experiment", None), "finish", None)
-    if callable(finish):
-        finish()
 
 
 def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path) -> pl.Trainer:

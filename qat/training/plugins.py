@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from qat.config import TrainConfig, TrainerConfig
 from qat.reporting import updates
 from qat.training.gradients.split import split
+from qat.training.loggers import sink_of
 
 logging.getLogger("hydra.utils").addHandler(logging.NullHandler())  # what it says of an import is in our errors
 
@@ -108,15 +108,12 @@ def check_plugins(config: TrainConfig) -> None:
     for section in ("callbacks", "logger"):
         for name, node in getattr(config, section).items():
             try:
-                get_object(node["_target_"])
+                target = get_object(node["_target_"])
             except Exception as error:  # an import runs whatever the module holds
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{section}.{name}._target_={node['_target_']} cannot be imported: {reason}") from error
-
-
-def loggers(config: TrainConfig, folder: Path) -> list[Any]:
-    """The user's loggers, which write into the run's folder where nothing else is said."""
-    return [instantiated({"save_dir": str(folder), **node}) for node in config.logger.values()]
+            if section == "logger":
+                sink_of(target).check(f"logger.{name}", node)
 
 
 def callbacks(config: TrainConfig) -> list[Callback]:

@@ -33,8 +33,10 @@ from qat.training.checkpoints import newest
 from qat.training.exports import export_all, save_packed
 from qat.training.fit import device_of
 from qat.training.folder import check_target, locked, opened
-from qat.training.plugins import callbacks, check_plugins, loggers, optimizer_factory
-from qat.training.recording import Book, Facts, assembled, config_hash, recording
+from qat.training.loggers import Trackers, tracked
+from qat.training.loggers.identity import about
+from qat.training.plugins import callbacks, check_plugins, instantiated, optimizer_factory
+from qat.training.recording import Book, Facts, assembled, config_hash, recording, versions
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
 from qat.training.tasks import Measure, code_of
@@ -57,9 +59,10 @@ def run(config: TrainConfig) -> RunResult:
         job = prepare(config)
         if config.dry_run:
             return dry_run(job)
-        with opened(config) as folder, recording(Facts(config, job.record, str(folder))) as book:
+        with opened(config) as folder, tracked() as trackers, recording(Facts(config, job.record, str(folder))) as book:
+            trackers.open(config, about(config, folder, job.record, job.base, versions()), instantiated)
             measure = start(job, book)
-            if tune(job, book, measure, signals) is None and train(job, book, measure, signals) is None:
+            if tune(job, book, measure, signals) is None and train(job, book, measure, signals, trackers) is None:
                 finish(job, book, measure, signals)
         return book.result
 
@@ -176,7 +179,7 @@ def control(job: Job, book: Book, measure: Measure, signals: Signals) -> int | N
     return None
 
 
-def train(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None:
+def train(job: Job, book: Book, measure: Measure, signals: Signals, trackers: Trackers) -> int | None:
     """Calibrate and measure the student, and train it; the signal that interrupted it, None where it may be finished."""
     assert job.data is not None
     mix_components(job.config, measure.place(job.base), job.student, job.record, job.data, Path(book.facts.folder))
@@ -185,8 +188,11 @@ def train(job: Job, book: Book, measure: Measure, signals: Signals) -> int | Non
     book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device))
     book.measured("converted", measure(job.student))
     folder = Path(book.facts.folder)
-    extras = loggers(job.config, folder), job.callbacks
+    if newest(folder / "checkpoints") is None:
+        trackers.histograms(job.student, 0)
+    extras = trackers.loggers, job.callbacks
     done = train_student(job.config, job.student, job.teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
+    trackers.histograms(job.student, done.step)
     book.add(training=done)
     if done.signal is not None:
         book.interrupted(done.signal)

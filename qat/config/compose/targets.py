@@ -16,6 +16,7 @@ KNOWN = {
     "lightning.pytorch.callbacks": "callbacks",
     "lightning.pytorch.loggers": "loggers",
     "qat.training.callbacks": "callbacks of qat",
+    "qat.training.loggers": "loggers of qat",
 }
 """Modules whose classes a saved configuration may name, by `MODULE.Class` and no longer path."""
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from qat.config import TrainConfig
 from qat.conversion.record import Conversion
-from qat.reporting.result import RunResult
 from qat.storage import parse_json, write_text
 from qat.training.loggers.record import About
 
@@ -23,7 +22,7 @@ FILE = "tracking.json"
 """In the run's folder: its id, and tracker -> the id that it gave the run."""
 
 
-def identity(config: TrainConfig, folder: Path) -> tuple[str, dict[str, str]]:
+def identity(folder: Path) -> tuple[str, dict[str, str]]:
     """The run's id, made at its first start, and the ids that trackers gave it.
 
     Raises:
@@ -49,8 +48,8 @@ def keep(about: About, known: dict[str, str]) -> About:
 
 def about(config: TrainConfig, folder: Path, record: Conversion, base: nn.Module, versions: dict[str, str]) -> About:
     """What trackers are told before the run trains."""
-    own, known = identity(config, folder)
-    name = f"{config.run.name} {config.run.job}".strip()
+    own, known = identity(folder)
+    name = f"{config.run.name} {config.run.job or ''}".strip()
     facts = {"command": command(), "commit": commit(), "versions": versions, "model": model_facts(record, base)}
     run = config.run
     return About(own, name, folder, run.group, run.job_type, run.tags, known, plain(asdict(config)), facts)
@@ -91,8 +90,3 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def objective(result: RunResult) -> float | None:
-    """What a search minimises, as trackers' sweeps read it: `result/objective`."""
-    return result.objective

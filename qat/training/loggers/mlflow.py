@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch.loggers import MLFlowLogger
 
 from qat.training.loggers.record import About, Ended, OnlyMeasured, Sink
@@ -21,6 +22,17 @@ def _options(about: About) -> dict[str, Any]:
     return {"run_name": about.name, "tags": {**tags, "qat.id": about.id}, "run_id": about.known.get(NAME)}
 
 
+def _begin(logger: MLflow, about: About) -> None:
+    """A parameter cannot change there: what a resumed run has changed becomes a tag."""
+    if NAME not in about.known:
+        logger.log_hyperparams(about.everything)
+        return
+    before = logger.experiment.get_run(logger.run_id).data.params
+    for key, value in _flatten_dict(about.everything).items():
+        if key in before and not key.startswith("about/") and str(value)[:250] != before[key]:
+            logger.experiment.set_tag(logger.run_id, f"resumed.{key.replace('/', '.')}", str(value))
+
+
 def _keeps(logger: MLflow) -> dict[str, str]:
     return {NAME: str(logger.run_id)}
 
@@ -35,4 +47,4 @@ def _end(logger: MLflow, ended: Ended) -> None:
     logger.finalize("failed" if ended.failed else "success")
 
 
-SINK = Sink(make=MLflow, options=_options, keeps=_keeps, alert=_alert, end=_end)
+SINK = Sink(make=MLflow, options=_options, begin=_begin, keeps=_keeps, alert=_alert, end=_end)

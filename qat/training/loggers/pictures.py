@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from qat.conversion.layers import bitlinears
+from qat.monitor.layers import read_layers
 from qat.monitor.table import HEALTH, find
 
 WIDEST, BINS = 4.0, 64
@@ -32,18 +33,24 @@ def latent_histograms(model: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarra
     return {family: (found, edges) for family, found in counts.items()}
 
 
-def heat_maps(looks: dict[str, np.ndarray], names: list[str], steps: np.ndarray) -> dict[str, Any]:
-    """`layers/<what>` -> a plotly figure of layers by steps; `looks` are [looks, layers], NaN where nothing was measured."""
+def heat_maps(folder: Path) -> dict[str, Any]:
+    """`layers/<what>` -> a plotly figure of layers by steps of a run, for each statistic that was measured of any layer."""
     from plotly.graph_objects import Figure, Heatmap
 
-    down, across = -(-len(names) // MOST_LAYERS) or 1, -(-len(steps) // MOST_LOOKS) or 1
+    looks = read_layers(folder)
+    if not looks:
+        return {}
+    down, across = -(-len(looks["layer"]) // MOST_LAYERS), -(-len(looks["step"]) // MOST_LOOKS)
+    less = f", every {down}. layer and {across}. look" if down * across > 1 else ""
+    names, steps = looks["layer"][::down].tolist(), looks["step"][::across].tolist()
     figures = {}
-    for what, values in looks.items():
-        shown = np.where(np.isfinite(values), values, np.nan)[::across, ::down].T
-        less = f", every {down}. layer and {across}. look" if down * across > 1 else ""
-        figure = Figure(Heatmap(z=shown, x=steps[::across], y=names[::down], colorscale="Viridis"))
-        figure.update_layout(title=f"{HEALTH[what][2]}{less}", xaxis_title="step", height=max(300, 14 * len(names[::down])))
-        figures[f"layers/{what}"] = figure
+    for what, (_, _, says) in HEALTH.items():
+        values = looks[what][::across, ::down].T
+        if np.isfinite(values).any():
+            cells = np.where(np.isfinite(values), values, np.nan)
+            figure = Figure(Heatmap(z=cells, x=steps, y=names, colorscale="Viridis"))
+            figure.update_layout(title=f"{says.rstrip('.')}{less}", xaxis_title="step", height=max(300, 14 * len(names)))
+            figures[f"layers/{what}"] = figure
     return figures
 
 

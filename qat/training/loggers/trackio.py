@@ -80,8 +80,7 @@ def _end(logger: TrackioLogger, ended: Ended) -> None:
     import trackio
 
     rows = pandas.DataFrame(result_rows(ended.numbers), columns=["name", "value", "unit", "says"])
-    pictures = {name: trackio.Plotly(one) for name, one in ended.figures.items()}
-    logger.experiment.log({**ended.numbers, "result/table": trackio.Table(dataframe=rows), **pictures}, step=ended.step)
+    logger.experiment.log({**ended.numbers, "result/table": trackio.Table(dataframe=rows)}, step=ended.step)
     logger.experiment.finish()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-from qat.training.loggers.pictures import packed_folder, result_rows
+from qat.training.loggers.pictures import heat_maps, packed_folder, result_rows
 from qat.training.loggers.record import About, Ended, Sink, measured
 
 AXES = ("step", "tokens")
@@ -75,8 +75,9 @@ def _end(logger: Wandb, ended: Ended) -> None:
 
     run = logger.experiment
     table = wandb.Table(columns=["name", "value", "unit", "says"], data=result_rows(ended.numbers))
-    pictures = {name: wandb.Plotly(one) for name, one in ended.figures.items()}
-    run.log({"result/table": table, **pictures, "step": ended.step}, step=ended.step)
+    pictures = {name: wandb.Plotly(one) for name, one in heat_maps(ended.about.folder).items()}
+    step = max(ended.step, run.step)  # of a failed run the last that was logged: W&B drops rows of earlier ones
+    run.log({"result/table": table, **pictures, "step": step}, step=step)
     run.summary.update({**ended.numbers, "result/status": ended.result.status})
     if logger.artifact and (packed := packed_folder(ended.about.folder)) is not None:
         verified = {"verification": ended.result.verification, "bytes": ended.result.bytes, "status": ended.result.status}
