@@ -45,7 +45,7 @@ NATIVE = sorted(file for room in ("csrc", "tests") for file in (ROOT / room).rgl
 MOST_LINES = 300
 MOST_FILES = 12
 ONLY_IN = {
-    "hydra": ("config.compose", "train", "training.plugins"),
+    "hydra": ("config.compose", "train", "training.plugins", "training.loggers"),
     "omegaconf": ("config.compose",),
     "lightning": ("training", "data"),
     "transformers": (

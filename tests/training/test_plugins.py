@@ -10,7 +10,9 @@ import torch
 
 from qat.config import ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from qat.config.data import DataConfig
-from qat.training.plugins import callbacks, check_plugins, loggers, optimizer_factory
+from qat.training.loggers import Trackers
+from qat.training.loggers.record import About
+from qat.training.plugins import callbacks, check_plugins, instantiated, optimizer_factory
 from qat.training.run import run
 
 
@@ -86,7 +88,9 @@ def test_callbacks_of_the_configuration_are_made() -> None:
 def test_a_logger_writes_where_it_is_told_and_else_into_the_run(tmp_path: Path) -> None:
     node = {"_target_": "lightning.pytorch.loggers.CSVLogger"}
     config = TrainConfig(logger={"own": {**node, "save_dir": str(tmp_path / "mine")}, "ours": node})
-    assert [one.save_dir for one in loggers(config, tmp_path / "run")] == [str(tmp_path / "mine"), str(tmp_path / "run")]
+    trackers, folder = Trackers(), tmp_path / "run"
+    trackers.open(config, About("id", "name", folder), instantiated)
+    assert [one.save_dir for one in trackers.loggers] == [str(tmp_path / "mine"), str(folder)]
 
 
 def test_an_import_error_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:

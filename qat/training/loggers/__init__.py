@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.utils import get_class
+from hydra.utils import get_object
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import nn
 
@@ -54,13 +54,20 @@ class Trackers:
         return [logger for logger, _ in self.made]
 
     def open(self, config: TrainConfig, about: About, make: Make) -> None:
-        """Make all that the configuration names by `make`, and tell them about the run."""
+        """Make all that the configuration names by `make`, and tell them about the run.
+
+        Raises:
+            ValueError: one cannot be made, or cannot begin.
+        """
         self.about = about
-        for node in config.logger.values():
-            sink = sink_of(get_class(node["_target_"]))
+        for name, node in config.logger.items():
+            sink = sink_of(get_object(node["_target_"]))
             logger = make(_filled(node, sink, about))
             self.made.append((logger, sink))
-            sink.begin(logger, about)
+            try:
+                sink.begin(logger, about)
+            except Exception as error:  # whatever another's library raises where it cannot reach its server or its file
+                raise ValueError(f"logger.{name} cannot begin: {' '.join(str(error).split())}") from error
             about = self.about = keep(about, sink.keeps(logger))
 
     def histograms(self, model: nn.Module, step: int) -> None:
