@@ -16,6 +16,7 @@ from shlex import quote
 from qat.config import TrainConfig
 from qat.config.compose.resume import record
 from qat.config.compose.saved import save_config
+from qat.reporting.origin import note_start
 from qat.storage.names import sweep_folder
 from qat.training.checkpoints import newest
 
@@ -41,9 +42,11 @@ def opened(config: TrainConfig) -> Iterator[Path]:
         if config.resume:
             found = newest(folder / "checkpoints")
             record(config, found.step if found else 0)
+            note_start(folder, found.step if found else 0)
         else:
             _check_unused(folder)
             _write_config(config, folder)
+            note_start(folder, 0)
         yield folder
 
 

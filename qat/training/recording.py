@@ -16,6 +16,7 @@ from typing import Any
 import qat
 from qat.config import TrainConfig
 from qat.conversion.record import Conversion
+from qat.reporting.page.render import write_report
 from qat.reporting.result import Perplexity, RunResult, Stages
 from qat.tasks import TASKS
 from qat.training.checkpoints import newest
@@ -165,3 +166,12 @@ def recording(facts: Facts) -> Iterator[Book]:
         raise
     finally:
         book.add(seconds=time.perf_counter() - start)
+        write_page(Path(facts.folder))
+
+
+def write_page(folder: Path) -> None:
+    """Write report.html beside result.json; what is wrong with a picture of the run does not end the run."""
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"{folder}: report.html was not written: {type(error).__name__}: {' '.join(str(error).split())}", flush=True)

@@ -42,6 +42,16 @@ def read_yaml(file: Path) -> DictConfig:
     return content
 
 
+def plain_values(file: Path) -> dict[str, Any]:
+    """The same as plain data that is looked at and never run: interpolations stay as they are written.
+
+    Raises:
+        ValueError, OSError: as `read_yaml`.
+    """
+    found: dict[str, Any] = OmegaConf.to_container(read_yaml(file))  # type: ignore[assignment]
+    return found
+
+
 def _text(file: Path) -> str:
     with file.open("rb") as stream:
         data = stream.read(MOST_BYTES + 1)

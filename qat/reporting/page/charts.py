@@ -1,0 +1,93 @@
+"""Figures of what was logged: losses with the phases of training, and every other metric in a small chart of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qat.reporting.page.parts import SERIES, Figure
+from qat.reporting.page.phases import marks
+from qat.reporting.page.reading import Run, Series
+
+MOST_POINTS = 600
+"""Of a line: more than a chart has pixels for."""
+NO_LOSS = ("epoch", "tokens", "tokens_per_second", "step")
+
+
+def thinned(series: Series, most: int = MOST_POINTS) -> Series:
+    """Every n-th point, and the last; what is not finite stays where it is picked, as a gap."""
+    count = len(series.steps)
+    if count <= most:
+        return series
+    picked = sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+    return Series([series.steps[i] for i in picked], [series.values[i] for i in picked])
+
+
+def line(name: str, series: Series, colour: str, **more: Any) -> dict[str, Any]:
+    """One line; few points are drawn as points, too."""
+    series = thinned(series)
+    mode = "lines+markers" if len(series.steps) < 20 else "lines"
+    style = {"color": colour, "width": 1.8, **more.pop("line", {})}
+    return {"type": "scatter", "mode": mode, "name": name, "x": series.steps, "y": series.values, "line": style, **more}
+
+
+def loss_names(metrics: Mapping[str, Series], section: str) -> list[str]:
+    """The losses of a section: its columns one level down, `loss` first."""
+    found = [name for name in metrics if name.startswith(f"{section}/") and name.count("/") == 1]
+    names = [name for name in found if name.partition("/")[2] not in (*NO_LOSS, "perplexity", "gap", "accuracy", "f1", "top1")]
+    return sorted(names, key=lambda name: (not name.endswith("/loss"), name))
+
+
+def loss_figure(run: Run) -> Figure | None:
+    """Training losses as lines, validation as points and dashes of the same colour."""
+    terms = list(dict.fromkeys(name.partition("/")[2] for part in ("train", "val") for name in loss_names(run.metrics, part)))
+    colours = {term: SERIES[i % len(SERIES)] for i, term in enumerate(terms)}
+    data = []
+    for part, words, more in (("train", "", {}), ("val", " on held-out text", {"dash": "dot"})):
+        for name in loss_names(run.metrics, part):
+            term = name.partition("/")[2]
+            first = {} if term == "loss" else {"opacity": 0.75}
+            data.append(line(term + words, run.metrics[name], colours[term], line=more, **first))
+    if not data:
+        return None
+    values = [value for one in data for value in one["y"] if math.isfinite(value)]
+    scale = "log" if values and min(values) > 0 and max(values) > 50 * min(values) else "linear"
+    layout = {"yaxis": {"title": {"text": "nats a token"}, "type": scale}, "xaxis": {"title": {"text": "step"}}, **marks(run)}
+    return Figure("Loss", data, layout, height=380)
+
+
+def perplexity_figure(run: Run) -> Figure | None:
+    """Of validations while training, between the levels of full precision and of the model as converted."""
+    series = run.metrics.get("val/perplexity")
+    if series is None and "val/ce" in run.metrics:
+        ce = run.metrics["val/ce"]
+        series = Series(ce.steps, [math.exp(min(value, 700.0)) for value in ce.values])
+    if series is None:
+        return None
+    levels = {key: run.result.perplexity.get(key) for key in ("full_precision", "trained")}
+    data = [line("held-out text", series, "--blue")]
+    for (key, value), colour in zip(levels.items(), ("--green", "--orange"), strict=True):
+        if value is not None and math.isfinite(value):
+            style = {"dash": "dash", "width": 1.2}
+            ends = Series([series.steps[0], series.steps[-1]], [value, value])
+            data.append({**line(f"{key.replace('_', ' ')}, evaluation text", ends, colour, line=style), "mode": "lines"})
+    values = [value for one in data for value in one["y"] if math.isfinite(value)]
+    scale = "log" if values and max(values) > 20 * min(values) > 0 else "linear"
+    return Figure("Perplexity", data, {"yaxis": {"type": scale}, "xaxis": {"title": {"text": "step"}}, **marks(run)}, height=300)
+
+
+def small_figures(run: Run, section: str, words: Mapping[str, str] | None = None) -> list[Figure]:
+    """A small chart for each metric of a section; names that differ in their last part alone share one."""
+    groups: dict[str, list[str]] = {}
+    for name in run.metrics:
+        if name.startswith(f"{section}/"):
+            parts = name.split("/")[1:]
+            groups.setdefault("/".join(parts[:-1]) or parts[0], []).append(name)
+    return [_small(run, key, names, (words or {}).get(key, "")) for key, names in groups.items()]
+
+
+def _small(run: Run, title: str, names: Sequence[str], caption: str) -> Figure:
+    data = [line(name.rpartition("/")[2], run.metrics[name], SERIES[i % len(SERIES)]) for i, name in enumerate(names[:12])]
+    layout = {"showlegend": len(data) > 1, "xaxis": {"title": {"text": "step"}}}
+    return Figure(title.replace("_", " "), data, layout, caption, height=230, small=True)

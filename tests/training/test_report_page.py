@@ -1,0 +1,62 @@
+"""Every run leaves its page, also one that fails or is interrupted; and a page that cannot be made ends no run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import TRAINER
+
+from qat.config import DataConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig
+from qat.conversion.record import Conversion
+from qat.train import run
+from qat.training import recording as module
+from qat.training.recording import Facts, recording
+from qat.training.signals import Interrupted
+
+
+@pytest.fixture
+def config(tiny_model: Path, text_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(path=str(tiny_model)),
+        data=DataConfig(train=str(text_file), sequence_length=32, batch_size=4, valid_fraction=0.1),
+        trainer=replace(TRAINER, max_steps=4),
+        export=ExportConfig(formats=[]),
+        run=RunConfig(name="tiny", dir=str(tmp_path / "run")),
+    )
+
+
+def test_a_run_ends_with_its_page_and_the_record_of_its_start(config: TrainConfig, tmp_path: Path) -> None:
+    run(config)
+    said = (tmp_path / "run" / "report.html").read_text()
+    assert "after training" in said and "to the bit" in said
+    (start,) = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert start["step"] == 0 and {"time", "command", "commit"} <= start.keys()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(ValueError("no memory is left"), "failed"), (Interrupted(15), "interrupted at step 0")]
+)
+def test_a_run_that_does_not_end_has_one_too(config: TrainConfig, tmp_path: Path, error: BaseException, expected: str) -> None:
+    (tmp_path / "config.yaml").write_text("run:\n  name: tiny\n")
+    try:
+        with recording(Facts(config, Conversion("bitlinear", config.quant), str(tmp_path))):
+            raise error
+    except ValueError:
+        pass
+    assert expected in (tmp_path / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_made_is_said_and_ends_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(folder: Path) -> Path:
+        raise RuntimeError("no such template")
+
+    monkeypatch.setattr(module, "write_report", broken)
+    with recording(Facts(config, Conversion("bitlinear", config.quant), str(tmp_path))) as book:
+        book.add(status="done")
+    assert capsys.readouterr().out == f"{tmp_path}: report.html was not written: RuntimeError: no such template\n"
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "done"
