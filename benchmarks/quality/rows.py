@@ -55,7 +55,7 @@ class Run:
 
     def arguments(self, places: Mapping[str, str]) -> list[str]:
         """What follows `python -m qat.train`; `{shared}` in a value is the folder that `places` gives for it."""
-        keys = {**self.base, **self.row.keys, **self.choice, "seed": self.seed}
+        keys = {"recipe": "plain", **self.base, **self.row.keys, **self.choice, "seed": self.seed}
         updates = max(1, self.tokens // (int(keys["data.batch_size"]) * int(keys["data.sequence_length"])))
         keys["trainer.max_steps"] = updates
         for key in STEPS:

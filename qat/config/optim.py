@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qat.config.checks import at_least, check_types, choose
+from qat.config.checks import at_least, check_types, choose, fraction
 
 SHARPEST = 1e5
 """Of soft codes: 60 tells them from codes at the border alone, and float16 holds a slope of a quarter of this."""
@@ -21,8 +21,10 @@ class OptimConfig:
     latent_optimizer: dict[str, Any] = field(default_factory=dict)
     """Another one for latent weights alone, in the same form: `{_target_: torch.optim.Muon}`, whose steps then are as long as
     AdamW's (`adjust_lr_fn: match_rms_adamw`, where nothing else is said). Empty: none."""
-    lr: float = 1e-3
-    """Peak learning rate of everything but the latent weights."""
+    lr: float | None = 1e-3
+    """Peak learning rate of everything but the latent weights; null: `lr_multiple` times a rate that the model's size says."""
+    lr_multiple: float = 6.0
+    """Of lr=null: times 5e-4 (N / 10^7)^-0.7, at most 5e-4 and at least 2e-5, a full-precision rate for N parameters."""
     latent_lr_multiplier: float = 1.0
     """Times lr: the peak learning rate of the latent weights of BitLinear layers."""
     weight_decay: float = 0.0
@@ -33,6 +35,8 @@ class OptimConfig:
     """`cosine`, `linear`, `constant`, or `two_stage` (linear; half way the rate drops by a third, weight decay to 0)."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0."""
+    warmup_share: float = 0.0
+    """The same as a share of the run's steps, where warmup_steps is 0."""
     final_lr_fraction: float = 0.0
     """The rate at the last step as a share of the peak (cosine and linear)."""
     lambda_steps: int = 0
@@ -50,7 +54,8 @@ class OptimConfig:
     oscillation_every: int = 1
     """Steps between two such looks, each as dear as a quantization; faster swings than a look are not seen."""
     anneal: str = "none"
-    """`soft`: weights are their codes' mean under thresholds that sharpen, with its own gradient; `none`: straight through."""
+    """`soft`: weights are their codes' mean under thresholds that sharpen, with its own gradient; `none`: straight through;
+    `auto`: soft where the quantizer has a soft form."""
     anneal_from: float = 2.0
     """How sharp soft codes are at first: 2 is nearly a line. It rises by a constant factor a step."""
     anneal_to: float = 60.0
@@ -70,7 +75,9 @@ class OptimConfig:
         at_least("optim.latent_lr_multiplier", self.latent_lr_multiplier, 0, most=1e6)
         at_least("optim.weight_decay", self.weight_decay, 0, most=1e4)
         at_least("optim.weight_decay_until", self.weight_decay_until, 0, most=1)
+        at_least("optim.lr_multiple", self.lr_multiple, 0, open_end=True, most=1e6)
         at_least("optim.warmup_steps", self.warmup_steps, 0)
+        fraction("optim.warmup_share", self.warmup_share)
         at_least("optim.lambda_steps", self.lambda_steps, 0)
         at_least("optim.beta2_half_life", self.beta2_half_life, 0, open_end=True, most=1e15)
         choose("optim.lambda_schedule", self.lambda_schedule, ("linear", "sigmoid", "layerwise"))
@@ -80,7 +87,7 @@ class OptimConfig:
         at_least("optim.damping", self.damping, 0, most=1e6)
         at_least("optim.freeze_oscillation", self.freeze_oscillation, 0, open_end=True, most=1)
         at_least("optim.oscillation_every", self.oscillation_every, 1)
-        choose("optim.anneal", self.anneal, ("none", "soft"))
+        choose("optim.anneal", self.anneal, ("none", "soft", "auto"))
         at_least("optim.anneal_from", self.anneal_from, 0, open_end=True, most=SHARPEST)
         at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")
         if not 0 < self.anneal_share <= 1:
@@ -91,4 +98,19 @@ class OptimConfig:
     @property
     def annealed(self) -> bool:
         """Whether codes are soft at first."""
-        return self.anneal != "none"
+        return self.anneal == "soft"
+
+    @property
+    def peak(self) -> float:
+        """lr, where it is known.
+
+        Raises:
+            ValueError: it is null; a run settles it when the model is loaded.
+        """
+        if self.lr is None:
+            raise ValueError("optim.lr=null is settled by the model's size when a run has loaded it")
+        return self.lr
+
+    def warmup(self, total: int) -> int:
+        """Steps of warm-up in a run of so many."""
+        return self.warmup_steps or round(self.warmup_share * total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qat.config.checks import at_least, check_types, choose
+from qat.config.checks import TOKENS, at_least, check_types, choose
 
 MOST_THREADS = 1024
 
@@ -15,6 +15,10 @@ class TrainerConfig:
 
     max_steps: int = 1000
     """Optimizer steps."""
+    max_tokens: int | None = None
+    """In place of max_steps: tokens to train on; the steps follow from it. On the command line one of the three may be given."""
+    max_epochs: float | None = None
+    """In place of max_steps: passes over the training sequences; the steps follow from it."""
     accelerator: str = "auto"
     """`cpu`, `gpu` or `auto`."""
     devices: int = 1
@@ -30,7 +34,7 @@ class TrainerConfig:
     gradient_clip_val: float | None = 1.0
     """Largest gradient norm; null: no clipping."""
     val_every: int | None = None
-    """Optimizer steps between validations; null: none while training."""
+    """Optimizer steps between validations; above the run's steps: one at its end; null: none while training."""
     val_batches: int = 16
     """Batches of a validation while training."""
     checkpoint_every: int | None = None
@@ -61,6 +65,11 @@ class TrainerConfig:
         choose("trainer.precision", self.precision, ("32-true", "bf16-mixed", "16-mixed"))
         for key in ("max_steps", "devices", "num_nodes", "accumulate_grad_batches", "log_every_n_steps", "val_batches"):
             at_least(f"trainer.{key}", getattr(self, key), 1)
+        at_least("trainer.max_tokens", self.max_tokens, 1, most=TOKENS)
+        at_least("trainer.max_epochs", self.max_epochs, 0, open_end=True, most=1e9)
+        if self.max_tokens is not None and self.max_epochs is not None:
+            said = f"trainer.max_tokens={self.max_tokens}, trainer.max_epochs={self.max_epochs:g}"
+            raise ValueError(f"{said}: a budget is in steps, tokens or epochs; set one of them to null")
         for key in ("val_every", "checkpoint_every"):
             at_least(f"trainer.{key}", getattr(self, key), 1)
         at_least("trainer.checkpoint_minutes", self.checkpoint_minutes, 0, open_end=True, most=1e6)

@@ -42,6 +42,7 @@ def lines(
         f"updates         {updates.in_words(config)}",
         *([f"warning         {said}"] if (said := updates.warning(config)) else []),
         *annealing(config),
+        *([f"teacher         {_teaching(taught)}"] if taught else []),
     ]
 
 
@@ -53,6 +54,11 @@ def annealing(config: TrainConfig) -> list[str]:
     soft = math.ceil(optim.anneal_share * total)
     words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} with codes"
     return [f"weights         {words}"]
+
+
+def _teaching(size: int) -> str:
+    """What the teacher costs, and how to do without one."""
+    return f"a second model in full precision, {size / MIB:,.0f} MiB and a forward pass a step; distill=none trains without"
 
 
 def teacher_bytes(teacher: nn.Module | None) -> int:

@@ -209,9 +209,8 @@ class QATModule(pl.LightningModule):
         def factor(step: int) -> float:
             for group, (_, decay) in zip(optimizer.param_groups, self._peaks, strict=True):
                 group["weight_decay"] = decay * self._decay_factor(step)
-            return schedule.lr_factor(
-                step, self.total_steps, self.optim.schedule, self.optim.warmup_steps, self.optim.final_lr_fraction
-            )
+            warmup = self.optim.warmup(self.total_steps)
+            return schedule.lr_factor(step, self.total_steps, self.optim.schedule, warmup, self.optim.final_lr_fraction)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -231,10 +230,10 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     matrices = [p for p in trained if id(p) not in latent and p.ndim >= 2]
     vectors = [p for p in trained if id(p) not in latent and p.ndim < 2]
     groups = [
-        _group(LATENT, latents, optim.lr * optim.latent_lr_multiplier, optim.weight_decay),
-        _group("matrices", matrices, optim.lr, optim.weight_decay),
-        _group("vectors", vectors, optim.lr, 0.0),
-        _group("quantizers", [p for p in everything if id(p) in own], optim.lr, 0.0),
+        _group(LATENT, latents, optim.peak * optim.latent_lr_multiplier, optim.weight_decay),
+        _group("matrices", matrices, optim.peak, optim.weight_decay),
+        _group("vectors", vectors, optim.peak, 0.0),
+        _group("quantizers", [p for p in everything if id(p) in own], optim.peak, 0.0),
     ]
     return [group for group in groups if group["params"]]
 

@@ -47,7 +47,7 @@ def _tried(config: TrainConfig, key: str, dimensions: tuple[int, ...]) -> Any:
     weights = [nn.Parameter(torch.ones([2] * n)) for n in dimensions]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    groups = [{"name": f"{weight.ndim}-D", "params": [weight], "lr": optim.lr, "weight_decay": 0.0} for weight in weights]
+    groups = [{"name": f"{weight.ndim}-D", "params": [weight], "lr": optim.lr or 1e-3, "weight_decay": 0.0} for weight in weights]
     try:
         factory(groups).step()
     except Exception as error:  # whatever another's class raises at wrong arguments

@@ -25,8 +25,9 @@ from qat.evaluation.budget import check_budget
 from qat.evaluation.mixing import mix_components
 from qat.formats.dtypes import round_floats
 from qat.models import hub as models
-from qat.reporting import estimate, updates
+from qat.reporting import estimate, rates, updates
 from qat.reporting.result import RunResult, read_result
+from qat.reporting.settling import passes, settled, validated_once, with_data
 from qat.terminal.stage import quietly, stage
 from qat.training import fit
 from qat.training.checkpoints import newest
@@ -52,11 +53,13 @@ def run(config: TrainConfig) -> RunResult:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
     with listening() as signals, quietly(not config.trainer.progress):
+        config = settled(config)
         if (result := finished(config)) is not None:
             return result
         if not config.resume and not config.dry_run:
             check_target(config)
         job = prepare(config)
+        config = job.config
         if config.dry_run:
             return dry_run(job)
         with opened(config) as folder, tracked() as trackers, recording(Facts(config, job.record, str(folder))) as book:
@@ -107,6 +110,7 @@ class Job:
 
 def prepare(config: TrainConfig) -> Job:
     """Check everything that can be checked, then load the model and convert a copy of it."""
+    config = settled(config)
     config.check()
     check_budget(config.quant, config.export.layout)
     check_teacher(config)
@@ -121,12 +125,16 @@ def prepare(config: TrainConfig) -> Job:
     tokenizer = models.load_tokenizer(config.model)
     code = code_of(config)
     data = code.open_data(config, tokenizer, total_batches(config.trainer))
+    config = with_data(config, data)
     with stage(f"loading {config.model.path}"):
         base = code.load_model(config, data)
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
     student, record = converted(config, base, data)
     print(f"{config.model.path}: {record.summary()}")
+    if config.optim.lr is None:
+        config = rates.rated(config, parameters := base.num_parameters())
+        print(rates.in_words(config, parameters), flush=True)
     teacher = load_teacher(config, base)
     check_comparable(config, student, teacher)
     return Job(config, base, student, record, tokenizer, optimizer, asked, teacher, data)
@@ -147,8 +155,12 @@ def start(job: Job, book: Book) -> Measure:
     print(updates.in_words(job.config), flush=True)
     if said := updates.warning(job.config):
         print(f"warning: {said}", flush=True)
+    if validated_once(job.config.trainer):
+        print(f"trainer.val_every={job.config.trainer.val_every} is above trainer.max_steps: one validation, at the end")
     if job.data is None:
         job.data = sampled_data(job.config, job.tokenizer, job.base, total_batches(job.config.trainer))
+    if said := passes(job.config, job.data):
+        print(said, flush=True)
     code = code_of(job.config)
     measure = code.measure(job.config, job.data, job.tokenizer)
     book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
@@ -223,4 +235,6 @@ def dry_run(job: Job) -> RunResult:
     sample = code_of(job.config).sample(job.config)
     for line in estimate.lines(job.config, job.base, job.student, job.teacher, sample):
         print(line)
+    if job.data is not None and (said := passes(job.config, job.data)):
+        print(f"text            {said}")
     return assembled(Facts(job.config, job.record, status="dry run"))

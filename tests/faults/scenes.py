@@ -11,6 +11,7 @@ from faults.machine import Machine, Trial
 from faults.promises import after_export, after_run, finished
 
 SETTINGS = [
+    "recipe=plain",
     *("data.sequence_length=16", "data.batch_size=4", "eval.max_tokens=64", "export.formats=[]", "optim.lr=1e-2"),
     *("trainer.max_steps=4", "trainer.checkpoint_every=2", "trainer.log_every_n_steps=1", "trainer.val_every=2"),
     *("trainer.val_batches=1", "trainer.progress=false", "trainer.accelerator=cpu", "trainer.threads=1"),

@@ -42,7 +42,7 @@ def config(tiny_model: Path, text_file: Path, tmp_path: Path) -> TrainConfig:
 
 def command(config: TrainConfig, folder: Path, *more: str) -> list[str]:
     settings = {"model.path": config.model.path, "data.train": config.data.train, "run.dir": folder, "export.formats": "[]"}
-    fixed = ["data.sequence_length=32", "data.batch_size=4", "trainer.log_every_n_steps=1", "trainer.threads=1"]
+    fixed = ["recipe=plain", "data.sequence_length=32", "data.batch_size=4", "trainer.log_every_n_steps=1", "trainer.threads=1"]
     return [sys.executable, "-m", "qat.train", *(f"{key}={value}" for key, value in settings.items()), *fixed, *more]
 
 

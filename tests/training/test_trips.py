@@ -110,7 +110,8 @@ def test_a_built_in_callback_is_two_files(tiny_model: Path, text_file: Path, tmp
     (tmp_path / "checkout/conf/callbacks/rates.yaml").write_text(yaml)
     settings = {"model.path": tiny_model, "data.train": text_file, "run.dir": tmp_path / "run", "export.formats": "[]"}
     settings |= {"trainer.max_steps": 2, "data.sequence_length": 32, "data.batch_size": 2, "quant.kernels": "reference"}
-    command = [sys.executable, "-m", "qat.train", "callbacks=rates", *(f"{key}={value}" for key, value in settings.items())]
+    words = ["recipe=plain", "callbacks=rates", *(f"{key}={value}" for key, value in settings.items())]
+    command = [sys.executable, "-m", "qat.train", *words]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "checkout")}
     resume = [*command[:3], f"resume={tmp_path / 'run'}", "trainer.max_steps=4"]
     for words, step in ((command, 2), (resume, 4)):

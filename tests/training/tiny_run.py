@@ -62,6 +62,7 @@ def command(*arguments: str) -> list[str]:
 
 def overrides(config: TrainConfig, folder: Path, **more: Any) -> list[str]:
     data = {
+        "recipe": "plain",
         "model.path": config.model.path,
         "data.train": config.data.train,
         "data.sequence_length": 32,

@@ -124,7 +124,23 @@ def _numbered(config: TrainConfig, number: int | None) -> TrainConfig:
 def compose_config(name: str, settings: Sequence[str], config_dir: str | None) -> DictConfig:
     search = [f"hydra.searchpath=[{local(config_dir).resolve().as_uri()!r}]"] if config_dir else []
     with one_line(), initialize_config_dir(str(config_folder("conf")), version_base="1.3"):
-        return compose(name, [*map(_opened, settings), *search], return_hydra_config=True)
+        return compose(name, [*map(_opened, settings), *one_budget(settings), *search], return_hydra_config=True)
+
+
+BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.max_epochs")
+
+
+def one_budget(settings: Sequence[str]) -> list[str]:
+    """Settings that take back the budget of a recipe or a saved run, where these give another.
+
+    Raises:
+        ValueError: they give two.
+    """
+    given = {key: value for key, _, value in (one.lstrip("+").partition("=") for one in settings) if key in BUDGETS}
+    said = [f"{key}={value}" for key, value in given.items() if value != "null"]
+    if len(said) > 1:
+        raise ValueError(f"{' and '.join(said)} are budgets of one run; give one of {', '.join(BUDGETS)}")
+    return [f"{key}=null" for key in BUDGETS[1:] if said and key not in given]
 
 
 def _opened(setting: str) -> str:

@@ -63,7 +63,8 @@ def _check_teacher(config: TrainConfig, known: tuple[str, ...] | None) -> None:
     if asked and config.model.teacher == "shared" and known is None and not config.control.first:
         raise ValueError(
             f"{setting(config.distill, asked[0])} needs a teacher, but {config.model.path} has no trained head;"
-            " set control.enabled=true control.first=true, which trains it first, or model.teacher to a fine-tuned classifier"
+            " set control.enabled=true control.first=true, which trains it first, model.teacher to a fine-tuned classifier,"
+            " or distill=none"
         )
 
 
