@@ -43,6 +43,8 @@ class TrainerConfig:
     """Minutes between checkpoints, so that a kill loses no more; null: only by steps, at the end, and when interrupted."""
     log_every_n_steps: int = 10
     """Steps between rows of metrics.csv."""
+    monitor_every: int | None = 50
+    """Steps between looks at the quantized layers, for flips, scales, inputs and alarms; null: no looks, and no alarms."""
     samples: int = 2
     """Texts generated at each validation; 0: none."""
     activation_checkpointing: bool = False
@@ -70,7 +72,7 @@ class TrainerConfig:
         if self.max_tokens is not None and self.max_epochs is not None:
             said = f"trainer.max_tokens={self.max_tokens}, trainer.max_epochs={self.max_epochs:g}"
             raise ValueError(f"{said}: a budget is in steps, tokens or epochs; set one of them to null")
-        for key in ("val_every", "checkpoint_every"):
+        for key in ("val_every", "checkpoint_every", "monitor_every"):
             at_least(f"trainer.{key}", getattr(self, key), 1)
         at_least("trainer.checkpoint_minutes", self.checkpoint_minutes, 0, open_end=True, most=1e6)
         at_least("trainer.threads", self.threads, 1, most=MOST_THREADS)

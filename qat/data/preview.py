@@ -36,10 +36,15 @@ def lines(data: QATData, tokenizer: PreTrainedTokenizerFast, devices: int = 1) -
 
 def _epochs(train: Training, sequences: int) -> str:
     """How often a training text is seen; of a mixture each of the two."""
+    found = passes(train, sequences)
+    return f"{found[0]:,.2f}" if len(found) == 1 else f"{found[0]:,.2f} of the text, {found[1]:,.2f} of what was sampled"
+
+
+def passes(train: Training, sequences: int) -> list[float]:
+    """How often each part of the training data is seen in that many sequences: one number, and of a mixture two."""
     if not isinstance(train, Mixture):
-        return f"{sequences / len(train):,.2f}"
-    text, samples = (count / len(part) for count, part in zip(train.counts(sequences), train.parts, strict=True))
-    return f"{text:,.2f} of the text, {samples:,.2f} of what was sampled"
+        return [sequences / len(train)]
+    return [count / len(part) for count, part in zip(train.counts(sequences), train.parts, strict=True)]
 
 
 def sample(item: dict[str, torch.Tensor], tokenizer: Any, most: int = MOST) -> str:

@@ -34,6 +34,8 @@ class View:
     """bool: which positions' states make the rows, as `qat.losses.record.Seen` has it."""
     shares: Callable[[Batch], Tensor | None]
     """What each of these positions counts in losses on states, float32 [P]; None: each counts 1."""
+    words: bool = True
+    """Whether tokens are predicted, so that the exponential of a cross-entropy is a perplexity."""
 
 
 def arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -71,4 +73,4 @@ TEXT = View(
     lambda batch: predicting(batch["labels"]),
     lambda batch: None,
 )
-LABELS = View(arguments, lambda logits, batch: logits.float(), lambda batch: batch["labels"], _attended, _shares)
+LABELS = View(arguments, lambda logits, batch: logits.float(), lambda batch: batch["labels"], _attended, _shares, words=False)

@@ -63,6 +63,8 @@ _VAL = {
     "val/gap": _row(
         "val", "nats", "down", "Cross-entropy minus that of full precision on the same text: what is not recovered yet."
     ),
+    "val/full_precision_ce": _row("val", "nats", "none", "Cross-entropy of full precision on the text of the validations."),
+    "val/teacher_ce": _row("val", "nats", "none", "Cross-entropy of the teacher on the text of the validations."),
     "val/agreement": _row("val", "share", "up", "Held-out tokens for which student and teacher find the same one the likeliest."),
     "val/accuracy": _row("val", "share", "up", "Held-out examples whose label is right."),
     "val/f1": _row("val", "share", "up", "Mean over labels of their F1 on held-out examples."),
@@ -92,6 +94,7 @@ HEALTH = {
     "scale_drift": ("share", "none", "Mean scale over that at the start, minus 1."),
     "error": ("share", "down", "Norm of latent minus quantized weights over the norm of the latent ones."),
     "act_absmax": ("", "none", "Largest magnitude of the inputs that are quantized."),
+    "act_peak": ("", "down", "Largest magnitude of a token's inputs over their root mean square, a mean over tokens."),
     "act_outliers": ("share", "down", "Inputs above 6 times the root mean square of their token."),
     "act_clipped": ("share", "down", "Inputs at the outermost code; absmax scales put at least one of each token there."),
 }

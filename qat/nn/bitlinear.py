@@ -145,15 +145,19 @@ class BitLinear(nn.Linear):
             raise ValueError(f"quant.weight={self.config.weight} has no soft form, so it cannot be annealed")
         self.beta = carried(value, self.beta, self.weight.device) if carrier is None else carrier
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        x = input  # nn.Linear's name for it, by which some models call
+    def met(self, x: Tensor) -> Tensor:
+        """What of an input [..., in_features] is quantized: normed and rotated, where the layer does that."""
         if self.rms_norm is not None:
             ops.check_input(x, self.in_features)
             x = self.rms_norm(x)
         if self.config.act_hadamard:
             ops.check_input(x, self.in_features)
             x = rotate(x)
+        return x
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name for it, by which some models call
+        """[..., in_features] -> [..., out_features]."""
+        x = self.met(input)
         parameters, beta = self._given(), self.beta if self.training else None
         if self.lam is not None:
             bias = self.output_bias(self.lam)

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qat.config import TrainerConfig
@@ -23,6 +24,9 @@ from qat.training.callbacks.metrics_file import WriteRows, continued
 from qat.training.callbacks.stopping import Blame, words
 from qat.training.checkpoints import newest
 from qat.training.module import QATModule
+from qat.training.monitoring.clock import StepClock
+from qat.training.monitoring.optimization import Optimization
+from qat.training.monitoring.speed import Speed
 from qat.training.signals import Signals
 
 
@@ -63,15 +67,18 @@ def fit(
     found = newest(folder / "checkpoints", say=True)
     every = min(config.log_every_n_steps, config.max_steps)
     metrics = continued(folder / "metrics.csv", columns(module), found.step if found else None)
-    row: dict[str, float] = {}
-    throughput, stopped = Throughput(every, row), list[pl.Callback]()
+    throughput, stopped, clock = Throughput(every, module.row), list[pl.Callback](), StepClock()
     asked = _in_folder(callbacks or [], folder)
     theirs = [one for callback in asked for one in (callback, Blame(callback, stopped))]
     ours = [progress(name)] if config.progress else []
-    last = [WriteRows(metrics, every, row), StopAtStep(signals, config.val_every), Checkpoint(folder / "checkpoints", config)]
-    chain = [NonFiniteGuard(), throughput, RandomState(), *theirs, *ours, *last]
+    last = [
+        WriteRows(metrics, every, module.row),
+        StopAtStep(signals, config.val_every),
+        Checkpoint(folder / "checkpoints", config),
+    ]
+    chain = [NonFiniteGuard(), throughput, Speed(every, clock), RandomState(), Optimization(every), *theirs, *ours, *last]
     with misconfiguration():
-        trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder)
+        trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder, clock)
     with _quiet(), signals.wait_for_step(), misconfiguration(), narrow_heads():
         trainer.fit(module, datamodule=data, ckpt_path=found.file if found else None, weights_only=True)
     early = signals.asked is None and trainer.global_step < config.max_steps
@@ -99,7 +106,9 @@ def _in_folder(callbacks: list[pl.Callback], folder: Path) -> list[pl.Callback]:
     return callbacks
 
 
-def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path) -> pl.Trainer:
+def build_trainer(
+    config: TrainerConfig, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path, profiler: Profiler | None = None
+) -> pl.Trainer:
     """lightning's Trainer. Intervals of the config are optimizer steps, lightning's are batches.
 
     Under SLURM lightning would requeue by itself, from a checkpoint written in the middle of a step, and any later run would
@@ -124,6 +133,7 @@ def build_trainer(config: TrainerConfig, callbacks: list[pl.Callback], loggers: 
             log_every_n_steps=min(config.log_every_n_steps, config.max_steps),
             callbacks=callbacks,
             logger=loggers,
+            profiler=profiler,
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             default_root_dir=folder / ".lightning",
             plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,

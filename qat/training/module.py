@@ -9,6 +9,7 @@ step instead would need no look-ahead, but sums overflow float16, and clipping a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,9 @@ from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.gradients.clipping import clip
 from qat.training.gradients.split import LATENT
+
+LARGEST = 80.0
+"""Of cross-entropies: its exponential is a float32."""
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -55,7 +59,7 @@ class QATModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.student = student
-        # The student itself stays eager: it is what is evaluated and packed.
+        self.compiled = compile  # the student itself stays eager: it is what is evaluated and packed
         self._forward = Apart(torch.compile(student) if compile else student)  # type: ignore[arg-type]
         self._teacher = Apart(teacher.eval().requires_grad_(False)) if teacher is not None else None
         self.distill, self.optim, self.total_steps = settled(distill_config, student), optim_config, total_steps
@@ -64,6 +68,12 @@ class QATModule(pl.LightningModule):
         self._asked = {f"output_{what}": True for what in ("hidden_states", "attentions") if needs(distill_config, what)}
         self.factors: dict[str, float] = {}
         """Loss -> what balancing multiplies its weight by; 1 where it says nothing."""
+        self.row: dict[str, float] = {}
+        """What callbacks measured of this step, for metrics.csv and loggers."""
+        self.clipped_norms: list[Tensor] = []
+        """Gradient norms before clipping, of the steps since somebody emptied it."""
+        self.references: dict[str, float] = {}
+        """Cross-entropies of other models on the text of the validations: `full_precision`, `teacher`."""
         self._step, self._held_out = Means(), Means()
         self._taps = Taps(student, teacher, [what for what in TAPS if needs(self.distill, what)], self.distill)
 
@@ -102,6 +112,9 @@ class QATModule(pl.LightningModule):
         seen, found = self._seen(batch, rows, forward), {}
         if self.scores is not None and not torch.is_grad_enabled():  # in a validation
             self.scores.update(seen.rows, seen.targets)
+        if seen.teacher is not None and not torch.is_grad_enabled():
+            best = [self.view.rows(one.logits.argmax(-1, keepdim=True), batch) for one in (seen.student, seen.teacher)]
+            self._held_out.add({"agreement": ((best[0] == best[1]).sum(), len(best[0]))})
         for name, row in rows.items():
             with torch.set_grad_enabled(name in graded):
                 found[name] = row.function(seen, self.distill)
@@ -167,7 +180,13 @@ class QATModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """`val/ce` and the others, means over all of the validation's tokens."""
         scores = self.scores.compute() if self.scores is not None else {}
-        self.log_dict({f"val/{name}": value for name, value in {**self._means(self._held_out), **scores}.items()})
+        found = self._means(self._held_out)
+        if self.view.words:
+            found["perplexity"] = math.exp(min(found["ce"], LARGEST))
+        found |= {f"{name}_ce": ce for name, ce in self.references.items()}
+        if "full_precision" in self.references:
+            found["gap"] = found["ce"] - self.references["full_precision"]
+        self.log_dict({f"val/{name}": value for name, value in {**found, **scores}.items()})
         self.log("step", float(self.global_step))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -195,8 +214,9 @@ class QATModule(pl.LightningModule):
         """By the norm in float64; lightning's own for other ways, and where it refuses an optimizer that unscales by itself."""
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if gradient_clip_algorithm in (None, "norm") and not (scaled and getattr(optimizer, "_step_supports_amp_scaling", False)):
-            if gradient_clip_val:
-                clip((p for group in optimizer.param_groups for p in group["params"]), float(gradient_clip_val))
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            norm = clip(parameters, float(gradient_clip_val)) if gradient_clip_val else None
+            self.clipped_norms += [] if norm is None else [norm]
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

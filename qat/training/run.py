@@ -36,6 +36,7 @@ from qat.training.fit import device_of
 from qat.training.folder import check_target, locked, opened
 from qat.training.loggers import Trackers, tracked
 from qat.training.loggers.identity import about
+from qat.training.monitoring.reference import References
 from qat.training.plugins import callbacks, check_plugins, instantiated, optimizer_factory
 from qat.training.recording import Book, Facts, assembled, config_hash, recording, versions
 from qat.training.signals import Signals, listening
@@ -202,13 +203,21 @@ def train(job: Job, book: Book, measure: Measure, signals: Signals, trackers: Tr
     folder = Path(book.facts.folder)
     if newest(folder / "checkpoints") is None:
         trackers.histograms(job.student, 0)
-    extras = trackers.loggers, job.callbacks
+    extras = trackers.loggers, [*job.callbacks, *references(job)]
     done = train_student(job.config, job.student, job.teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
     trackers.histograms(job.student, done.step)
     book.add(training=done)
     if done.signal is not None:
         book.interrupted(done.signal)
     return done.signal
+
+
+def references(job: Job) -> list[Callback]:
+    """What validations compare with: the model in full precision, where its head is trained by now, and the teacher."""
+    known = code_of(job.config).ready(job.config) or job.config.control.first
+    models = {"full_precision": job.base} if known else {}
+    found = {**models, **({"teacher": job.teacher} if job.teacher is not None else {})}
+    return [References(found)] if found and job.config.trainer.val_every else []
 
 
 def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:

@@ -1,0 +1,158 @@
+"""Looks at the quantized layers every few steps: `quant/...` of families in metrics.csv, and of each layer in layers.arrow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.conversion.layers import bitlinears
+from qat.monitor.families import families
+from qat.monitor.inputs import Inputs
+from qat.monitor.layers import LayersFile
+from qat.monitor.sums import Sums, groupwise, layerwise
+from qat.monitor.table import HEALTH
+from qat.monitor.trace import Trace
+from qat.monitor.weights import weight_sums
+from qat.training.callbacks.boundary import step_ends
+
+if TYPE_CHECKING:
+    from qat.training.module import QATModule
+
+_SAMPLE = 1 << 16
+"""Latent weights of a layer, evenly spaced, whose change in a step is measured: a copy of all would cost memory."""
+
+
+class Monitor(pl.Callback):
+    """Looks before the first step and after every `every`-th: a function of the step, so a resumed run looks where it must.
+
+    Codes of the start and of the last look, and what changed lately, are in checkpoints, a byte a code. It stands last among
+    what prepares a step, so that its hooks hear the training's own forward passes and no other. A compiled model, which hooks
+    would compile anew, runs once more for them.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder, self.every = folder, every
+        self._trace: dict[str, Any] = {}
+        self._handles: list[Any] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: QATModule) -> None:  # type: ignore[override]
+        """Begin what no checkpoint has brought, and look at the start."""
+        self.layers = dict(bitlinears(module.student))
+        self.families = families(self.layers)
+        self.file = LayersFile(self.folder, self.families, trainer.global_step or None)
+        self.sums: Sums = {}
+        self._inputs, self._sample, self._gradients = Inputs(self.layers), list[Tensor](), dict[str, Tensor]()
+        if not self.layers:
+            return
+        quantized = {name: layer.quantized() for name, layer in self.layers.items()}
+        if self._trace:
+            self.trace = Trace.of(self._trace["codes"], module.device)
+            self.scales = np.array(self._trace["scales"])
+        else:
+            self.trace = Trace.begun([codes for codes, _ in quantized.values()])
+            self.sums = self._of_weights(quantized)
+            self.scales = self.sums["scale"][0]
+            self.file.write(trainer.global_step, layerwise(self.sums))
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: pl.Trainer, module: QATModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Listen to all batches of a step after which there is a look."""
+        if (trainer.global_step + 1) % self.every:
+            return
+        if module.compiled:
+            self._run_once_more(trainer, module, batch)
+        elif not self._handles:
+            self._handles = self._inputs.attach()
+
+    def _run_once_more(self, trainer: pl.Trainer, module: QATModule, batch: Any) -> None:
+        devices = [module.device] if module.device.type == "cuda" else []
+        precision = trainer.precision_plugin.train_step_context()
+        with torch.random.fork_rng(devices), torch.no_grad(), self._inputs.listening(), precision:
+            module.student(**module.view.inputs(module.student, batch))
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        """Gradients before clipping, and a sample of the weights before the step."""
+        if (trainer.global_step + 1) % self.every:
+            return
+        found = {name: layer.weight.grad for name, layer in self.layers.items() if layer.weight.grad is not None}
+        norms = torch._foreach_norm([*found.values()], 2, dtype=torch.float64) if found else []
+        self._gradients = {name: norm.square() for name, norm in zip(found, norms, strict=True)}
+        self._sample = [_sampled(layer.weight).clone() for layer in self.layers.values()]
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, module: QATModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The look."""
+        if not step_ends(trainer, batch_idx) or trainer.global_step % self.every or not self.layers:
+            return
+        self._stop_listening()
+        self.sums = self._look()
+        module.row |= groupwise(self.sums, [*self.families.values()], [*HEALTH])
+        module.row |= self._update_ratio()
+        self.file.write(trainer.global_step, layerwise(self.sums))
+        self._inputs.forget()
+        self._gradients, self._sample = {}, []
+
+    @torch.no_grad()
+    def _look(self) -> Sums:
+        quantized = {name: layer.quantized() for name, layer in self.layers.items()}
+        self.trace, changes = self.trace.looked([codes for codes, _ in quantized.values()])
+        sizes = np.array([codes.numel() for codes, _ in quantized.values()], dtype=np.float64)
+        found = {name: (counts.double().cpu().numpy(), sizes) for name, counts in changes.items()}
+        own = self._of_weights(quantized)
+        drift = {"scale_drift": (own["scale"][0] - self.scales, self.scales)}
+        gradients = {name: {"grad_norm": (square, square)} for name, square in self._gradients.items()}
+        return {**found, **own, **drift, **_table(self.layers, self._inputs.sums), **_table(self.layers, gradients)}
+
+    def _of_weights(self, quantized: dict[str, tuple[Tensor, Tensor]]) -> Sums:
+        return _table(self.layers, {name: weight_sums(self.layers[name], *pair) for name, pair in quantized.items()})
+
+    @torch.no_grad()
+    def _update_ratio(self) -> dict[str, float]:
+        now = [_sampled(layer.weight) for layer in self.layers.values()]
+        changed, before = (
+            torch.stack(torch._foreach_norm(one, 2, dtype=torch.float64)).norm().item()
+            for one in (torch._foreach_sub(now, self._sample), self._sample)
+        )
+        return {"optim/update_ratio": changed / before} if before else {}
+
+    def _stop_listening(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no hooks behind."""
+        self._stop_listening()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Codes as bits, and the scales of the start."""
+        return {"codes": self.trace.state(), "scales": self.scales.tolist()} if self.layers else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Until the layers are there."""
+        self._trace = state_dict
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    return flat[:: -(-len(flat) // _SAMPLE)]
+
+
+def _table(layers: Any, found: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> Sums:
+    """Statistic -> sums and counts of all layers; NaN where one has none."""
+    names = list(dict.fromkeys(name for one in found.values() for name in one))
+    missing = torch.tensor(float("nan"), dtype=torch.float64)
+
+    def column(name: str, part: int) -> np.ndarray:
+        values = [found.get(layer, {}).get(name, (missing, missing))[part] for layer in layers]
+        return torch.stack([value.double().to(values[0].device) for value in values]).cpu().numpy()
+
+    return {name: (column(name, 0), column(name, 1)) for name in names}
