@@ -21,6 +21,8 @@ class ModelConfig:
     """Shell patterns of the linear layers to convert; empty: all but the output head and the routers."""
     exclude: list[str] = field(default_factory=list)
     """Shell patterns of layers to leave in full precision."""
+    attn_implementation: str | None = None
+    """How transformers computes attention, of model and teacher: `eager`, `sdpa`, `flash_attention_2`, ...; null: it decides."""
     trust_remote_code: bool = False
     """Passed to transformers."""
     start: str = "weights"

@@ -58,7 +58,20 @@ def load_model(config: ModelConfig, path: str | None = None, head: Head = LANGUA
             load = _from_gguf if "gguf_file" in arguments else _from_files
             model = load(readable, arguments, head)
     _check_finite(model, source)
+    if config.attn_implementation is not None:
+        _attend_by(model, config.attn_implementation)
     return model.eval()
+
+
+def _attend_by(model: PreTrainedModel, name: str) -> None:
+    """ValueError where this model cannot, or transformers would take another in its place."""
+    try:
+        model.set_attn_implementation(name)
+    except Exception as error:  # a missing package, an unknown name: nearly any class
+        raise ValueError(f"model.attn_implementation={name} cannot be used: {' '.join(str(error).split())}") from error
+    found = model.config._attn_implementation
+    if found != name:
+        raise ValueError(f"model.attn_implementation={name} does not fit {type(model).__name__}, which takes {found}")
 
 
 def _from_files(source: str, arguments: dict[str, Any], head: Head) -> PreTrainedModel:

@@ -14,9 +14,11 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from qat.storage import new_file
 
@@ -45,6 +47,16 @@ def save(trainer: pl.Trainer, folder: Path) -> None:
         seal(partial)
         if (folder / LAST).exists():
             _keep(folder, partial.with_name(PREVIOUS))
+
+
+class WholeFiles(TorchCheckpointIO):
+    """lightning's files of whatever writes checkpoints (ModelCheckpoint), whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Replaces the file of that name once the new one is on the disk; where that refuses (OSError) it is what it was."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with new_file(Path(path)) as partial:
+            super().save_checkpoint(checkpoint, partial, storage_options)
 
 
 def _keep(folder: Path, second: Path) -> None:

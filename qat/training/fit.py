@@ -22,7 +22,7 @@ from qat.models.attention import narrow_heads
 from qat.training.callbacks import Checkpoint, NonFiniteGuard, RandomState, StopAtStep, Throughput, progress
 from qat.training.callbacks.metrics_file import WriteRows, continued
 from qat.training.callbacks.stopping import Blame, words
-from qat.training.checkpoints import newest
+from qat.training.checkpoints import WholeFiles, newest
 from qat.training.module import QATModule
 from qat.training.monitoring.clock import StepClock
 from qat.training.monitoring.optimization import Optimization
@@ -136,7 +136,7 @@ def build_trainer(
             profiler=profiler,
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             default_root_dir=folder / ".lightning",
-            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+            plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
             enable_model_summary=any(isinstance(callback, pl.callbacks.ModelSummary) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
             use_distributed_sampler=False,
