@@ -14,6 +14,7 @@ VERBS = {
     "export": ("qat.export", "write a trained run in another format"),
     "inspect": ("qat.inspect", "what a model file or folder holds"),
     "serve": ("qat.serve", "transformers' server on a packed model"),
+    "damage": ("qat.damage", "what quantizing each layer of a model costs before any training"),
     "report": ("qat.report", "the page of a run made anew, or of several beside each other"),
     "plan": ("qat.plan", "what limits a budget of tokens or hours, and the run that fits it"),
     "bench": ("qat.bench", "kernels beside torch's own layers, with this machine's limits"),

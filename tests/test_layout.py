@@ -37,7 +37,19 @@ ROOMS = [
     "export",
 ]
 """The folders of qat/ from the bottom up. What lies directly in qat/ are verbs, above them all; `export/` holds old names."""
-VERBS = ("__main__", "train", "plan", "evaluate", "generate", "inspect", "serve", "report", "export.__main__", "bench.__main__")
+VERBS = (
+    "__main__",
+    "train",
+    "plan",
+    "evaluate",
+    "generate",
+    "inspect",
+    "serve",
+    "report",
+    "damage",
+    "export.__main__",
+    "bench.__main__",
+)
 BELOW_ALL = ("", "registration", "namesakes")
 FILES = sorted((ROOT / "qat").rglob("*.py"))
 NATIVE = sorted(file for room in ("csrc", "tests") for file in (ROOT / room).rglob("*") if file.suffix in (".cpp", ".cu", ".h"))

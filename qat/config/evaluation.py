@@ -22,8 +22,12 @@ class EvalConfig:
     texts: dict[str, str] = field(default_factory=dict)
     """Further texts, name -> file or `pydoc_data.topics` (English text that ships with Python)."""
 
+    damage: int | None = None
+    """Tokens of training text on which a run measures, at its start, what quantizing each layer costs; null: no such map."""
+
     def __post_init__(self) -> None:
         check_types("eval", self)
+        at_least("eval.damage", self.damage, 2, most=TOKENS)
         at_least("eval.context", self.context, 2)
         at_least("eval.stride", self.stride, 1)
         at_least("eval.batch_size", self.batch_size, 1, most=2**20)

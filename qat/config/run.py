@@ -107,6 +107,7 @@ class TrainConfig:
         self._check_norms()
         self._check_codes()
         self._check_data()
+        self._check_damage()
 
     def _check_codes(self) -> None:
         """How codes are trained fits every quantizer of the run."""
@@ -129,6 +130,11 @@ class TrainConfig:
                 f"optim.anneal={self.optim.anneal} does not fit quant.weight={hard[0]}, which has no soft form;"
                 " use optim.anneal=none"
             )
+
+    def _check_damage(self) -> None:
+        """The map is made of next tokens."""
+        if self.eval.damage is not None and not TASKS[self.task].generates:
+            raise ValueError(f"eval.damage={self.eval.damage} does not fit task={self.task}, which predicts no next token")
 
     def _check_data(self) -> None:
         """There is a training text where one is read, and what is named as a file is there."""

@@ -63,10 +63,10 @@ def _with_two(layer: BitLinear) -> nn.Module:
     return new
 
 
-def calibration(data: QATData) -> list[Window]:
-    """The first training sequences, in the order of the run, each a window of its own."""
+def calibration(data: QATData, tokens: int = _TOKENS) -> list[Window]:
+    """The first training sequences, about so many tokens, in the order of the run, each a window of its own."""
     order, found = data.order(), []
-    for position in range(min(math.ceil(_TOKENS / data.train.length), len(data.train))):
+    for position in range(min(math.ceil(tokens / data.train.length), len(data.train))):
         item = data.train[order(position)]
         ids = item["input_ids"][item["attention_mask"].bool()] if "attention_mask" in item else item["input_ids"]
         found.append((ids[None], 1))

@@ -6,6 +6,7 @@ Steps return facts; `qat.training.recording` makes the result of them.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from qat.calibration.start import calibrated, check_calibrated_start
 from qat.config import TrainConfig
 from qat.conversion import walker as conversion
-from qat.conversion.layers import full_precision_bf16
+from qat.conversion.layers import bitlinears, full_precision_bf16
 from qat.conversion.record import Conversion
 from qat.data import QATData
 from qat.data.opening import sampled_data
 from qat.evaluation.budget import check_budget
-from qat.evaluation.mixing import mix_components
+from qat.evaluation.damage import damage_map
+from qat.evaluation.mixing import calibration, mix_components
 from qat.formats.dtypes import round_floats
 from qat.models import hub as models
 from qat.reporting import estimate, rates, updates
+from qat.reporting.page.reading import DAMAGE
 from qat.reporting.result import RunResult, read_result
 from qat.reporting.settling import passes, settled, validated_once, with_data
+from qat.storage import write_text
 from qat.terminal.stage import quietly, stage
 from qat.training import fit
 from qat.training.checkpoints import newest
@@ -192,9 +196,21 @@ def control(job: Job, book: Book, measure: Measure, signals: Signals) -> int | N
     return None
 
 
+def map_damage(job: Job, measure: Measure, folder: Path) -> None:
+    """What quantizing each layer costs, for the report, where eval.damage asks for it; a resumed run keeps what it has."""
+    if job.config.eval.damage is None or (folder / DAMAGE).exists():
+        return
+    assert job.data is not None
+    layers = {name: layer.config for name, layer in bitlinears(job.student)}
+    scored = calibration(job.data, job.config.eval.damage)
+    found = damage_map(measure.place(job.base), layers, scored, progress=job.config.trainer.progress)
+    write_text(folder / DAMAGE, json.dumps(found.to_dict(), indent=2))
+
+
 def train(job: Job, book: Book, measure: Measure, signals: Signals, trackers: Trackers) -> int | None:
     """Calibrate and measure the student, and train it; the signal that interrupted it, None where it may be finished."""
     assert job.data is not None
+    map_damage(job, measure, Path(book.facts.folder))
     mix_components(job.config, measure.place(job.base), job.student, job.record, job.data, Path(book.facts.folder))
     job.base.cpu()
     device = device_of(job.config.trainer)

@@ -23,7 +23,7 @@ BLOCKS = [
 ]
 LINES = [(page, line.partition("  #")[0].partition(" # ")[0].strip()) for page, _, block in BLOCKS for line in block.splitlines()]
 COMMANDS = sorted({line for _, line in LINES if re.match(r"(python -m qat\.|qat )[a-z]", line)})
-VERBS = ("train", "report", "plan", "evaluate", "generate", "export", "inspect", "serve", "bench", "ops.build")
+VERBS = ("train", "report", "damage", "plan", "evaluate", "generate", "export", "inspect", "serve", "bench", "ops.build")
 
 
 @pytest.mark.parametrize(
