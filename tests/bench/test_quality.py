@@ -79,7 +79,8 @@ def test_a_row_is_the_sum_of_its_diffs_and_updates_follow_from_tokens(tmp_path: 
         "m/screen/wide/seed0-lr0.1", "m/screen/wide/seed0-lr0.2", "m/screen/fixed/seed0",
     ]  # fmt: skip
     wide = screen[2].arguments({"shared": "/x"})
-    assert wide[0] == "quant=binary" and {"model.path=/x/m", "trainer.max_steps=5", "optim.warmup_steps=0"} <= set(wide)
+    assert wide[:2] == ["recipe=plain", "quant=binary"]
+    assert {"model.path=/x/m", "trainer.max_steps=5", "optim.warmup_steps=0"} <= set(wide)
     assert {"trainer.max_steps=10", "optim.warmup_steps=1", "trainer.compile=true"} <= set(screen[4].arguments({}))
 
 
