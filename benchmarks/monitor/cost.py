@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 from qat.config.compose.composing import compose_run
 from qat.monitor.inputs import Inputs
 from qat.train import run
+from qat.training.monitoring.alarming import Alarming
 from qat.training.monitoring.looks import Monitor
 from qat.training.monitoring.optimization import Optimization
 from qat.training.monitoring.speed import Speed
@@ -29,6 +30,7 @@ PARTS: dict[str, tuple[type, list[str]]] = {
     "inputs": (Inputs, ["_summed"]),
     "optimization": (Optimization, ["on_before_optimizer_step", "on_train_batch_end"]),
     "speed": (Speed, ["on_train_batch_start", "on_train_batch_end"]),
+    "alarms": (Alarming, ["on_train_start", "on_train_batch_end", "on_validation_end"]),
     "training": (pl.Trainer, ["fit"]),
 }
 """Part -> its class, and the methods whose seconds are counted; the last is the whole."""

@@ -82,9 +82,13 @@ class QATModule(pl.LightningModule):
         self._taps.remove()
 
     def weights(self) -> dict[str, float]:
-        """Loss -> its weight at this step: a function of the step, times its factor where weights are balanced."""
+        """Loss -> its weight at this step."""
+        return self.weights_at(self.global_step)
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Loss -> its weight: a function of the step (0-based), times its factor now where weights are balanced."""
         return {
-            name: weight_at(self.distill, name, self.global_step, self.total_steps) * self.factors.get(name, 1.0)
+            name: weight_at(self.distill, name, step, self.total_steps) * self.factors.get(name, 1.0)
             for name in active(self.distill)
         }
 

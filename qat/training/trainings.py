@@ -23,6 +23,7 @@ from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Oscillation
 from qat.training.fit import FitResult, fit
 from qat.training.gradients.terms import TermGradients
 from qat.training.module import OptimizerFactory, QATModule
+from qat.training.monitoring.alarming import Alarming
 from qat.training.monitoring.looks import Monitor
 from qat.training.signals import Signals
 from qat.training.tasks import code_of
@@ -91,7 +92,8 @@ def train_student(
     if len(active(config.distill)) > 1 and (config.distill.balance or config.trainer.val_every):
         callbacks.append(TermGradients(config.distill.balance, config.trainer.val_every))
     if config.trainer.monitor_every is not None:
-        callbacks.append(Monitor(folder, config.trainer.monitor_every))
+        monitor = Monitor(folder, config.trainer.monitor_every)
+        callbacks += [monitor, Alarming(folder, config, monitor)]
     module = _module(config, student, config.distill, optimizer, teacher, data)
     try:
         outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)

@@ -45,7 +45,8 @@ class Monitor(pl.Callback):
         self.layers = dict(bitlinears(module.student))
         self.families = families(self.layers)
         self.file = LayersFile(self.folder, self.families, trainer.global_step or None)
-        self.sums: Sums = {}
+        self.latest: dict[str, np.ndarray] = {}
+        """Statistic -> value of each layer, float32 [L], at the last look."""
         self._inputs, self._sample, self._gradients = Inputs(self.layers), list[Tensor](), dict[str, Tensor]()
         if not self.layers:
             return
@@ -55,9 +56,9 @@ class Monitor(pl.Callback):
             self.scales = np.array(self._trace["scales"])
         else:
             self.trace = Trace.begun([codes for codes, _ in quantized.values()])
-            self.sums = self._of_weights(quantized)
-            self.scales = self.sums["scale"][0]
-            self.file.write(trainer.global_step, layerwise(self.sums))
+            sums = self._of_weights(quantized)
+            self.scales = sums["scale"][0]
+            self.file.write(trainer.global_step, layerwise(sums))
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: pl.Trainer, module: QATModule, batch: Any, batch_idx: int
@@ -93,10 +94,11 @@ class Monitor(pl.Callback):
         if not step_ends(trainer, batch_idx) or trainer.global_step % self.every or not self.layers:
             return
         self._stop_listening()
-        self.sums = self._look()
-        module.row |= groupwise(self.sums, [*self.families.values()], [*HEALTH])
+        sums = self._look()
+        self.latest = layerwise(sums)
+        module.row |= groupwise(sums, [*self.families.values()], [*HEALTH])
         module.row |= self._update_ratio()
-        self.file.write(trainer.global_step, layerwise(self.sums))
+        self.file.write(trainer.global_step, self.latest)
         self._inputs.forget()
         self._gradients, self._sample = {}, []
 

@@ -1,0 +1,170 @@
+"""Alarms provoked in small runs: each is raised once, in the terminal, in the run's file and in loggers that can show it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from tiny_run import TRAINER, killed_and_resumed
+
+from qat.config import DistillConfig, TrainConfig
+from qat.conversion.layers import bitlinears
+from qat.monitor.alarms import Alarm, read_alarms
+from qat.train import run
+from qat.training.loggers import SINKS, Sink
+
+QUIET = replace(TRAINER, max_steps=24, monitor_every=2, gradient_clip_val=None)
+
+
+def alarms_of(config: TrainConfig) -> list[Alarm]:
+    return read_alarms(Path(run(config).folder))
+
+
+class Harm(pl.Callback):
+    """Does something to the student after a step that a training would not."""
+
+    def __init__(self, what: str, at: tuple[int, ...] = (12,)) -> None:
+        self.what, self.at = what, at
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step in self.at:
+            getattr(self, self.what)([layer.q_proj.weight for layer in self.attentions(module)], module.student)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        for layer in self.attentions(module) if self.what == "cuts" else ():
+            layer.q_proj.weight.grad.zero_()
+
+    def attentions(self, module: Any) -> list[Any]:
+        return [layer.self_attn for layer in module.student.model.layers]
+
+    def cuts(self, weights: list[torch.Tensor], student: Any) -> None:
+        pass
+
+    def blows_up(self, weights: list[torch.Tensor], student: Any) -> None:
+        student.model.norm.weight.mul_(-40)
+
+    def turns(self, weights: list[torch.Tensor], student: Any) -> None:
+        student.model.norm.weight.mul_(-2)
+
+    def breaks(self, weights: list[torch.Tensor], student: Any) -> None:
+        student.model.norm.weight.mul_(float("nan"))
+
+    def swings(self, weights: list[torch.Tensor], student: Any) -> None:
+        for _, layer in bitlinears(student):
+            layer.weight.neg_()
+
+    def shrinks(self, weights: list[torch.Tensor], student: Any) -> None:
+        for weight in weights:
+            weight.mul_(0.01)
+
+    def empties(self, weights: list[torch.Tensor], student: Any) -> None:
+        for weight in weights:
+            weight[0, 0] = 1000
+
+
+def harmed(config: TrainConfig, what: str, **more: Any) -> TrainConfig:
+    config.trainer = QUIET
+    config.callbacks = {"harm": {"_target_": "test_alarms.Harm", "what": what, **more}}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "where"),
+    [
+        ("blows_up", "divergence", ""),
+        ("cuts", "no_gradient", "q"),
+        ("shrinks", "scale_collapse", "q"),
+        ("empties", "zero_collapse", "q"),
+    ],
+)
+def test_harm_is_noticed(config: TrainConfig, capsys: pytest.CaptureFixture[str], what: str, kind: str, where: str) -> None:
+    found = alarms_of(harmed(config, what))
+    [alarm] = [one for one in found if one.kind == kind]
+    assert alarm.where == where and alarm.step <= 18 and capsys.readouterr().out.count(f"alarm, {alarm.line}") == 1
+
+
+def test_spikes_of_the_loss(config: TrainConfig) -> None:
+    config = harmed(config, "turns", at=[13, 14, 16, 17, 20, 21])  # twice is as it was, times 4
+    config.trainer = replace(QUIET, max_steps=24)
+    assert "loss_spikes" in {one.kind for one in alarms_of(config)}
+
+
+def test_codes_that_never_change(config: TrainConfig) -> None:
+    config.trainer, config.optim = QUIET, replace(config.optim, latent_lr_multiplier=0.0, weight_decay=0.0)
+    found = alarms_of(config)
+    assert {(one.kind, one.where) for one in found} == {
+        ("codes_frozen", name) for name in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+    assert {one.until for one in found} == {None}
+
+
+def test_codes_that_swing_to_the_end(config: TrainConfig) -> None:
+    config = harmed(config, "swings", at=list(range(1, 25)))
+    config.trainer = replace(QUIET, monitor_every=1)
+    [alarm] = [one for one in alarms_of(config) if one.kind == "oscillation"]
+    assert alarm.step == 22  # the last tenth
+
+
+def test_a_term_that_drowns_the_others(config: TrainConfig) -> None:
+    config.trainer, config.distill = replace(QUIET, val_every=6, max_steps=12), DistillConfig(ce=1e-3, kl=1e-3, hidden=50.0)
+    [alarm] = [one for one in alarms_of(config) if one.kind == "term_drowns"]
+    assert alarm.where == "hidden" and alarm.step == 12
+
+
+def test_a_text_that_is_read_too_often(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the cat sat.\na dog ran,\n" * 25)
+    config.data, config.trainer = replace(config.data, train=str(tmp_path / "short.txt")), replace(QUIET, max_steps=80)
+    [alarm] = [one for one in alarms_of(config) if one.kind == "data_repeated"]
+    assert alarm.step == 1
+
+
+def test_a_teacher_that_knows_less_than_its_student(config: TrainConfig) -> None:
+    config.trainer, config.distill = replace(QUIET, val_every=24), DistillConfig(ce=1.0, kl=0.01)  # the teacher is random
+    [alarm] = [one for one in alarms_of(config) if one.kind == "teacher_mismatch"]
+    assert alarm.step == 24
+
+
+def test_a_run_that_ends_in_nan_has_its_alarm(config: TrainConfig) -> None:
+    config = harmed(config, "breaks")
+    with pytest.raises(ValueError, match="the loss is nan at step 13"):
+        run(config)
+    [alarm] = read_alarms(Path(config.run.dir or ""))
+    assert (alarm.kind, alarm.step) == ("divergence", 12) and "the loss is nan at step 13" in alarm.text
+
+
+class Alerted(CSVLogger):
+    """A logger that can show alarms."""
+
+
+def test_loggers_show_alarms(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, str, int]] = []
+    monkeypatch.setitem(SINKS, Alerted, Sink(alert=lambda logger, *alarm: said.append(alarm)))
+    config = harmed(config, "shrinks", at=[2])
+    config.logger = {"alerted": {"_target_": "test_alarms.Alerted"}}
+    [alarm] = alarms_of(config)
+    assert said == [("scale collapse", alarm.line, alarm.step)]
+
+
+@pytest.mark.parametrize(("step", "checkpoint_every"), [(9, 5), (17, 10)])  # before and after the alarms at step 8
+def test_a_killed_run_s_alarms_are_those_of_an_undisturbed_one(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int, checkpoint_every: int
+) -> None:
+    config.trainer, config.optim = QUIET, replace(config.optim, latent_lr_multiplier=0.0, weight_decay=0.0)
+    parts = killed_and_resumed(copy.deepcopy(config), tmp_path / "parts", step, checkpoint_every)
+    assert capsys.readouterr().out.count("alarm, step 8: no code of q has changed") == (2 if step == 9 else 1)
+    assert [(one.step, one.where) for one in read_alarms(parts)] == [
+        (8, name) for name in ("q", "k", "v", "o", "gate", "up", "down")
+    ]
+
+
+def test_a_healthy_run_raises_none(config: TrainConfig) -> None:
+    config.trainer, config.distill = replace(QUIET, val_every=12, monitor_every=4), DistillConfig(ce=1.0, kl=0.0)
+    assert alarms_of(config) == []
