@@ -229,9 +229,10 @@ def _latent_codes(w: Tensor, parameters: Sequence[Tensor], o: TrainingOptions) -
     found, slot = _latent_weights.get((w, *parameters), latent.record_of(o), *weight_options(o))
     if found is not None:
         return found
-    t, scale = _quantize(w, parameters, o)
-    tiles = torch.ops.qat.cpu_tile_codes(t.contiguous(), scale.shape[1])
-    return _latent_weights.put(slot, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
+    with torch.inference_mode(False), torch.no_grad():  # kept for training too, which cannot save inference tensors
+        t, scale = _quantize(w, parameters, o)
+        tiles = torch.ops.qat.cpu_tile_codes(t.contiguous(), scale.shape[1])
+        return _latent_weights.put(slot, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
 
 
 def bitlinear(

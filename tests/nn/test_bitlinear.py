@@ -252,3 +252,13 @@ def test_the_input_has_linear_s_name() -> None:
     trained = model[0](input=x)
     qat.pack(model)
     assert torch.equal(model[0](input=x), trained)
+
+
+@pytest.mark.parametrize("config", [QuantConfig(), QuantConfig(granularity="channel"), QuantConfig(components=2)], ids=str)
+def test_what_inference_mode_has_made_of_a_weight_can_be_trained_with(config: QuantConfig) -> None:
+    layer, x = BitLinear(64, 32, config=config), torch.randn(3, 64)
+    with torch.inference_mode():
+        before = layer(x)
+    after = layer(x)
+    after.sum().backward()
+    assert torch.equal(after, before) and layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
