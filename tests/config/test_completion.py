@@ -39,7 +39,7 @@ def completions(line: str, folder: Path) -> list[str]:
     ("line", "expected"),
     [
         ("qat ge", ["generate"]),
-        ("qat ", ["train", "evaluate", "generate", "export", "inspect", "plan", "serve", "bench", "build"]),
+        ("qat ", ["train", "evaluate", "generate", "export", "inspect", "plan", "damage", "report", "dashboard", "serve", "bench", "build"]),
         ("qat train rec", ["recipe="]),
         ("qat train quant.gr", ["quant.granularity=", "quant.group_size="]),
         ("qat train recipe=qu", ["quickstart"]),
