@@ -7,6 +7,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BESIDE = ("conf", "recipes", "csrc", "csrc/cpu", "csrc/cuda", *(f"conf/{one.name}" for one in sorted(Path("conf").glob("*/"))))
+BESIDE = (
+    "conf",
+    "recipes",
+    "csrc",
+    "csrc/cpu",
+    "csrc/cuda",
+    *(str(one) for one in sorted(Path("conf").rglob("*")) if one.is_dir()),
+)
 
 setup(packages=[*find_packages(include=["qat", "qat.*"]), *("qat." + folder.replace("/", ".") for folder in BESIDE)])

@@ -17,6 +17,7 @@ VERBS = {
     "damage": ("qat.damage", "what quantizing each layer of a model costs before any training"),
     "report": ("qat.report", "the page of a run made anew, or of several beside each other"),
     "plan": ("qat.plan", "what limits a budget of tokens or hours, and the run that fits it"),
+    "dashboard": ("qat.dashboard", "a W&B workspace and report of a project's runs, as code"),
     "bench": ("qat.bench", "kernels beside torch's own layers, with this machine's limits"),
     "build": ("qat.ops.build", "compile the kernels ahead of their first use"),
 }

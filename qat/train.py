@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from qat.config.compose.command import Command
     from qat.config.compose.composing import Job
     from qat.reporting.result import RunResult
+    from qat.training.sweep import Outcome
 
 WRONG = 2
 """Exit code of an error that is the user's; 128 + N is that of a run which signal N interrupted."""
@@ -39,66 +39,68 @@ def run(config: TrainConfig) -> RunResult:
         return main_job(load_config(config.resume) if config.resume and not config.model.path else config)
 
 
-def _show(build: Callable[[], TrainConfig]) -> tuple[int, float | None, str]:
-    """Run and print the table; exit code, objective, and the user's error in one line, printed too."""
+def _show(build: Callable[[], TrainConfig], perform: Callable[[TrainConfig], RunResult]) -> tuple[int, RunResult | None, str]:
+    """Run and print the table; exit code, result, and its status or the user's error in one line, printed too."""
     from qat.reporting.table import print_table
 
     try:
         config = build()
         import_module("qat.training.run")  # here, where a signal ends the process at once
-        result = run(config)
+        result = perform(config)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"qat.train: {message}", file=sys.stderr)
         return WRONG, None, message
     if result.measured:
         print_table(result)
-    code = 0 if result.signal is None else 128 + result.signal
-    return code, result.objective, result.status
+    return 0 if result.signal is None else 128 + result.signal, result, result.status
 
 
 def _sweep(jobs: list[Job]) -> int:
     """All jobs one after another, whatever becomes of one; a line a job says at the end what did. An interrupted one ends it."""
-    worst, lines = 0, []
+    from qat.training.sweep import job_of, told
+
+    found: list[Outcome] = []
     for job in jobs:
         print(f"job {job.number} of {len(jobs)}: {job.words}", flush=True)
-        try:
-            code, objective, status = _show(job.build)
-        except Exception as error:
-            traceback.print_exc()
-            code, objective, status = 1, None, f"{type(error).__name__}: {error}"
-        where = job.config.run.dir if job.config else "not run"
-        value = "" if objective is None else f"  trained {objective:.4f}"
-        lines.append(f"job {job.number}  {job.words}  {where}{value}  {'failed: ' if code in (1, WRONG) else ''}{status}")
-        worst = max(worst, code)
-        if code not in (0, 1, WRONG):
+        folder = job.config.run.dir if job.config else None
+        found.append(job_of(job.number, job.words, folder, lambda perform, job=job: _show(job.build, perform), run)[0])
+        if found[-1].code not in (0, 1, WRONG):
             break
-    print(*lines, sep="\n")
-    return worst
+    return told(found)
 
 
 def _by_hydra(command: Command, settings: list[str]) -> int:
     """Hydra's own main: its flags, and sweepers and launchers of its plugins, which get what is to be minimised."""
     import hydra
 
-    from qat.config.compose.composing import compose_run, job_config
+    from qat.config.compose.command import sweep_folder
+    from qat.config.compose.composing import compose_run, job_config, job_words
     from qat.config.compose.keys import config_folder
     from qat.config.compose.register import register
-
-    codes = [0]
-
-    def task(composed: Any) -> float | None:
-        code, objective, _ = _show(lambda: job_config(composed))
-        codes.append(code)
-        return float("nan") if code else objective
+    from qat.training.sweep import job_of, note, noted, size_of, told
 
     register(settings, command.config_dir)
     if not command.multirun:
         compose_run(settings, command.config_dir)
     search = ["--config-dir", command.config_dir] if command.config_dir else []
-    sys.argv = [sys.argv[0], *search, *command.flags, *(["-m"] if command.multirun else []), *settings]
+    folder, where = sweep_folder(settings) if command.multirun else (None, [])
+    since, codes = size_of(folder), [0]
+
+    def task(composed: Any) -> float | None:
+        number, words = job_words({*settings, *where})
+        if number is None or folder is None:
+            codes.append(_show(lambda: job_config(composed), run)[0])
+            return None
+        print(f"job {number}: {words}", flush=True)
+        show = lambda perform: _show(lambda: job_config(composed, words), perform)  # noqa: E731
+        outcome, value = job_of(number, words, f"{folder}/{number}", show, run)
+        note(outcome)
+        return value
+
+    sys.argv = [sys.argv[0], *search, *command.flags, *(["-m"] if command.multirun else []), *settings, *where]
     hydra.main(config_path=str(config_folder("conf")), config_name="train", version_base="1.3")(task)()
-    return max(codes)
+    return told(noted(folder, since)) if folder else max(codes)
 
 
 def _serve(command: Command) -> int:
@@ -109,12 +111,12 @@ def _serve(command: Command) -> int:
     settings = [as_typed(one, command.multirun) for one in command.settings if not one.startswith("resume=")]
     if command.resume is not None:
         folder = command.resume
-        return _show(lambda: resumed(folder, settings)[0])[0]
+        return _show(lambda: resumed(folder, settings)[0], run)[0]
     if command.by_hydra:
         return _by_hydra(command, settings)
     if command.multirun:
         return _sweep(compose_jobs(settings, command.config_dir))
-    return _show(lambda: compose_run(settings, command.config_dir))[0]
+    return _show(lambda: compose_run(settings, command.config_dir), run)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -118,6 +118,11 @@ class RunResult:
         trained = self.measured.get("trained")
         return trained if trained is None or self.measured is self.perplexity else 1 - trained
 
+    @property
+    def minimised(self) -> float | None:
+        """What a search is told: ln(trained / full precision), by which models and texts compare; without these, `objective`."""
+        return self.measured.recovered().get("log_ratio_trained", self.objective)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; sections that were not run are left out."""
         plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("further", "signal")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -35,6 +36,16 @@ class Command:
     def by_hydra(self) -> bool:
         """Whether Hydra's own main is asked for: its flags, or its settings (another sweeper or launcher)."""
         return bool(self.flags) or any(setting.lstrip("+~").startswith(("hydra.", "hydra/")) for setting in self.settings)
+
+
+def sweep_folder(settings: list[str]) -> tuple[str | None, list[str]]:
+    """The folder that the jobs of a sweep lie in, and what says so where no setting does; None: each job has its own."""
+    said = {key.lstrip("+"): value for key, _, value in (one.partition("=") for one in settings)}
+    if "run.dir" not in said:
+        folder = f"runs/{said.get('recipe', 'custom')}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        return folder, [f"run.dir={folder}"]
+    folder = _unquoted(said["run.dir"])
+    return (None if "${" in folder or "," in folder else folder), []
 
 
 def _unquoted(value: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +75,12 @@ def compose_jobs(settings: Sequence[str], config_dir: str | None = None) -> list
     first: DictConfig | None = None
     jobs = []
     for number, one in enumerate(batch):
-        job = Job(number, " ".join(setting for setting in one if setting.partition("=")[0] in swept))
+        job = Job(number, _words(setting for setting in one if setting.partition("=")[0] in swept))
         try:
             composed = compose_config("train", [*one, f"hydra.job.num={number}"], config_dir)
             if first is not None:
                 OmegaConf.copy_cache(first, composed)
-            job.config = as_config(composed, number)
+            job.config = as_config(composed, number, job.words)
             first = composed if first is None else first
         except ValueError as error:
             job.error = str(error)
@@ -87,7 +88,7 @@ def compose_jobs(settings: Sequence[str], config_dir: str | None = None) -> list
     return jobs
 
 
-def as_config(composed: DictConfig, number: int | None = None) -> TrainConfig:
+def as_config(composed: DictConfig, number: int | None = None, words: str = "") -> TrainConfig:
     """The typed configuration of what Hydra composed; each job of a sweep has its folder, run.dir/NUMBER.
 
     Raises:
@@ -100,10 +101,22 @@ def as_config(composed: DictConfig, number: int | None = None) -> TrainConfig:
             plain.pop("hydra", None)
         config: TrainConfig = OmegaConf.to_object(plain)  # type: ignore[assignment]
         OmegaConf.copy_cache(plain, composed)
-    return _numbered(config, number)
+    return _numbered(config, number, words)
 
 
-def job_config(composed: DictConfig) -> TrainConfig:
+def job_words(common: set[str]) -> tuple[int | None, str]:
+    """Number and words of the job that Hydra's own main runs: its settings without those that all jobs have. None: no sweep."""
+    job = HydraConfig.get()
+    own = _words(setting for setting in job.overrides.task if setting not in common)
+    return (job.job.num if job.mode == RunMode.MULTIRUN else None), own
+
+
+def _words(settings: Iterable[str]) -> str:
+    """Settings for people, without the quotes that text has for Hydra."""
+    return " ".join(re.sub(r"='([^']*)'$", r"=\1", setting) for setting in settings)
+
+
+def job_config(composed: DictConfig, words: str = "") -> TrainConfig:
     """The typed configuration of a job that Hydra's own main runs.
 
     Raises:
@@ -112,11 +125,14 @@ def job_config(composed: DictConfig) -> TrainConfig:
     with one_line():
         config: TrainConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
     job = HydraConfig.get()
-    return _numbered(config, job.job.num if job.mode == RunMode.MULTIRUN else None)
+    return _numbered(config, job.job.num if job.mode == RunMode.MULTIRUN else None, words)
 
 
-def _numbered(config: TrainConfig, number: int | None) -> TrainConfig:
-    if number is not None and config.run.dir:
+def _numbered(config: TrainConfig, number: int | None, words: str) -> TrainConfig:
+    if number is None:
+        return config
+    config.run.job, config.run.group = config.run.job or words or None, config.run.group or config.run.dir
+    if config.run.dir:
         config.run.dir = str(Path(config.run.dir) / str(number))
     return config
 

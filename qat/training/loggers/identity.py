@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def identity(folder: Path) -> tuple[str, dict[str, str]]:
     """
     file = folder / FILE
     if not file.is_file():
-        return uuid.uuid4().hex[:12], {}
+        return os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12], {}  # the former where a W&B agent started it
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
         known = {str(key): str(value) for key, value in values["known"].items()}

@@ -1,0 +1,104 @@
+"""Sweeps of real runs: names, comparison, what is done is skipped, Optuna and launchers, and what a W&B agent sends."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import ROOT, overrides
+
+from qat import train
+from qat.config import TrainConfig
+from qat.config.compose.command import parse
+from qat.config.compose.composing import compose_run
+from qat.config.compose.saved import load_config
+from qat.config.compose.text import as_typed
+from qat.monitor.table import find
+from qat.reporting.result import read_result
+from qat.training.sweep import noted
+
+
+def code(arguments: list[str]) -> int:
+    try:
+        train.main(arguments)
+    except SystemExit as error:
+        assert isinstance(error.code, int)
+        return error.code
+    return 0
+
+
+def test_a_sweep_compares_its_jobs_and_skips_what_is_done(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = {"quant.granularity": "tensor,channel", "optim.lr": "5e-3,1e-2", "trainer.max_steps": 1}
+    asked = ["-m", *overrides(config, tmp_path / "sweep", **swept)]
+    assert code(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.lstrip().startswith("job  ln(trained/full)"))
+    values = [float(line.split()[1]) for line in lines[head + 1 : head + 5]]
+    assert values == sorted(values) and "quant.granularity=channel" in " ".join(lines[head + 1 : head + 5])
+    assert "Plotly" in (tmp_path / "sweep" / "comparison.html").read_text()
+    third = load_config(str(tmp_path / "sweep" / "3"))
+    assert third.run.group == str(tmp_path / "sweep") and "optim.lr=" in third.run.job and "granularity" in third.run.job
+    (tmp_path / "sweep" / "2" / "result.json").unlink()
+    (tmp_path / "sweep" / "2" / "config.yaml").unlink()
+    assert code(asked) == 0
+    said = capsys.readouterr().out
+    assert [f"sweep/{n} is done and not run again" in said for n in range(4)] == [True, True, False, True]
+
+
+def test_optuna_minimises_the_log_ratio(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path}/study.db"
+    swept = {"trainer.max_steps": 2, "hydra/sweeper": "qat_optuna", "hydra.sweeper.n_trials": 4, "hydra.sweeper.storage": storage}
+    assert code(["-m", *overrides(config, tmp_path / "search", **swept)]) == 0
+    study = optuna.load_study(study_name="qat", storage=storage)
+    results = [read_result(tmp_path / "search" / str(n)) for n in range(4)]
+    found = [one.measured.recovered()["log_ratio_trained"] for one in results if one]
+    assert [trial.value for trial in study.trials] == pytest.approx(found) and len(found) == 4
+    said = capsys.readouterr().out
+    assert "ln(trained/full)" in said and said.count("  done") == 4
+
+
+def test_a_failed_job_of_a_search_is_named_and_ends_nothing(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = {"trainer.max_steps": "1,2", "optim.warmup_steps": 0, "optim.lr": "5e-3,1e30", "hydra/sweeper": "basic"}
+    assert code(["-m", *overrides(config, tmp_path / "search", **swept)]) in (1, 2)
+    outcomes = noted(str(tmp_path / "search"))
+    assert len(outcomes) == 4 and outcomes[0].code == outcomes[2].code == 0 and outcomes[3].code
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("job 3  trainer.max_steps=2 optim.lr=") and "failed: " in last
+
+
+def test_joblib_runs_jobs_in_processes_of_their_own(config: TrainConfig, tmp_path: Path) -> None:
+    pytest.importorskip("joblib")
+    swept = {"seed": "1,2", "trainer.max_steps": 1, "hydra/launcher": "qat_joblib"}
+    assert code(["-m", *overrides(config, tmp_path / "jobs", **swept)]) == 0
+    assert [(one.number, one.words, one.status) for one in noted(str(tmp_path / "jobs"))] == [
+        (0, "seed=1", "done"),
+        (1, "seed=2", "done"),
+    ]
+
+
+def test_what_a_wandb_agent_sends_composes() -> None:
+    sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
+    assert find(sweep["metric"]["name"]).better == "down" and sweep["metric"]["goal"] == "minimize"
+    ends = [
+        [f"{key}={value}" for value in said.get("values", [said.get("min"), said.get("max")])]
+        for key, said in sweep["parameters"].items()
+    ]
+    assert sweep["command"][1:4] == ["python", "-m", "qat.train"] and sweep["command"][-1] == "${args_no_hyphens}"
+    for chosen in product(*ends):
+        settings = parse([*sweep["command"][4:-1], *chosen]).settings
+        config = compose_run([as_typed(one) for one in settings])
+        assert config.logger["wandb"]["offline"] is False and f"optim.lr={config.optim.lr}" in chosen
+
+
+def test_torn_lines_of_a_sweeps_file_are_none(tmp_path: Path) -> None:
+    line = json.dumps({"number": 1, "words": "a=1", "folder": "x", "status": "done"})
+    (tmp_path / "jobs.jsonl").write_text(f'{line}\n{{"number": 2, "wor')
+    assert [one.number for one in noted(str(tmp_path))] == [1]
