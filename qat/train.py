@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def _sweep(jobs: list[Job]) -> int:
     for job in jobs:
         print(f"job {job.number} of {len(jobs)}: {job.words}", flush=True)
         folder = job.config.run.dir if job.config else None
-        found.append(job_of(job.number, job.words, folder, lambda perform, job=job: _show(job.build, perform), run)[0])
+        found.append(job_of(job.number, job.words, folder, partial(_show, job.build), run)[0])
         if found[-1].code not in (0, 1, WRONG):
             break
     return told(found)
@@ -93,8 +94,7 @@ def _by_hydra(command: Command, settings: list[str]) -> int:
             codes.append(_show(lambda: job_config(composed), run)[0])
             return None
         print(f"job {number}: {words}", flush=True)
-        show = lambda perform: _show(lambda: job_config(composed, words), perform)  # noqa: E731
-        outcome, value = job_of(number, words, f"{folder}/{number}", show, run)
+        outcome, value = job_of(number, words, f"{folder}/{number}", partial(_show, partial(job_config, composed, words)), run)
         note(outcome)
         return value
 

@@ -50,7 +50,7 @@ def compared() -> list[Any]:
     """Runs beside each other: coordinates from settings to results, what matters, what differs, and the numbers."""
     import wandb_workspaces.reports.v2 as wr
 
-    axes: list[Any] = [wr.Config(name) for name in SETTINGS] + [wr.SummaryMetric(name) for name in ENDS if find(name)]
+    axes: list[Any] = [*map(wr.Config, SETTINGS), *(wr.SummaryMetric(name) for name in ENDS if find(name))]
     columns = [wr.ParallelCoordinatesPlotColumn(metric=one) for one in axes]
     wide = wr.ParallelCoordinatesPlot(title="Settings and what they reach", columns=columns)
     wide.layout = wr.Layout(x=0, y=0, w=COLUMNS * WIDTH, h=2 * HEIGHT)

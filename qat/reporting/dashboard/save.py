@@ -35,7 +35,7 @@ def _saved(entity: str, name: str) -> list[str]:
 
     try:
         api = wandb.Api()
-        entity = entity or api.default_entity
+        entity = entity or str(api.default_entity)
         _ = api.project(name, entity).id
     except Exception as error:  # wandb's own, of no common class
         said = " ".join(str(error).split())
