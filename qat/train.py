@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qat.config.compose.command import Command
     from qat.config.compose.composing import Job
     from qat.reporting.result import RunResult
-    from qat.training.sweep import Outcome
+    from qat.training.sweeps.outcomes import Outcome
 
 WRONG = 2
 """Exit code of an error that is the user's; 128 + N is that of a run which signal N interrupted."""
@@ -59,7 +59,7 @@ def _show(build: Callable[[], TrainConfig], perform: Callable[[TrainConfig], Run
 
 def _sweep(jobs: list[Job]) -> int:
     """All jobs one after another, whatever becomes of one; a line a job says at the end what did. An interrupted one ends it."""
-    from qat.training.sweep import job_of, told
+    from qat.training.sweeps.jobs import job_of, told
 
     found: list[Outcome] = []
     for job in jobs:
@@ -79,7 +79,8 @@ def _by_hydra(command: Command, settings: list[str]) -> int:
     from qat.config.compose.composing import compose_run, job_config, job_words
     from qat.config.compose.keys import config_folder
     from qat.config.compose.register import register
-    from qat.training.sweep import job_of, note, noted, size_of, told
+    from qat.training.sweeps.jobs import job_of, told
+    from qat.training.sweeps.outcomes import note, noted, size_of
 
     register(settings, command.config_dir)
     if not command.multirun:
@@ -96,11 +97,16 @@ def _by_hydra(command: Command, settings: list[str]) -> int:
         print(f"job {number}: {words}", flush=True)
         outcome, value = job_of(number, words, f"{folder}/{number}", partial(_show, partial(job_config, composed, words)), run)
         note(outcome)
+        if outcome.code not in (0, 1, WRONG):
+            sys.exit(outcome.code)  # a signal ends the sweep, and Hydra holds back errors alone
         return value
 
     sys.argv = [sys.argv[0], *search, *command.flags, *(["-m"] if command.multirun else []), *settings, *where]
-    hydra.main(config_path=str(config_folder("conf")), config_name="train", version_base="1.3")(task)()
-    return told(noted(folder, since)) if folder else max(codes)
+    try:
+        hydra.main(config_path=str(config_folder("conf")), config_name="train", version_base="1.3")(task)()
+    finally:
+        worst = told(noted(folder, since)) if folder else max(codes)
+    return worst
 
 
 def _serve(command: Command) -> int:

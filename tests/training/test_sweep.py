@@ -18,7 +18,7 @@ from qat.config.compose.saved import load_config
 from qat.config.compose.text import as_typed
 from qat.monitor.table import find
 from qat.reporting.result import read_result
-from qat.training.sweep import noted
+from qat.training.sweeps.outcomes import noted
 
 
 def code(arguments: list[str]) -> int:
