@@ -43,11 +43,13 @@ def test_a_sweep_compares_its_jobs_and_skips_what_is_done(
     assert "Plotly" in (tmp_path / "sweep" / "comparison.html").read_text()
     third = load_config(str(tmp_path / "sweep" / "3"))
     assert third.run.group == str(tmp_path / "sweep") and "optim.lr=" in third.run.job and "granularity" in third.run.job
-    (tmp_path / "sweep" / "2" / "result.json").unlink()
-    (tmp_path / "sweep" / "2" / "config.yaml").unlink()
+    unfinished = tmp_path / "sweep" / "2" / "result.json"
+    unfinished.write_text(unfinished.read_text().replace('"status": "done"', '"status": "failed: a disk"'))
     assert code(asked) == 0
     said = capsys.readouterr().out
     assert [f"sweep/{n} is done and not run again" in said for n in range(4)] == [True, True, False, True]
+    again = read_result(tmp_path / "sweep" / "2")
+    assert again is not None and again.status == "done"
 
 
 def test_optuna_minimises_the_log_ratio(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from qat.config import TrainConfig
 from qat.reporting.page.compare import compare
 from qat.reporting.result import RunResult, read_result
-from qat.training.checkpoints import newest
 from qat.training.recording import config_hash
 from qat.training.sweeps.outcomes import Outcome, comparison
 
@@ -18,7 +17,7 @@ Show = Callable[[Callable[[TrainConfig], RunResult]], tuple[int, RunResult | Non
 
 
 def once(config: TrainConfig, run: Callable[[TrainConfig], RunResult]) -> RunResult:
-    """Run a job, from its checkpoint where an earlier sweep was interrupted; the result it has where it is done.
+    """Run a job, going on where an earlier sweep was interrupted or failed; the result it has where it is done.
 
     A folder that holds another run is left to the error that says so.
     """
@@ -30,7 +29,7 @@ def once(config: TrainConfig, run: Callable[[TrainConfig], RunResult]) -> RunRes
     if result.status == "done" or result.status.startswith("stopped"):
         print(f"{folder} is done and not run again")
         return result
-    return run(replace(config, resume=str(folder)) if newest(folder / "checkpoints") else config)
+    return run(replace(config, resume=str(folder)) if (folder / "config.yaml").is_file() else config)
 
 
 def job_of(
