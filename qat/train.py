@@ -90,7 +90,7 @@ def _by_hydra(command: Command, settings: list[str]) -> int:
     since, codes = size_of(folder), [0]
 
     def task(composed: Any) -> float | None:
-        number, words = job_words({*settings, *where})
+        number, words = job_words([*settings, *where])
         if number is None or folder is None:
             codes.append(_show(lambda: job_config(composed), run)[0])
             return None

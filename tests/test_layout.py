@@ -41,18 +41,13 @@ VERBS = (
     "__main__",
     "train",
     "plan",
-VERBS = (
     "dashboard",
-)
     "evaluate",
     "generate",
     "inspect",
     "serve",
     "report",
-<<<<<<< HEAD
     "damage",
-=======
->>>>>>> b276a74 (Sweeps compare their jobs, skip what is done and serve Optuna)
     "export.__main__",
     "bench.__main__",
 )

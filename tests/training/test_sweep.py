@@ -71,19 +71,16 @@ def test_a_failed_job_of_a_search_is_named_and_ends_nothing(
     swept = {"trainer.max_steps": "1,2", "optim.warmup_steps": 0, "optim.lr": "5e-3,1e30", "hydra/sweeper": "basic"}
     assert code(["-m", *overrides(config, tmp_path / "search", **swept)]) in (1, 2)
     outcomes = noted(str(tmp_path / "search"))
-    assert len(outcomes) == 4 and outcomes[0].code == outcomes[2].code == 0 and outcomes[3].code
+    assert [one.code for one in outcomes] == [0, 0, 2, 2]
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("job 3  trainer.max_steps=2 optim.lr=") and "failed: " in last
+    assert last.startswith("job 3  optim.lr=1e+30 trainer.max_steps=2  ") and "failed: optim.lr=1e+30 is not allowed" in last
 
 
 def test_joblib_runs_jobs_in_processes_of_their_own(config: TrainConfig, tmp_path: Path) -> None:
     pytest.importorskip("joblib")
-    swept = {"seed": "1,2", "trainer.max_steps": 1, "hydra/launcher": "qat_joblib"}
+    swept = {"trainer.max_steps": 1, "hydra/launcher": "qat_joblib"}
     assert code(["-m", *overrides(config, tmp_path / "jobs", **swept)]) == 0
-    assert [(one.number, one.words, one.status) for one in noted(str(tmp_path / "jobs"))] == [
-        (0, "seed=1", "done"),
-        (1, "seed=2", "done"),
-    ]
+    assert [(one.number, one.status) for one in noted(str(tmp_path / "jobs"))] == [(0, "done")]
 
 
 def test_what_a_wandb_agent_sends_composes() -> None:

@@ -104,10 +104,12 @@ def as_config(composed: DictConfig, number: int | None = None, words: str = "") 
     return _numbered(config, number, words)
 
 
-def job_words(common: set[str]) -> tuple[int | None, str]:
-    """Number and words of the job that Hydra's own main runs: its settings without those that all jobs have. None: no sweep."""
+def job_words(settings: Sequence[str]) -> tuple[int | None, str]:
+    """Number and words of a job that Hydra's own main runs: its settings without what `settings` say for all. None: no sweep."""
     job = HydraConfig.get()
-    own = _words(setting for setting in job.overrides.task if setting not in common)
+    parsed = OverridesParser.create().parse_overrides(list(settings))
+    fixed = {override.get_key_element() for override in parsed if not override.is_sweep_override()}
+    own = _words(setting for setting in job.overrides.task if setting.partition("=")[0] not in fixed)
     return (job.job.num if job.mode == RunMode.MULTIRUN else None), own
 
 
