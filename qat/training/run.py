@@ -40,6 +40,7 @@ from qat.training.fit import device_of
 from qat.training.folder import check_target, locked, opened
 from qat.training.loggers import Trackers, tracked
 from qat.training.loggers.identity import about
+from qat.training.monitoring.evidence import keep
 from qat.training.monitoring.reference import References
 from qat.training.plugins import callbacks, check_plugins, instantiated, optimizer_factory
 from qat.training.recording import Book, Facts, assembled, config_hash, recording, versions
@@ -170,8 +171,15 @@ def start(job: Job, book: Book) -> Measure:
     measure = code.measure(job.config, job.data, job.tokenizer)
     book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
     if code.ready(job.config):
-        book.measured("full_precision", measure(job.base))
+        measured(job, book, measure, "full_precision", job.base)
     return measure
+
+
+def measured(job: Job, book: Book, measure: Measure, stage: str, model: PreTrainedModel) -> None:
+    """Measure a stage of the run, and keep what its report shows of it."""
+    assert job.data is not None
+    book.measured(stage, measure(model))
+    keep(job.config, job.data, job.tokenizer, measure, stage, model, Path(book.facts.folder))
 
 
 def tune(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None:
@@ -215,7 +223,7 @@ def train(job: Job, book: Book, measure: Measure, signals: Signals, trackers: Tr
     job.base.cpu()
     device = device_of(job.config.trainer)
     book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device))
-    book.measured("converted", measure(job.student))
+    measured(job, book, measure, "converted", job.student)
     folder = Path(book.facts.folder)
     if newest(folder / "checkpoints") is None:
         trackers.histograms(job.student, 0)
@@ -241,12 +249,12 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     assert job.data is not None and book.facts.training is not None
     config, folder, done = job.config, Path(book.facts.folder), book.facts.training
     round_floats(job.student, config.export.floats)  # to what will be stored, so that it is what is measured
-    book.measured("trained", measure(job.student))
+    measured(job, book, measure, "trained", job.student)
     packed = measure.place(copy.deepcopy(job.student))  # packed where it was trained: the kernels there are warm
     with stage("packing"):
         packing = conversion.pack(packed, layout=config.export.layout)
     packing.skipped = job.record.skipped
-    book.measured("packed", measure(packed))
+    measured(job, book, measure, "packed", packed)
     book.add(logit_difference=same_outputs(job.student, packed, measure, book.facts.stages))
     book.add(bytes={**book.facts.bytes, **save_packed(config, packed, packing, folder, job.tokenizer)})
     book.add(exports=export_all(config, packed, folder, job.tokenizer, measure, book.result.measured))

@@ -88,7 +88,7 @@ def train_student(
     if config.optim.damping or config.optim.freeze_oscillation is not None:
         callbacks.append(Oscillation(config.optim, config.trainer.max_steps))
     if config.trainer.samples and config.trainer.val_every and TASKS[config.task].generates:
-        callbacks.append(Samples(_prompts(config, data), tokenizer, folder / "samples.md"))
+        callbacks.append(Samples(prompts(config, data), tokenizer, folder / "samples.md"))
     if len(active(config.distill)) > 1 and (config.distill.balance or config.trainer.val_every):
         callbacks.append(TermGradients(config.distill.balance, config.trainer.val_every))
     if config.trainer.monitor_every is not None:
@@ -139,7 +139,7 @@ def _module(
     return QATModule(model, distill, config.optim, optimizer, steps, teacher, **more)  # type: ignore[arg-type]
 
 
-def _prompts(config: TrainConfig, data: QATData) -> torch.Tensor:
+def prompts(config: TrainConfig, data: QATData) -> torch.Tensor:
     """The first tokens of held-out sequences."""
     length, count = min(16, config.data.sequence_length // 2), config.trainer.samples
     tokens = data.eval_tokens

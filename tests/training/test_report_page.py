@@ -60,3 +60,28 @@ def test_a_page_that_cannot_be_made_is_said_and_ends_nothing(
         book.add(status="done")
     assert capsys.readouterr().out == f"{tmp_path}: report.html was not written: RuntimeError: no such template\n"
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "done"
+
+
+def test_texts_and_latents_of_the_stages_are_kept(config: TrainConfig, tmp_path: Path) -> None:
+    run(config)
+    folder = tmp_path / "run"
+    samples = json.loads((folder / "samples.json").read_text())
+    assert set(samples["stages"]) == {"full_precision", "converted", "trained", "packed"} and len(samples["prompts"]) == 2
+    stages = samples["stages"]
+    assert stages["trained"] == stages["packed"]
+    assert all(text.startswith(prompt) for text, prompt in zip(stages["trained"], samples["prompts"], strict=True))
+    families = json.loads((folder / "latents.json").read_text())["families"]
+    assert set(families) == {"q", "k", "v", "o", "gate", "up", "down"}
+    q = families["q"]
+    assert q["thresholds"] == [-0.5, 0.5] and q["before"] != q["after"] and len(q["centers"]) == len(q["after"]) == 120
+    assert sum(q["before"]) == pytest.approx(1, abs=1e-5) and sum(q["after"]) == pytest.approx(1, abs=1e-5)
+    page = (folder / "report.html").read_text()
+    assert 'id="latents"' in page and 'class="texts"' in page
+
+
+def test_what_is_kept_leaves_the_run_as_it_is(config: TrainConfig, tmp_path: Path) -> None:
+    kept = run(config)
+    config.trainer, config.run = replace(config.trainer, samples=0, monitor_every=None), RunConfig(dir=str(tmp_path / "bare"))
+    bare = run(config)
+    assert bare.perplexity == kept.perplexity and not (tmp_path / "bare" / "samples.json").exists()
+    assert not (tmp_path / "bare" / "latents.json").exists()
