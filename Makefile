@@ -13,7 +13,7 @@ WORKERS ?= 2
 # The oldest and the newest supported transformers. Another Python: make test PYTHON=python3.13 VENV=.venv313
 VERSIONS ?= transformers==5.20.0 transformers==5.24.0
 
-.PHONY: quickstart test faults versions lint docs sanitize overrides cuda-check bench llama-cpp help clean
+.PHONY: quickstart test faults versions lint docs example-report sanitize overrides cuda-check bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 3 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
@@ -21,6 +21,7 @@ help:
 	@echo "make versions     the tests that VERSIONS (of transformers, or torch) could break, each in an environment of its own"
 	@echo "make lint         ruff, mypy, hadolint, and the docs' site built"
 	@echo "make docs         the pages made from the code, and the site on localhost:8000"
+	@echo "make example-report   the docs' example of a run's page and its picture, of the quickstart; needs chromium"
 	@echo "make sanitize     the CPU op tests on kernels built with AddressSanitizer and UBSan"
 	@echo "make overrides    wrong values for every key of the configuration (about 10 minutes); the suite has a sample"
 	@echo "make cuda-check   the CUDA kernels compiled, linked and loaded by nvcc, for CUDA_ARCHS; needs no GPU"
@@ -58,6 +59,11 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+example-report: $(READY)
+	rm -rf build/example
+	$(BIN)/python -m qat.train recipe=quickstart eval.damage=1024 run.dir=build/example
+	$(BIN)/python docs/screenshot.py build/example
 
 # A report ends the process: pytest may not keep what it writes to the terminal.
 sanitize: $(READY)

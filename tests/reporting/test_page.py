@@ -139,6 +139,31 @@ def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     assert loss["y"][-2:] == [None, 1.0] and "not finite" in words(html)
 
 
+def test_losses_are_one_chart_and_what_else_is_held_out_its_own(tmp_path: Path) -> None:
+    more = {"val/agreement": 0.5, "val/gap": 0.1, "val/teacher_ce": 1.5, "train/epoch": 0.1, "train/weight/kl": 1.0}
+    figures = shown_figures(report(read_run(write_run(tmp_path, rows=[{**row, **more} for row in ROWS]))))
+    lines = {figure["title"]: [one["name"] for one in figure["data"]] for figure in figures}
+    assert lines["Loss"] == ["loss", "ce", "ce, held out"] and lines["gap"] == ["gap"] and lines["agreement"] == ["agreement"]
+    assert lines["Perplexity"][0] == "held-out text" and "teacher ce" not in lines
+
+
+def test_a_statistic_is_one_chart_of_the_model_and_its_families(tmp_path: Path) -> None:
+    more = {"quant/q/error": 0.2, "quant/error": 0.3, "quant/mlp.down/error": 0.4, "quant/zero_fraction": 0.5}
+    figures = shown_figures(report(read_run(write_run(tmp_path, rows=[{**row, **more} for row in ROWS]))))
+    lines = {figure["title"]: [one["name"] for one in figure["data"]] for figure in figures}
+    assert lines["error"] == ["all", "q", "mlp.down"] and lines["zero fraction"] == ["all"]
+    drawable(figures)
+
+
+def test_samples_stand_side_by_side_without_their_prompt(tmp_path: Path) -> None:
+    stages = {"trained": ["Once a cat sat." + 40 * "\n", "no"], "full_precision": ["Once a dog\n\n\n\nran.", "yes"]}
+    (write_run(tmp_path) / "samples.json").write_text(json.dumps({"prompts": ["Once", ""], "stages": stages}))
+    html = report(read_run(tmp_path))
+    answers = re.findall(r"<h4>([^<]*)</h4><p>([^<]*)</p>", html)
+    assert answers[:2] == [("full precision", "a dog\n\nran."), ("after QAT", "a cat sat.")]
+    assert answers[2:] == [("full precision", "yes"), ("after QAT", "no")]
+
+
 def test_rows_that_are_torn_are_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     file.write_text("epoch,step,train/loss\n0,1,3.5\n0,2\nx,y,z\n0,3,2.5\n0,4,1")

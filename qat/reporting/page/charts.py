@@ -32,23 +32,21 @@ def line(name: str, series: Series, colour: str, **more: Any) -> dict[str, Any]:
     return {"type": "scatter", "mode": mode, "name": name, "x": series.steps, "y": series.values, "line": style, **more}
 
 
-def loss_names(metrics: Mapping[str, Series], section: str) -> list[str]:
-    """The losses of a section: its columns one level down, `loss` first."""
-    found = [name for name in metrics if name.startswith(f"{section}/") and name.count("/") == 1]
-    names = [name for name in found if name.partition("/")[2] not in (*NO_LOSS, "perplexity", "gap", "accuracy", "f1", "top1")]
-    return sorted(names, key=lambda name: (not name.endswith("/loss"), name))
+def loss_terms(metrics: Mapping[str, Series]) -> list[str]:
+    """What training minimises: the columns of `train/` one level down, `loss` first."""
+    found = [name.partition("/")[2] for name in metrics if name.startswith("train/") and name.count("/") == 1]
+    return sorted(set(found) - set(NO_LOSS), key=lambda term: (term != "loss", term))
 
 
 def loss_figure(run: Run) -> Figure | None:
     """Training losses as lines, validation as points and dashes of the same colour."""
-    terms = list(dict.fromkeys(name.partition("/")[2] for part in ("train", "val") for name in loss_names(run.metrics, part)))
+    terms = loss_terms(run.metrics)
     colours = {term: SERIES[i % len(SERIES)] for i, term in enumerate(terms)}
     data = []
-    for part, words, more in (("train", "", {}), ("val", " on held-out text", {"dash": "dot"})):
-        for name in loss_names(run.metrics, part):
-            term = name.partition("/")[2]
+    for part, words, more in (("train", "", {}), ("val", ", held out", {"dash": "dot"})):
+        for term in (term for term in terms if f"{part}/{term}" in run.metrics):
             first = {} if term == "loss" else {"opacity": 0.75}
-            data.append(line(term + words, run.metrics[name], colours[term], line=more, **first))
+            data.append(line(term + words, run.metrics[f"{part}/{term}"], colours[term], line=more, **first))
     if not data:
         return None
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
@@ -75,6 +73,13 @@ def perplexity_figure(run: Run) -> Figure | None:
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
     scale = "log" if values and max(values) > 20 * min(values) > 0 else "linear"
     return Figure("Perplexity", data, {"yaxis": {"type": scale}, "xaxis": {"title": {"text": "step"}}, **marks(run)}, height=300)
+
+
+def held_out_figures(run: Run) -> list[Figure]:
+    """What validations say beside the losses and perplexity: gap, agreement, accuracy."""
+    shown = {f"val/{term}" for term in (*loss_terms(run.metrics), "perplexity")}
+    left = [name for name in run.metrics if name.startswith("val/") and name not in shown]
+    return [_small(run, name.partition("/")[2], [name], "") for name in left if not name.endswith("_ce")]
 
 
 def small_figures(run: Run, section: str, words: Mapping[str, str] | None = None) -> list[Figure]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from qat.monitor.table import HEALTH
-from qat.reporting.page.charts import small_figures
+from qat.reporting.page.charts import line
 from qat.reporting.page.heat import heat_figure
-from qat.reporting.page.parts import Block, Cell, Figure, Section, Table, name_cell
+from qat.reporting.page.parts import SERIES, Block, Cell, Figure, Section, Table, name_cell
 from qat.reporting.page.reading import Run
 
 MOST_BARS = 40
@@ -20,8 +20,27 @@ MAPS = ("flip_rate", "zero_fraction", "error")
 
 def health_section(run: Run) -> Section:
     """Heat maps of layers by steps, then curves."""
-    figures = [figure for name in MAPS if (figure := _map(run, name))] + small_figures(run, "quant")
+    figures = [figure for name in MAPS if (figure := _map(run, name))] + _curves(run)
     return Section("health", "Quantization health", figures, "No layer was looked at while it trained.")
+
+
+def _curves(run: Run) -> list[Figure]:
+    """A chart a statistic: a line of the whole model and one of each family, so that the odd one is seen."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in sorted((name for name in run.metrics if name.startswith("quant/")), key=lambda name: name.count("/")):
+        _, *family, statistic = name.split("/")
+        groups.setdefault(statistic, {})["/".join(family) or "all"] = name
+    return [_curve(run, statistic, names) for statistic, names in groups.items()]
+
+
+def _curve(run: Run, statistic: str, names: dict[str, str]) -> Figure:
+    colours = ("--text", *SERIES) if "all" in names else SERIES
+    shown = list(names.items())[: len(colours)]
+    data = [line(family, run.metrics[name], colour) for (family, name), colour in zip(shown, colours, strict=False)]
+    data = [{**one, "mode": "lines", "line": {**one["line"], "width": 2.2 if one["name"] == "all" else 1}} for one in data]
+    layout = {"xaxis": {"title": {"text": "step"}}, "legend": {"font": {"size": 10}}, "showlegend": len(data) > 1}
+    said = HEALTH.get(statistic, ("", "", ""))[2]
+    return Figure(statistic.replace("_", " "), data, layout, said, height=270, small=True)
 
 
 def _map(run: Run, name: str) -> Figure | None:

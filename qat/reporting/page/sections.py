@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from qat.reporting.page import reproduce
-from qat.reporting.page.charts import loss_figure, perplexity_figure, small_figures
+from qat.reporting.page.charts import held_out_figures, loss_figure, perplexity_figure, small_figures
 from qat.reporting.page.health import damage_section, health_section, latents_section
 from qat.reporting.page.parts import Block, Cell, Command, Lines, Section, Table, Texts, megabytes, name_cell, seconds_in_words
 from qat.reporting.page.reading import Run
@@ -99,7 +100,7 @@ def _size(words: str, size: float, base: float, whole: float) -> list[Cell]:
 
 
 def _curves(run: Run) -> Section:
-    found = [figure for figure in (loss_figure(run), perplexity_figure(run)) if figure]
+    found = [figure for figure in (loss_figure(run), perplexity_figure(run)) if figure] + held_out_figures(run)
     absent = "No step was logged: the run ended before step trainer.log_every_n_steps."
     section = Section("curves", "Loss and perplexity", found, "" if found else absent)
     return section
@@ -124,8 +125,9 @@ def _samples(run: Run) -> Section:
 
 
 def _continuation(texts: Sequence[object], i: int, prompt: str) -> str:
+    """What follows the prompt; a model that writes empty lines without end does not push the page away."""
     text = str(texts[i]) if i < len(texts) else ""
-    return text.removeprefix(prompt)[:1500]
+    return re.sub(r"\n\s*\n\s*", "\n\n", text.removeprefix(prompt)[:1500]).strip()
 
 
 def _speed(run: Run) -> Section:
