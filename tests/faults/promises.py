@@ -69,7 +69,8 @@ def read_rows(run: Path) -> list[dict[str, str]]:
     """Of metrics.csv, every cell a number, without what a clock says."""
     with (run / "metrics.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    return [{key: cell for key, cell in row.items() if "second" not in key and cell and float(cell) is not None} for row in rows]
+    said = [{key: cell for key, cell in row.items() if not key.startswith("speed/")} for row in rows]
+    return [{key: cell for key, cell in row.items() if cell and float(cell) is not None} for row in said]
 
 
 def signalled(run: Path, trial: Trial, number: int, begun: Path | None) -> None:

@@ -221,15 +221,17 @@ def test_a_signal_while_the_model_is_loaded(
 def test_the_rate_is_that_of_the_steps_since_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 8 tokens take 1 s each at first and 4 s after the first row."""
     clock, logged = [0.0], []
+    row: dict[str, float] = {}
     monkeypatch.setattr("qat.training.callbacks.throughput.time.perf_counter", lambda: clock[0])
-    rate, trainer = Throughput(every=2), SimpleNamespace(global_step=0, accumulate_grad_batches=1, world_size=1)
-    module = SimpleNamespace(log=lambda name, value, **_: logged.append(value) if name.startswith("train/") else None)
+    rate, trainer = Throughput(2, row), SimpleNamespace(global_step=0, accumulate_grad_batches=1, world_size=1)
+    module = SimpleNamespace(log=lambda *_, **__: None)
     rate.on_train_start(trainer, module)  # type: ignore[arg-type]
     for step, seconds in enumerate([1, 1, 4, 4]):
         rate.on_train_batch_start(trainer, module, {}, step)  # type: ignore[arg-type]
         clock[0] += seconds
         trainer.global_step += 1
         rate.on_train_batch_end(trainer, module, None, {"input_ids": torch.zeros(2, 4)}, step)  # type: ignore[arg-type]
+        logged.append(row["speed/tokens_per_second"])
     assert logged == [8.0, 8.0, 2.0, 2.0] and (rate.tokens, rate.seconds) == (32, 10.0)
 
 

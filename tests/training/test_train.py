@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +35,10 @@ def test_a_whole_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) ->
     assert other["packed"] != values["packed"] and other["exported"] == pytest.approx(other["packed"], rel=1e-3)
     print_table(result)
     rows = {cells[1].strip(): cells[2:-1] for line in capsys.readouterr().out.splitlines() if len(cells := line.split("│")) > 2}
-    assert [f"{text['exported']:,.3f}" for text in (values, other)] == [
-        cell.strip() for cell in rows["read back from the export"]
-    ]
-    assert all(cell.strip() for cells in rows.values() for cell in cells)
+    own, gap, further = (cell.strip() for cell in rows["read back from the export"])
+    assert [own, further] == [f"{text['exported']:,.3f}" for text in (values, other)]
+    assert gap == f"{math.log(values['exported'] / values['full_precision']):+.3f}"
+    assert all(cell.strip() for cells in rows.values() for cell in (cells[0], cells[2]))
     assert f"| perplexity, exported | {round(values['exported'], 4):.6g} |" in (folder / "model/README.md").read_text()
     assert (values["context"], values["stride"], values["text"]) == (32, 32, "last 10 % of text.txt")
     assert saved["export"] == {"done": ["hf", "pt2"], "skipped": {}}

@@ -73,7 +73,7 @@ def test_piped_output_is_lines_and_ends_with_the_table(config: TrainConfig, tmp_
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--foo", "unrecognized arguments: --foo. Allowed: --help, --dry-run, -m"),
+        ("--foo", "unrecognized arguments: --foo. Allowed: --help [GROUP], --dry-run, -v, -m"),
         ("--trainer.max_steps=5", "settings have no dashes: trainer.max_steps=5"),
         ("--cfg=nothing", "invalid choice: 'nothing'"),
     ],

@@ -119,10 +119,10 @@ class Monitor(pl.Callback):
     @torch.no_grad()
     def _update_ratio(self) -> dict[str, float]:
         now = [_sampled(layer.weight) for layer in self.layers.values()]
-        changed, before = (
-            torch.stack(torch._foreach_norm(one, 2, dtype=torch.float64)).norm().item()
-            for one in (torch._foreach_sub(now, self._sample), self._sample)
-        )
+        norms = [
+            torch._foreach_norm(one, 2, dtype=torch.float64) for one in (torch._foreach_sub(now, self._sample), self._sample)
+        ]
+        changed, before = (torch.stack(one).norm().item() for one in norms)
         return {"optim/update_ratio": changed / before} if before else {}
 
     def _stop_listening(self) -> None:
