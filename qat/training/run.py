@@ -175,11 +175,11 @@ def start(job: Job, book: Book) -> Measure:
     return measure
 
 
-def measured(job: Job, book: Book, measure: Measure, stage: str, model: PreTrainedModel) -> None:
+def measured(job: Job, book: Book, measure: Measure, name: str, model: PreTrainedModel) -> None:
     """Measure a stage of the run, and keep what its report shows of it."""
     assert job.data is not None
-    book.measured(stage, measure(model))
-    keep(job.config, job.data, job.tokenizer, measure, stage, model, Path(book.facts.folder))
+    book.measured(name, measure(model))
+    keep(job.config, job.data, job.tokenizer, measure, name, model, Path(book.facts.folder))
 
 
 def tune(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None:
