@@ -48,7 +48,14 @@ def command(config: TrainConfig, folder: Path, *more: str) -> list[str]:
 
 def started(arguments: list[str], awaited: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        arguments,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored, which a run heeds
+    )
     deadline = time.time() + 120
     while not awaited.exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()
