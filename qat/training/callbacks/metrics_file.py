@@ -94,13 +94,17 @@ class WriteRows(pl.Callback):
         """What was logged as train/... up to here."""
         if not step_ends(trainer, batch_idx):
             return
-        found = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
         due = trainer.global_step % self.every == 0
-        self.file.log_metrics({**self.row, **(found if due else {})}, trainer.global_step)
+        self.file.log_metrics({**self.row, **(trained(trainer) if due else {})}, trainer.global_step)
         for logger in trainer.loggers if self.row else ():
             if logger is not self.file:
                 logger.log_metrics(dict(self.row), trainer.global_step)
         self.row.clear()
+
+
+def trained(trainer: pl.Trainer) -> dict[str, float]:
+    """What is logged of the step as train/...; where it lies on a GPU, that is waited for."""
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
 
 
 def continued(file: Path, columns: Iterable[str], step: int | None) -> MetricsFile:

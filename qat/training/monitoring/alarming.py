@@ -14,7 +14,7 @@ from qat.monitor.layers import read_layers
 from qat.monitor.rules import Facts, Finding, History, findings
 from qat.training.callbacks.boundary import step_ends
 from qat.training.callbacks.guard import NonFiniteError
-from qat.training.callbacks.metrics_file import read_rows
+from qat.training.callbacks.metrics_file import read_rows, trained
 from qat.training.loggers import alert
 
 if TYPE_CHECKING:
@@ -73,10 +73,9 @@ class Alarming(pl.Callback):
         step = trainer.global_step
         if not step_ends(trainer, batch_idx) or (step % self.every and step % self.monitor.every):
             return
-        trained = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
         if step % self.monitor.every == 0 and self.monitor.layers:
             self.gradients = [*self.gradients, self.monitor.latest["grad_norm"]][-_LOOKS:]
-        self._ask(trainer, module, {**module.row, **(trained if step % self.every == 0 else {})})
+        self._ask(trainer, module, {**module.row, **(trained(trainer) if step % self.every == 0 else {})})
 
     def on_validation_end(self, trainer: pl.Trainer, module: QATModule) -> None:  # type: ignore[override]
         """After a validation."""
