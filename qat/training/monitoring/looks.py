@@ -50,11 +50,11 @@ class Monitor(pl.Callback):
         self._inputs, self._sample, self._gradients = Inputs(self.layers), list[Tensor](), dict[str, Tensor]()
         if not self.layers:
             return
-        quantized = {name: layer.quantized() for name, layer in self.layers.items()}
         if self._trace:
             self.trace = Trace.of(self._trace["codes"], module.device)
             self.scales = np.array(self._trace["scales"])
         else:
+            quantized = self._quantized()
             self.trace = Trace.begun([codes for codes, _ in quantized.values()])
             sums = self._of_weights(quantized)
             self.scales = sums["scale"][0]
@@ -104,7 +104,7 @@ class Monitor(pl.Callback):
 
     @torch.no_grad()
     def _look(self) -> Sums:
-        quantized = {name: layer.quantized() for name, layer in self.layers.items()}
+        quantized = self._quantized()
         self.trace, changes = self.trace.looked([codes for codes, _ in quantized.values()])
         sizes = np.array([codes.numel() for codes, _ in quantized.values()], dtype=np.float64)
         found = {name: (counts.double().cpu().numpy(), sizes) for name, counts in changes.items()}
@@ -112,6 +112,9 @@ class Monitor(pl.Callback):
         drift = {"scale_drift": (own["scale"][0] - self.scales, self.scales)}
         gradients = {name: {"grad_norm": (square, square)} for name, square in self._gradients.items()}
         return {**found, **own, **drift, **_table(self.layers, self._inputs.sums), **_table(self.layers, gradients)}
+
+    def _quantized(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: layer.quantized() for name, layer in self.layers.items()}
 
     def _of_weights(self, quantized: dict[str, tuple[Tensor, Tensor]]) -> Sums:
         return _table(self.layers, {name: weight_sums(self.layers[name], *pair) for name, pair in quantized.items()})
