@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 
-from qat.data.preview import passes
 from qat.monitor.alarms import Alarm, AlarmsFile, read_alarms
 from qat.monitor.layers import read_layers
 from qat.monitor.rules import Facts, Finding, History, findings
@@ -16,6 +15,7 @@ from qat.training.callbacks.boundary import step_ends
 from qat.training.callbacks.guard import NonFiniteError
 from qat.training.callbacks.metrics_file import read_rows, trained
 from qat.training.loggers import alert
+from qat.training.monitoring.speed import passes_after
 
 if TYPE_CHECKING:
     from qat.config import TrainConfig
@@ -58,7 +58,7 @@ class Alarming(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: QATModule) -> None:  # type: ignore[override]
         """What the run has shown before."""
         step = trainer.global_step
-        self.facts = facts_of(self.config, _passes(trainer, self.config), module)
+        self.facts = facts_of(self.config, passes_after(trainer, self.config.trainer.max_steps), module)
         self.file = AlarmsFile(self.folder, step or None)
         self.active = {(one.kind, one.where): one for one in read_alarms(self.folder) if one.until is None}
         kept = read_rows(self.folder / "metrics.csv")[0] if step else []
@@ -106,9 +106,3 @@ class Alarming(pl.Callback):
         if isinstance(exception, NonFiniteError) and hasattr(self, "file"):
             text = f"{exception}".partition(". ")[0]
             self._raise(trainer, module, "divergence", Finding(text, f"optim.lr={self.facts.lr / 3:.1g}"))
-
-
-def _passes(trainer: pl.Trainer, config: TrainConfig) -> float:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batches = config.trainer.max_steps * config.trainer.accumulate_grad_batches * trainer.world_size
-    return max(passes(data.train, batches * config.data.batch_size))

@@ -57,7 +57,7 @@ class Speed(pl.Callback):
         rate = module.row.get("speed/tokens_per_second")
         if rate is not None and self._peak:
             module.row["speed/mfu"] = _PER_TOKEN * self._parameters * rate / self._peak
-        module.row["train/epoch"] = _epoch(trainer)
+        module.row["train/epoch"] = passes_after(trainer, trainer.global_step)
         self._steps = 0
 
 
@@ -75,7 +75,8 @@ def _peak_flops(device: torch.device, precision: str) -> int:
     return get_available_flops(device, kind) or 0
 
 
-def _epoch(trainer: pl.Trainer) -> float:
+def passes_after(trainer: pl.Trainer, steps: int) -> float:
+    """How often so many optimizer steps go over the training sequences; of a mixture over the part that is seen most."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    batches = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size
+    batches = steps * trainer.accumulate_grad_batches * trainer.world_size
     return max(passes(data.train, batches * data.data_config.batch_size))
