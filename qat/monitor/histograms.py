@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from qat.conversion.layers import bitlinears
 from qat.monitor.families import families
+from qat.monitor.weights import with_borders
 from qat.nn.bitlinear import BitLinear
-from qat.ops.options import weight_options
-from qat.quantizers.latent import as_rows, by_name
-from qat.quantizers.record import WeightOptions, resolve
-from qat.quantizers.scales import scale_rows
 
 REACH, BINS = 3.0, 120
 
@@ -45,14 +42,8 @@ def _shares(counts: Tensor) -> list[float]:
 
 def _in_scales(layer: BitLinear) -> tuple[Tensor, list[float]]:
     """Latent weights over the scale of their row, float32, those that are finite; medians of the borders likewise."""
-    config, (_, scale) = layer.config, layer.quantized()
-    rows = scale_rows(layer.weight.detach().float(), config.granularity, config.group_size)
-    scales = as_rows(scale, config.planes)
+    rows, scales, borders = with_borders(layer, layer.quantized()[1])
     unit = scales.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     values = (rows / unit).flatten()
-    record = config.quantizer
-    if record.soft is None or not rows.numel():
-        return values[values.isfinite()], []
-    own = by_name(record, WeightOptions(*weight_options(config)), list(layer.quantizer_parameters().values()))
-    _, borders = resolve(record.soft)(rows, scales, **own)
-    return values[values.isfinite()], [round(value, 4) for value in (borders / unit).median(0).values.tolist()]
+    middle = [] if borders is None else (borders / unit).median(0).values.tolist()
+    return values[values.isfinite()], [round(value, 4) for value in middle]

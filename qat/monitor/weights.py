@@ -23,7 +23,7 @@ def weight_sums(layer: BitLinear, codes: Tensor, scale: Tensor) -> dict[str, Pai
     """Statistic -> sum and count of a layer whose weight quantizes to these codes and scales (`BitLinear.quantized`)."""
     weight, planes = layer.weight.detach().float(), layer.config.planes
     rest = weight - sum_components(dequantize_weight(codes, scale), planes)
-    near = _near(layer, weight, scale)
+    near = _near(*with_borders(layer, scale))
     found = {
         "zero_fraction": (codes.numel() - codes.count_nonzero(), _number(codes.numel(), codes)),
         "scale": (scale.abs().sum(dtype=torch.float64), _number(scale.numel(), scale)),
@@ -32,15 +32,24 @@ def weight_sums(layer: BitLinear, codes: Tensor, scale: Tensor) -> dict[str, Pai
     return found if near is None else {**found, "dead_zone": (near.count_nonzero(), _number(near.numel(), near))}
 
 
-def _near(layer: BitLinear, weight: Tensor, scale: Tensor) -> Tensor | None:
-    """Which latent weights, bool [R, L], are close to a border of their record's levels; None where it names no borders."""
-    config = layer.config
-    record, options = config.quantizer, WeightOptions(*weight_options(config))
-    if record.soft is None or not weight.numel():
+def with_borders(layer: BitLinear, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Latent weights [R, L], their scales [R, planes] and the borders [R, B] between codes, float32.
+
+    None in place of borders where the layer's record names none.
+    """
+    config, record = layer.config, layer.config.quantizer
+    rows = scale_rows(layer.weight.detach().float(), config.granularity, config.group_size)
+    scales = as_rows(scale, config.planes)
+    if record.soft is None or not rows.numel():
+        return rows, scales, None
+    own = by_name(record, WeightOptions(*weight_options(config)), list(layer.quantizer_parameters().values()))
+    return rows, scales, resolve(record.soft)(rows, scales, **own)[1]
+
+
+def _near(rows: Tensor, scales: Tensor, borders: Tensor | None) -> Tensor | None:
+    """Which latent weights, bool [R, L], are close to a border; None where there are none."""
+    if borders is None:
         return None
-    rows, scales = scale_rows(weight, config.granularity, config.group_size), as_rows(scale, config.planes)
-    own = by_name(record, options, list(layer.quantizer_parameters().values()))
-    _, borders = resolve(record.soft)(rows, scales, **own)
     width = NEAR * scales.abs().amin(1, keepdim=True)
     near = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     for border in borders.unbind(1):
