@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 from tiny_run import stop_after
+from torch import nn
 
 from qat.config import TrainConfig
 from qat.config.compose.saved import load_config, save_config
 from qat.monitor.table import find
+from qat.nn.bitlinear import BitLinear
 from qat.train import run
+from qat.training.loggers.pictures import latent_histograms
 
 WANDB = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "qat", "offline": True}
 
@@ -105,6 +108,19 @@ def test_tensorboard_has_a_layout_histograms_and_the_result(config: TrainConfig)
     (value,) = found.Scalars("result/perplexity/trained")
     assert value.value == pytest.approx(result.perplexity["trained"]) and value.step == 2
     assert [one.step for one in found.Histograms("latents/q")] == [0, 2]
+
+
+def test_histograms_have_the_families_of_every_other_number() -> None:
+    def block() -> nn.Module:
+        attention, mlp = (
+            nn.ModuleDict({"dense": BitLinear(8, 4)}),
+            nn.ModuleDict({"dense": BitLinear(8, 2), "up_proj": BitLinear(8, 1)}),
+        )
+        return nn.ModuleDict({"attn": attention, "mlp": mlp})
+
+    found = latent_histograms(nn.ModuleList([block(), block()]))
+    sizes = {name: int(counts.sum()) for name, (counts, _) in found.items()}
+    assert sizes == {"latents/attn.dense": 64, "latents/mlp.dense": 32, "latents/up": 16}
 
 
 def test_mlflow_continues_its_run(config: TrainConfig, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from qat.conversion.layers import bitlinears
+from qat.monitor.families import families
 from qat.monitor.layers import read_layers
 from qat.monitor.table import HEALTH, find
 
@@ -24,11 +25,12 @@ def latent_histograms(model: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarra
     counted in the outermost bins, so that the counts are of all weights.
     """
     edges, counts = np.linspace(-WIDEST, WIDEST, BINS + 1), dict[str, np.ndarray]()
-    for name, layer in bitlinears(model):
-        weight = layer.weight.detach().float()
+    layers = dict(bitlinears(model))
+    for name, kind in families(layers).items():
+        weight = layers[name].weight.detach().float()
         unit = (weight / weight.abs().mean().clamp(min=1e-12)).clamp(-WIDEST, WIDEST)
         found = unit.flatten().histc(BINS, -WIDEST, WIDEST).long().cpu().numpy()
-        family = f"latents/{name.rpartition('.')[2].removesuffix('_proj')}"
+        family = f"latents/{kind}"
         counts[family] = counts.get(family, 0) + found
     return {family: (found, edges) for family, found in counts.items()}
 
