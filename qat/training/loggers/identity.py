@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import subprocess
-import sys
 import uuid
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from qat.config import TrainConfig
+from qat.conversion.layers import parameter_count
 from qat.conversion.record import Conversion
+from qat.reporting.origin import command, commit
 from qat.storage import parse_json, write_text
 from qat.training.loggers.record import About
 
@@ -60,7 +59,7 @@ def model_facts(record: Conversion, base: nn.Module) -> dict[str, Any]:
     """Numbers by which runs of different models are told apart."""
     return {
         "type": getattr(getattr(base, "config", None), "model_type", type(base).__name__),
-        "parameters": sum(one.numel() for one in base.parameters()),
+        "parameters": parameter_count(base),
         "converted_layers": len(record.converted),
         "skipped_layers": len(record.skipped),
     }
@@ -73,21 +72,3 @@ def plain(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [plain(one) for one in node]
     return node if isinstance(node, str | int | float | bool | None) else str(node)
-
-
-def command() -> str | None:
-    """The command line; None where Python called."""
-    file = Path(sys.argv[0])
-    if file.parts[-2:] == ("qat", "train.py"):
-        return shlex.join(["python", "-m", "qat.train", *sys.argv[1:]])
-    return shlex.join(["qat", *sys.argv[1:]]) if file.name == "qat" else None
-
-
-def commit() -> str | None:
-    """The commit of the code that runs; None where it lies in no repository."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
