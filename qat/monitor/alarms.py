@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qat.storage import parse_json, write_text
+from qat.storage import json_lines, write_text
 
 NAME = "alarms.jsonl"
 
@@ -65,12 +65,10 @@ def read_alarms(folder: Path) -> list[Alarm]:
     found: list[Alarm] = []
     for event in _lines(folder / NAME):
         if "clears" in event:
-            for i in (
-                i
-                for i, one in enumerate(found)
-                if one.until is None and (one.kind, one.where) == (event["clears"], event["where"])
-            ):
-                found[i] = replace(found[i], until=event["step"])
+            place = event["clears"], event["where"]
+            for i, one in enumerate(found):
+                if one.until is None and (one.kind, one.where) == place:
+                    found[i] = replace(one, until=event["step"])
         else:
             found.append(Alarm(**event))
     return found
@@ -83,23 +81,17 @@ def _text(event: dict[str, Any]) -> str:
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """The events that are whole: an alarm with all of its fields, or a clearance."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    for line in lines:
-        try:
-            event = parse_json(line)
-        except ValueError:
-            continue
-        if _is_event(event):
-            yield event
+    yield from filter(_is_event, json_lines(text))
 
 
 _TYPES = {"step": int, "kind": str, "text": str, "key": str, "where": str}
 
 
-def _is_event(event: Any) -> bool:
-    if not isinstance(event, dict) or type(event.get("step")) is not int:
+def _is_event(event: dict[str, Any]) -> bool:
+    if type(event.get("step")) is not int:
         return False
     if isinstance(event.get("clears"), str):
         return isinstance(event.get("where"), str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -16,3 +17,14 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deep") from None
+
+
+def json_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file that grows by lines; a line that is none, as one that a kill tore, is left out."""
+    for line in text.split("\n"):
+        try:
+            found = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from qat.config.compose.yaml_files import plain_values
 from qat.monitor import alarms, layers
 from qat.monitor.alarms import Alarm
 from qat.reporting.result import RunResult, read_result
-from qat.storage import parse_json
+from qat.storage import json_lines, parse_json
 
 STARTS = "starts.jsonl"
 """A line for each time that a run was started: time, step, command, commit."""
@@ -170,11 +169,4 @@ def _mapping(file: Path) -> dict[str, Any]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The whole lines; one that a kill tore is left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        found += [value] if isinstance(value, dict) else []
-    return found
+    return [*json_lines(file.read_text(encoding="utf-8", errors="replace"))]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qat.reporting.result import read_result
-from qat.storage import parse_json
+from qat.storage import json_lines
 
 FILE = "jobs.jsonl"
 """In the sweep's folder: a line each time that a job ends."""
@@ -54,10 +54,10 @@ def noted(folder: str, since: int = 0) -> list[Outcome]:
     file = Path(folder) / FILE
     if not file.is_file():
         return []
-    for line in file.read_bytes()[since:].decode(errors="replace").splitlines():
+    for line in json_lines(file.read_bytes()[since:].decode(errors="replace")):
         try:
-            one = Outcome(**parse_json(line))
-        except (ValueError, TypeError):
+            one = Outcome(**line)
+        except TypeError:
             continue
         found[one.number] = one
     return [found[number] for number in sorted(found)]
