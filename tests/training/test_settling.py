@@ -13,7 +13,7 @@ from qat.config.compose.composing import compose_run, one_budget
 from qat.config.compose.saved import load_config
 from qat.quantizers import QUANTIZERS
 from qat.reporting.rates import fine_tuning_rate, rated
-from qat.reporting.settling import settled, within
+from qat.reporting.settling import settled, with_data, within
 from qat.train import run
 from qat.training.callbacks.metrics_file import read_rows
 from qat.training.schedule import lr_factor
@@ -93,8 +93,6 @@ def test_one_budget_is_said_and_it_takes_back_another() -> None:
         TrainerConfig(max_tokens=1, max_epochs=1.0)
     mixed = TrainConfig(data=DataConfig(kind="mixed"), trainer=TrainerConfig(max_epochs=1.0))
     with pytest.raises(ValueError, match="trainer.max_epochs does not fit data=mixed"):
-        from qat.reporting.settling import with_data
-
         with_data(mixed, None)
 
 
