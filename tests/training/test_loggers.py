@@ -70,6 +70,22 @@ def test_a_wandb_run_holds_config_sections_and_result_and_goes_on_after_a_kill(
     assert axes[-1] == {"glob_name": "*", "options": {"defined": True, "step_sync": True}, "step_metric": "step"}
 
 
+def test_offline_holds_where_wandb_was_set_up_online_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a dashboard's specification or a check of the key does, in the same process."""
+    wandb = pytest.importorskip("wandb")
+    from qat.training.loggers.weights_and_biases import Wandb
+
+    wandb.teardown()
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.setup()
+    logger = Wandb(project="qat", offline=True, save_dir=str(tmp_path))
+    assert logger.experiment.offline
+    logger.experiment.finish()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
 def test_a_failed_run_reaches_its_trackers(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")

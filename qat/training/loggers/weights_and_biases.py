@@ -19,10 +19,13 @@ class Wandb(WandbLogger):
     """lightning's, with `step` as the x axis and in each row, and `artifact`: whether the packed model is uploaded too.
 
     W&B's own count is the optimizer step as well, so rows of a resumed run come after those from before, also where both parts
-    were written offline and are synchronised later.
+    were written offline and are synchronised later. `offline` is said to W&B itself: lightning leaves it in the environment,
+    which is read once a process, and perhaps was.
     """
 
     def __init__(self, *args: Any, artifact: bool = False, **kwargs: Any) -> None:
+        if kwargs.get("offline"):
+            kwargs.setdefault("mode", "offline")
         super().__init__(*args, **kwargs)
         self.artifact = artifact
 
