@@ -131,5 +131,7 @@ def test_pins_install_on_the_oldest_python() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     there = {one.name.lower().replace("_", "-"): one for one in distributions()}
     found = {name: there[key] for name in pins if (key := name.lower().replace("_", "-")) in there}
-    needs = {name: "".join(one.metadata.get_all("Requires-Python") or ()) for name, one in found.items() if one.version == pins[name]}
+    needs = {
+        name: "".join(one.metadata.get_all("Requires-Python") or ()) for name, one in found.items() if one.version == pins[name]
+    }
     assert len(needs) > 30 and [name for name, needed in needs.items() if oldest not in SpecifierSet(needed)] == []
