@@ -37,6 +37,20 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pair() -> Iterator[Any]:
+    """Two ranks that live as long as the tests do (`devices.pair.Pair`)."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    from devices.pair import Pair
+
+    found = Pair()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
 def emulated_kernels() -> ctypes.CDLL:
     """The CUDA kernels, compiled for the CPU."""
     from emulator import COMPILER, load_kernels
