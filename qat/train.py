@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qat.config import TrainConfig
+from qat.config.run import AUTO
 
 if TYPE_CHECKING:
     from qat.config.compose.command import Command
@@ -37,7 +38,8 @@ def run(config: TrainConfig) -> RunResult:
     with listening():  # from here on, as what is imported takes seconds
         from qat.training.run import run as main_job
 
-        return main_job(load_config(config.resume) if config.resume and not config.model.path else config)
+        saved = config.resume not in (None, AUTO) and not config.model.path
+        return main_job(load_config(str(config.resume)) if saved else config)
 
 
 def _show(build: Callable[[], TrainConfig], perform: Callable[[TrainConfig], RunResult]) -> tuple[int, RunResult | None, str]:
@@ -114,9 +116,9 @@ def _serve(command: Command) -> int:
     from qat.config.compose.resume import resumed
     from qat.config.compose.text import as_typed
 
-    settings = [as_typed(one, command.multirun) for one in command.settings if not one.startswith("resume=")]
+    settings = [as_typed(one, command.multirun) for one in command.settings]
     if command.resume is not None:
-        folder = command.resume
+        folder, settings = command.resume, [one for one in settings if not one.startswith("resume=")]
         return _show(lambda: resumed(folder, settings)[0], run)[0]
     if command.by_hydra:
         return _by_hydra(command, settings)

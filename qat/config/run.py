@@ -20,6 +20,9 @@ from qat.storage import local
 from qat.targets import FORMATS, refuse_file_name
 from qat.tasks import TASKS
 
+AUTO = "auto"
+"""In place of the folder to continue."""
+
 
 @dataclass
 class RunConfig:
@@ -71,7 +74,7 @@ class TrainConfig:
     seed: int = 0
     """Seeds python, numpy, torch, the order of the data and selfgen."""
     resume: str | None = None
-    """Folder of a run to continue."""
+    """Folder of a run to continue; `auto`: that in run.dir, where it is this very run, and where there is none a new one."""
     dry_run: bool = False
     """Load, convert, print coverage, memory and tokens, and stop."""
     trust_targets: bool = False

@@ -83,8 +83,18 @@ def made(config: TrainConfig) -> Path:
     raise AssertionError
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there is one to continue; what came no further than its configuration is begun anew."""
+    return (folder / "config.yaml").exists() and ((folder / "metrics.csv").exists() or (folder / "checkpoints").exists())
+
+
+def is_named_by_time(folder: Path) -> bool:
+    """Whether it is a new one every second, itself or as the folder of a sweep's jobs."""
+    return any(_IS_TIME.fullmatch(name) for name in folder.parts[-2:])
+
+
 def _check_unused(folder: Path) -> None:
-    if (folder / "config.yaml").exists() and ((folder / "metrics.csv").exists() or (folder / "checkpoints").exists()):
+    if holds_run(folder):
         raise ValueError(f"{folder} already holds a run; continue it with {quote(f'resume={folder}')}, or choose another run.dir")
 
 

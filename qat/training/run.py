@@ -9,6 +9,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qat.calibration.start import calibrated, check_calibrated_start
 from qat.config import TrainConfig
+from qat.config.run import AUTO
 from qat.conversion import walker as conversion
 from qat.conversion.layers import bitlinears, full_precision_bf16
 from qat.conversion.record import Conversion
@@ -46,6 +48,7 @@ from qat.training.plugins import callbacks, check_plugins, instantiated, optimiz
 from qat.training.recording import Book, Facts, assembled, config_hash, recording, versions
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
+from qat.training.sweeps.again import answered
 from qat.training.tasks import Measure, code_of
 from qat.training.trainings import check_comparable, check_teacher, load_teacher, total_batches, train_control, train_student
 
@@ -59,8 +62,8 @@ def run(config: TrainConfig) -> RunResult:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
     with listening() as signals, quietly(not config.trainer.progress):
-        config = settled(config)
-        if (result := finished(config)) is not None:
+        auto, config = config.resume == AUTO, answered(settled(config))
+        if (result := finished(config, auto)) is not None:
             return result
         if not config.resume and not config.dry_run:
             check_target(config)
@@ -76,8 +79,12 @@ def run(config: TrainConfig) -> RunResult:
         return book.result
 
 
-def finished(config: TrainConfig) -> RunResult | None:
-    """Check the run to resume before anything is loaded; its result where nothing is left to do."""
+def finished(config: TrainConfig, auto: bool = False) -> RunResult | None:
+    """Check the run to resume before anything is loaded; its result where nothing is left to do.
+
+    Args:
+        auto: nobody asked for more of it, so that one which a callback stopped is finished.
+    """
     if not config.resume:
         return None
     folder = Path(config.resume)
@@ -89,7 +96,12 @@ def finished(config: TrainConfig) -> RunResult | None:
     if most < found.step:
         raise ValueError(f"trainer.max_steps={most} is below the step {found.step} that {found.file} has reached")
     result = read_result(folder)
-    if found.step < most or result is None or result.status != "done" or result.config_hash != config_hash(config):
+    if result is None or result.config_hash != config_hash(config):
+        return None
+    if auto and result.status.startswith("stopped"):
+        print(f"{folder} {result.status}; to train on nevertheless: {quote(f'resume={folder}')}")
+        return result
+    if found.step < most or result.status != "done":
         return None
     print(f"{folder} is done, {found.step} of {most} steps; raise trainer.max_steps to train on")
     return result

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from qat.config.compose.keys import check_keys
 from qat.config.flags import heard
+from qat.config.run import AUTO
 
 FLAGS = "--help [GROUP], --dry-run, -v, -m (one run for each of key=a,b), --cfg job, --info, --config-dir DIR"
 """Of those that Hydra has, the ones that serve here."""
@@ -28,9 +29,9 @@ class Command:
 
     @property
     def resume(self) -> str | None:
-        """The folder of the run to continue."""
+        """The folder of the run to continue, whose configuration is meant; `auto` goes with one of the command line."""
         found = [setting.partition("=")[2] for setting in self.settings if setting.startswith("resume=")]
-        return _unquoted(found[-1]) if found and found[-1] != "null" else None
+        return _unquoted(found[-1]) if found and found[-1] not in ("null", AUTO) else None
 
     @property
     def by_hydra(self) -> bool:

@@ -88,16 +88,26 @@ def record(config: TrainConfig, step: int) -> Changes:
         ValueError: what differs cannot apply.
     """
     folder = Path(str(config.resume))
-    before = OmegaConf.to_container(read_saved(str(folder)))
-    assert isinstance(before, dict)
-    changes = _changes(before, asdict(config))
-    changes.pop("run.dir", None)  # of a Python caller, whose folder may have got another name
-    _check_changes(str(folder), changes)
+    changes = compared(config, str(folder))
     if changes:
         line = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, "changes": changes}
         with (folder / HISTORY).open("a", encoding="utf-8") as history:
             history.write(json.dumps(line) + "\n")
         save_config(config, folder)
+    return changes
+
+
+def compared(config: TrainConfig, folder: str) -> Changes:
+    """What differs between a configuration and that of the run in `folder`.
+
+    Raises:
+        ValueError: it makes another run of it.
+    """
+    before = OmegaConf.to_container(read_saved(folder))
+    assert isinstance(before, dict)
+    changes = _changes(before, asdict(config))
+    changes.pop("run.dir", None)  # of a Python caller, whose folder may have got another name
+    _check_changes(folder, changes)
     return changes
 
 

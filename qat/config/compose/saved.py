@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat.config.compose.composing import one_line
 from qat.config.compose.errors import first_lines
 from qat.config.compose.targets import check_targets
 from qat.config.compose.yaml_files import read_yaml
@@ -55,6 +56,18 @@ def read_saved(folder: str) -> DictConfig:
         raise ValueError(f"resume={folder}: {file.name} is damaged: {first_lines(error)}") from error
     assert isinstance(saved, DictConfig)
     return saved
+
+
+def saved_config(folder: str) -> TrainConfig:
+    """A run's configuration to compare with; nothing that it names is to be trusted or made.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    with one_line():
+        config = OmegaConf.to_object(read_saved(folder))
+    assert isinstance(config, TrainConfig)
+    return config
 
 
 def _interpolations(node: Any) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Sweeps: many runs of one command."""
+"""Many jobs, and the same one again: which are done, which go on, and what became of each."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from qat.config import TrainConfig
 from qat.reporting.page.compare import compare
 from qat.reporting.result import RunResult, read_result
+from qat.reporting.settling import settled
 from qat.training.recording import config_hash
+from qat.training.sweeps.again import as_settled
 from qat.training.sweeps.outcomes import Outcome, comparison
 
 Show = Callable[[Callable[[TrainConfig], RunResult]], tuple[int, RunResult | None, str]]
@@ -24,12 +26,17 @@ def once(config: TrainConfig, run: Callable[[TrainConfig], RunResult]) -> RunRes
     folder = Path(config.run.dir or "")
     asked = config.run.dir and not config.dry_run and not config.resume
     result = read_result(folder) if asked else None
-    if result is None or result.config_hash != config_hash(config):
+    if result is None or result.config_hash != config_hash(_as_there(config, folder)):
         return run(config)
     if result.status == "done" or result.status.startswith("stopped"):
         print(f"{folder} is done and not run again")
         return result
     return run(replace(config, resume=str(folder)) if (folder / "config.yaml").is_file() else config)
+
+
+def _as_there(config: TrainConfig, folder: Path) -> TrainConfig:
+    """With what a run settles as it was settled there, so that equal jobs are found equal."""
+    return as_settled(settled(config), folder) if (folder / "config.yaml").is_file() else config
 
 
 def job_of(
