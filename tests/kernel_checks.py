@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qat.config import QuantConfig
 from qat.ops import reference
+from qat.ops.bits.kept import Kept
 from qat.ops.options import PackedOptions, weight_options
 from qat.quantizers import latent, scales
 from qat.quantizers.record import WeightOptions, resolve
@@ -53,6 +54,11 @@ def codes(n: int, k: int, seed: int = 1) -> Tensor:
 def on_the_gpu(name: str, *arguments: Any) -> Any:
     """The op by its name, where tensors on a GPU take it."""
     return getattr(torch.ops.qat, name)(*arguments)
+
+
+def unkept(kept: Tensor, w: Tensor, config: QuantConfig) -> Tensor:
+    """Codes int8 [N, planes * K] of a weight as `bitlinear` keeps them."""
+    return Kept(kept, w.shape[1] * config.planes).alone(torch.int8)
 
 
 def check_weight_codes(w: Tensor, t: Tensor, scale: Tensor, config: QuantConfig, parameters: Sequence[Tensor] = ()) -> None:

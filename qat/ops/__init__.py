@@ -244,9 +244,10 @@ def bitlinear(
 ) -> Tensor:
     """The training linear: quantize x [..., K] and the latent weight [N, K], integer matmul, rescale, add bias.
 
-    Backward on the quantized operands, then the quantizer's own gradient, straight-through where its record has none; int8
-    codes are saved instead of floats. Under autocast x is cast to the autocast dtype; the latent weight is always quantized
-    from its own precision. `parameters` are the quantizer's, see `quantize_weight`; they get gradients too.
+    Backward on the quantized operands, then the quantizer's own gradient, straight-through where its record has none; codes
+    are saved instead of floats, int8 of x and 2 bits each of the weight. Under autocast x is cast to the autocast dtype; the
+    latent weight is always quantized from its own precision. `parameters` are the quantizer's, see `quantize_weight`; they
+    get gradients too.
 
     Returns:
         [..., N] in x's dtype (autocast's, under autocast).

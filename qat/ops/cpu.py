@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qat.ops import reference
+from qat.ops.bits.kept import keep
 from qat.ops.build import cpu as build_cpu
 from qat.ops.choice import FROM, Status, choose, say_left
 from qat.ops.derived import Derived
@@ -225,14 +226,15 @@ def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: Pac
 
 
 def _latent_codes(w: Tensor, parameters: Sequence[Tensor], o: TrainingOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(t, scale, tiles, scale as the kernels read it) of a latent weight, kept until it, a parameter or its record changes."""
+    """(codes to keep, scale, tiles, scale as the kernels read it) of a latent weight: the cache's until something changes."""
     found, slot = _latent_weights.get((w, *parameters), latent.record_of(o), *weight_options(o))
     if found is not None:
         return found
     with torch.inference_mode(False), torch.no_grad():  # kept for training too, which cannot save inference tensors
         t, scale = _quantize(w, parameters, o)
         tiles = torch.ops.qat.cpu_tile_codes(t.contiguous(), scale.shape[1])
-        return _latent_weights.put(slot, (t, scale, tiles, _tile_scale(scale, t.shape[0])))
+        codes = keep(t, latent.record_of(o), torch.ops.qat.pack_bits)
+        return _latent_weights.put(slot, (codes, scale, tiles, _tile_scale(scale, t.shape[0])))
 
 
 def bitlinear(
@@ -241,11 +243,11 @@ def bitlinear(
     o = TrainingOptions(*options)
     n, k = w.shape[0], w.shape[1] * o.planes
     if o.act_bits is None or not _serves(x, k) or w.numel() == 0:
-        return reference.bitlinear(x, w, bias, parameters, *options)
+        return reference.bitlinear(x, w, bias, parameters, *options, pack=torch.ops.qat.pack_bits)
     if not multiplies(latent.record_of(o)):
         say_left("cpu", o.weight, latent.record_of(o), serves)
-        return reference.bitlinear(x, w, bias, parameters, *options)
-    t, w_scale, tiles, tile_scale = _latent_codes(w, parameters, o)
+        return reference.bitlinear(x, w, bias, parameters, *options, pack=torch.ops.qat.pack_bits)
+    codes, w_scale, tiles, tile_scale = _latent_codes(w, parameters, o)
     wide, per_tensor = components.repeat(narrow(x), o.planes), o.act_granularity == "tensor"
     y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(
         wide, tiles, tile_scale, float_bias(bias), n, k, w_scale.shape[1], per_tensor, o.eps
@@ -253,7 +255,7 @@ def bitlinear(
     if o.planes > 1:
         x_q = x_q[..., : w.shape[1]].contiguous()
     # Views: an op's results belong to its caller, the cache keeps its own tensors.
-    return y.to(x.dtype), x_q, x_scale, t.view(t.shape), w_scale.view(w_scale.shape)
+    return y.to(x.dtype), x_q, x_scale, codes.view(codes.shape), w_scale.view(w_scale.shape)
 
 
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:

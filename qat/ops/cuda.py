@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qat.ops import reference
+from qat.ops.bits.kept import keep
 from qat.ops.build import cuda as build_cuda
 from qat.ops.build.store import BuildError
 from qat.ops.choice import FROM, Status, choose, say_left
@@ -208,17 +209,17 @@ def bitlinear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = TrainingOptions(*options)
     if o.act_bits is None or x.numel() == 0 or w.numel() == 0 or not _serves(x, w.shape[1] * o.planes):
-        return reference.bitlinear(x, w, bias, parameters, *options)
+        return reference.bitlinear(x, w, bias, parameters, *options, pack=torch.ops.qat.pack_bits)
     if not multiplies(latent.record_of(o)):
         say_left("cuda", o.weight, latent.record_of(o), serves)
-        return reference.bitlinear(x, w, bias, parameters, *options)
+        return reference.bitlinear(x, w, bias, parameters, *options, pack=torch.ops.qat.pack_bits)
     t, w_scale = _quantize(w, parameters, o)
     y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(
         components.repeat(narrow(x), o.planes), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps
     )
     if o.planes > 1:
         x_q = x_q[..., : w.shape[1]].contiguous()
-    return y.to(x.dtype), x_q, x_scale, t, w_scale
+    return y.to(x.dtype), x_q, x_scale, keep(t, latent.record_of(o), torch.ops.qat.pack_bits), w_scale
 
 
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:

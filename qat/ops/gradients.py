@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qat.ops.bits.kept import Kept, keep
+from qat.ops.bits.reference import LAYOUT
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
 from qat.quantizers import latent, packing
 from qat.quantizers.components import sum_components
@@ -28,15 +30,15 @@ def bias_gradient(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
 
 
-def _input_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int = 1) -> Tensor:
+def _input_gradient(grad: Tensor, t: Kept, w_scale: Tensor, components: int = 1) -> Tensor:
     return grad @ _values(t, w_scale, grad.dtype, components)
 
 
-def _values(t: Tensor, w_scale: Tensor, dtype: torch.dtype, components: int) -> Tensor:
+def _values(t: Kept, w_scale: Tensor, dtype: torch.dtype, components: int) -> Tensor:
     """The weight [N, K] that codes [N, components * K] stand for; several are added in float32."""
     if components == 1:
-        return torch.ops.qat.dequantize(t, w_scale, dtype)
-    return sum_components(torch.ops.qat.dequantize(t, w_scale, torch.float32), components).to(dtype)
+        return t.values(w_scale, dtype)
+    return sum_components(t.values(w_scale, torch.float32), components).to(dtype)
 
 
 def input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
@@ -44,25 +46,26 @@ def input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     return weight_gradient(grad, values)
 
 
-def _bf16_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) -> Tensor:
+def _bf16_gradient(grad: Tensor, t: Kept, w_scale: Tensor, components: int) -> Tensor:
     """The codes are exact in bfloat16; scales are applied outside of the matmul where their shape allows."""
     if w_scale.shape[1] > 1:
         return grad.bfloat16() @ _values(t, w_scale, torch.bfloat16, components)
     if w_scale.shape[0] > 1:
-        return (grad * w_scale.t()).bfloat16() @ t.bfloat16()
-    return (grad.bfloat16() @ t.bfloat16()) * w_scale.reshape(())
+        return (grad * w_scale.t()).bfloat16() @ t.alone(torch.bfloat16)
+    return (grad.bfloat16() @ t.alone(torch.bfloat16)) * w_scale.reshape(())
 
 
 def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     return weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
 
 
-def _int8_gradient(grad: Tensor, t: Tensor, w_scale: Tensor, components: int) -> Tensor:
+def _int8_gradient(grad: Tensor, t: Kept, w_scale: Tensor, components: int) -> Tensor:
     """Rows of the gradient (times the channels' scales) in int8, each with its own scale; exact integer sums."""
     assert components == 1  # QuantConfig refuses more
+    codes = t.alone(torch.int8)
     if w_scale.shape[0] > 1:
-        return torch.ops.qat.quantized_matmul(grad * w_scale.t(), t, _TINY)
-    return torch.ops.qat.quantized_matmul(grad, t, _TINY) * w_scale.reshape(())
+        return torch.ops.qat.quantized_matmul(grad * w_scale.t(), codes, _TINY)
+    return torch.ops.qat.quantized_matmul(grad, codes, _TINY) * w_scale.reshape(())
 
 
 def _int8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ def _through(ctx: Any, grad: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, l
     """The gradients of the latent weight and of the quantizer's parameters, from that of the weight that was multiplied."""
     if not ctx.own:
         return grad, [None] * ctx.count
-    t, w_scale, w, *parameters = saved
+    codes, w_scale, w, *parameters = saved
+    t = Kept(codes, w.shape[1] * ctx.options.planes).alone(torch.int8)
     return latent.gradient(grad, w, t, w_scale, ctx.options, parameters)
 
 
@@ -110,12 +114,12 @@ class _BitLinear(torch.autograd.Function):
         ctx: Any, op: Any, options: Any, x: Tensor, w: Tensor, bias: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         output = below(op, x, w, bias, parameters, *options)
-        _, x_q, x_scale, t, w_scale = output
+        _, x_q, x_scale, codes, w_scale = output
         o = TrainingOptions(*options)
-        ctx.matmuls, ctx.components = _MATMULS[o.backward], o.planes
+        ctx.matmuls, ctx.components, ctx.k = _MATMULS[o.backward], o.planes, w.shape[1] * o.planes
         ctx.dtypes = x.dtype, w.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, t, w_scale, *_keep(ctx, o, w, parameters))
-        ctx.mark_non_differentiable(x_q, x_scale, t, w_scale)
+        ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, codes, w_scale, *_keep(ctx, o, w, parameters))
+        ctx.mark_non_differentiable(x_q, x_scale, codes, w_scale)
         ctx.set_materialize_grads(False)
         return output
 
@@ -124,15 +128,15 @@ class _BitLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * (5 + ctx.count)
-        x, x_scale, t, w_scale, *kept = ctx.saved_tensors
+        x, x_scale, codes, w_scale, *kept = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         input_gradient, weight_gradient = ctx.matmuls
         _, _, needs_x, needs_weight, needs_bias, *needs_parameters = ctx.needs_input_grad
-        grad_x = input_gradient(grad, t, w_scale, ctx.components).to(x_dtype) if needs_x else None
+        grad_x = input_gradient(grad, Kept(codes, ctx.k), w_scale, ctx.components).to(x_dtype) if needs_x else None
         grad_weight: Tensor | None = None
         rest: list[Tensor | None] = [None] * ctx.count
         if needs_weight or any(needs_parameters):
-            grad_latent, rest = _through(ctx, weight_gradient(grad, x, x_scale), [t, w_scale, *kept])
+            grad_latent, rest = _through(ctx, weight_gradient(grad, x, x_scale), [codes, w_scale, *kept])
             grad_weight = grad_latent.to(weight_dtype)
         grad_bias = bias_gradient(grad).to(bias_dtype) if needs_bias else None
         return None, None, grad_x, grad_weight, grad_bias, *rest
@@ -145,7 +149,8 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, op: Any, options: Any, w: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         output = below(op, w, parameters, *options)
         _, t, w_scale = output
-        ctx.save_for_backward(t, w_scale, *_keep(ctx, WeightOptions(*options), w, parameters))
+        kept = _keep(ctx, WeightOptions(*options), w, parameters)
+        ctx.save_for_backward(keep(t, latent.record_of(ctx.options), torch.ops.qat.pack_bits), w_scale, *kept)
         ctx.mark_non_differentiable(t, w_scale)
         ctx.set_materialize_grads(False)
         return output
@@ -176,8 +181,9 @@ class _PackedLinear(torch.autograd.Function):
         _, _, needs_x, _, _, needs_bias = ctx.needs_input_grad
         grad_x = grad_bias = None
         if needs_x:
-            t = packing.decode(packed, ctx.options.in_features, ctx.options.layout)
-            grad_x = _input_gradient(grad, t, scale)
+            k, layout = ctx.options.in_features, ctx.options.layout
+            codes = packed if layout == LAYOUT else packing.decode(packed, k, layout)
+            grad_x = _input_gradient(grad, Kept(codes, k), scale)
         if needs_bias:
             grad_bias = bias_gradient(grad).to(ctx.bias_dtype)
         return None, None, grad_x, None, None, grad_bias

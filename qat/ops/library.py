@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from qat.ops import cpu, cuda, reference
+from qat.ops.bits import kernels as bits_kernels
+from qat.ops.bits import reference as bits
+from qat.ops.bits.kept import keep
 from qat.ops.gradients import GRADIENTS, with_gradient
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, schema, weight_options
 from qat.ops.soft import kernels as soft_kernels
 from qat.ops.soft import reference as soft_reference
 from qat.ops.soft.gradients import GRADIENTS as SOFT_GRADIENTS
 from qat.quantizers import packing
+from qat.quantizers.latent import record_of
 from qat.quantizers.scales import scale_shape
 
 _LIBRARY = torch.library.Library("qat", "DEF")
@@ -34,6 +38,18 @@ def _fake_quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any
     n, k = w.shape
     shape = scale_shape(n, k, o.granularity, o.group_size, o.planes)
     return w.new_empty((n, k * o.planes), dtype=torch.int8), w.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_pack_bits(t: Tensor) -> Tensor:
+    return t.new_empty((t.shape[0], -(-t.shape[1] // 4)), dtype=torch.uint8)
+
+
+def _fake_unpack_bits(bits: Tensor, k: int) -> Tensor:
+    return bits.new_empty((bits.shape[0], k), dtype=torch.int8)
+
+
+def _fake_dequantize_bits(bits: Tensor, k: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.new_empty((bits.shape[0], k), dtype=dtype)
 
 
 def _fake_fake_quantize(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
@@ -58,7 +74,8 @@ def _fake_bitlinear(x: Tensor, w: Tensor, bias: Tensor | None, parameters: Seque
     x_q, x_scale = _fake_quantize_activation(x, o.act_granularity, o.eps)
     if o.act_bits is None:
         x_q, x_scale = x_q.new_empty(0), x_scale.new_empty(0)
-    return y, x_q, x_scale, *_fake_quantize_weight(w, parameters, *weight_options(o))
+    t, w_scale = _fake_quantize_weight(w, parameters, *weight_options(o))
+    return y, x_q, x_scale, keep(t, record_of(o), _fake_pack_bits), w_scale
 
 
 def _fake_soft_quantize(
@@ -128,12 +145,24 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         _fake_soft_bitlinear,
     ),
     "dequantize": ("(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor", reference.dequantize, _fake_dequantize),
+    "pack_bits": ("(Tensor t) -> Tensor", bits.pack_bits, _fake_pack_bits),
+    "unpack_bits": ("(Tensor bits, int k) -> Tensor", bits.unpack_bits, _fake_unpack_bits),
+    "dequantize_bits": (
+        "(Tensor bits, int k, Tensor scale, ScalarType dtype) -> Tensor",
+        bits.dequantize_bits,
+        _fake_dequantize_bits,
+    ),
     "quantized_matmul": (
         "(Tensor x, Tensor t, float eps) -> Tensor",
         reference.quantized_matmul,
         _fake_quantized_matmul,
     ),
     "int8_matmul": ("(Tensor a, Tensor b) -> Tensor", reference.int8_matmul, _fake_int8_matmul),
+}
+
+_KERNELS = {
+    "CPU": {**cpu.KERNELS, **bits_kernels.CPU, **soft_kernels.CPU},
+    "CUDA": {**cuda.KERNELS, **bits_kernels.CUDA, **soft_kernels.CUDA},
 }
 
 
@@ -146,7 +175,7 @@ def _define(name: str, schema: str, fake: Any, implementation: Any) -> None:
 for _name, (_schema, _reference, _fake) in _OPS.items():
     _define(_name, _schema, _fake, _reference)
     _define(f"{_name}_reference", _schema, _fake, _reference)
-    for _key, _kernels in (("CPU", {**cpu.KERNELS, **soft_kernels.CPU}), ("CUDA", {**cuda.KERNELS, **soft_kernels.CUDA})):
+    for _key, _kernels in _KERNELS.items():
         if _name in _kernels:
             _LIBRARY.impl(_name, _kernels[_name], _key)
 for _name, _gradient in {**GRADIENTS, **SOFT_GRADIENTS}.items():

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.ops.bits.kept import keep
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, weight_options
 from qat.quantizers import activations, components, latent, packing
 from qat.quantizers.scales import dequantize_weight
@@ -82,21 +83,28 @@ def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
 
 
 def bitlinear(
-    x: Tensor, w: Tensor, bias: Tensor | None, parameters: Sequence[Tensor], *options: Any
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    parameters: Sequence[Tensor],
+    *options: Any,
+    pack: Callable[[Tensor], Tensor] = packing.encode,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, x_q, x_scale, t, w_scale): the output and what the backward pass needs, one byte an element.
+    """(y, x_q, x_scale, codes, w_scale): the output and what the backward pass needs: a byte an input, 2 bits a weight.
 
-    `options` are TrainingOptions. With act_bits None, x_q and x_scale are empty and the backward pass reads x itself.
+    `options` are TrainingOptions, `pack` a device's. With act_bits None, x_q and x_scale are empty and the backward pass reads
+    x itself. The weight's codes are as `qat.ops.bits.kept` keeps them.
     """
     o = TrainingOptions(*options)
+    record = latent.record_of(o)
     t, w_scale = quantize_weight(w, parameters, *weight_options(o))
-    largest = max(map(abs, latent.record_of(o).levels))
+    codes, largest = keep(t, record, pack), max(map(abs, record.levels))
     if o.act_bits is None:
         y, empty = integer_linear(components.repeat(x, o.planes), None, t, w_scale, bias, x.dtype, largest), x.new_empty(0)
-        return y, empty.to(torch.int8), empty.float(), t, w_scale
+        return y, empty.to(torch.int8), empty.float(), codes, w_scale
     x_q, divisor = activations.activation_codes(x, o.act_granularity, o.eps)
     y = integer_linear(components.repeat(x_q, o.planes), divisor, t, w_scale, bias, x.dtype, largest)
-    return y, x_q, (1 / divisor).contiguous(), t, w_scale
+    return y, x_q, (1 / divisor).contiguous(), codes, w_scale
 
 
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:

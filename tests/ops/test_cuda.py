@@ -25,12 +25,14 @@ from kernel_checks import (
     on_the_gpu,
     same,
     tokens,
+    unkept,
 )
 from throwaway import CASES, put_in_the_table
 from torch import Tensor
 
 from qat.config import QuantConfig
 from qat.ops import cuda, initial_parameters, reference
+from qat.ops.bits import kernels as bits
 from qat.ops.options import PackedOptions, training_options, weight_options
 from qat.quantizers import activations, components, packing
 from qat.quantizers.record import WeightOptions
@@ -57,7 +59,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     stream = SimpleNamespace(record_event=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    yield torch.device("cpu"), lambda name, *arguments: cuda.KERNELS[name](*arguments)
+    yield torch.device("cpu"), lambda name, *arguments: {**cuda.KERNELS, **bits.CUDA}[name](*arguments)
     cuda.clear_caches()
 
 
@@ -151,7 +153,8 @@ def test_bitlinear(place, config, dtype):
     device, op = place
     x, w, bias = tokens(22, 72, dtype).reshape(2, 11, 72), torch.randn(40, 72), torch.randn(40)
     found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), [], *training_options(config))
-    y, x_q, x_scale, t, scale = (value.cpu() for value in found)
+    y, x_q, x_scale, kept, scale = (value.cpu() for value in found)
+    t = unkept(kept, w, config)
     check_weight_codes(w, t, scale, config)
     wanted, divisor = activations.activation_codes(x, config.act_granularity, config.eps)
     same(x_q, wanted)
@@ -166,7 +169,8 @@ def test_bitlinear_of_the_whole_table(place, case, monkeypatch):
     x, w, bias = tokens(5, 72), torch.randn(10, 72), torch.randn(10)
     parameters = [value * 1.5 for value in initial_parameters(w, config).values()]
     moved = [value.to(device) for value in (x, w, bias)], [value.to(device) for value in parameters]
-    y, _, _, t, scale = (value.cpu() for value in op("bitlinear", *moved[0], moved[1], *training_options(config)))
+    y, _, _, kept, scale = (value.cpu() for value in op("bitlinear", *moved[0], moved[1], *training_options(config)))
+    t = unkept(kept, w, config)
     check_weight_codes(w, t, scale, config, parameters)
     x_q, divisor = activations.activation_codes(x, "token", EPS)
     same(y, reference.integer_linear(components.repeat(x_q, config.planes), divisor, t, scale, bias, x.dtype))
@@ -179,7 +183,8 @@ def test_bitlinear_of_components(place, granularity):
     options = training_options(config)
     x, w, bias = tokens(22, 72), torch.randn(40, 72), torch.randn(40)
     found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), [], *options)
-    y, x_q, x_scale, t, scale = (value.cpu() for value in found)
+    y, x_q, x_scale, kept, scale = (value.cpu() for value in found)
+    t = unkept(kept, w, config)
     codes, divisor = activations.activation_codes(x, "token", EPS)
     same(x_q, codes)
     same(x_scale, 1 / divisor)
@@ -187,6 +192,15 @@ def test_bitlinear_of_components(place, granularity):
         scale, reference.quantize_weight(w, [], *weight_options(config))[1], rtol=1e-5, atol=0
     )  # sums of a device
     same(y, reference.integer_linear(components.repeat(x_q, 2), divisor, t, scale, bias, x.dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (16, 80), (0, 8)], ids=str)
+def test_bits_of_codes(place, shape):
+    device, op = place
+    t = codes(*shape)
+    packed = op("pack_bits", t.to(device))
+    same(packed, packing.pack_ternary(t, "2bit"))
+    same(op("unpack_bits", packed, shape[1]), t)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,8 +232,8 @@ def test_rounding_and_extreme_values(place):
 def test_empty_sizes(place):
     device, op = place
     w, empty = torch.randn(6, 20, device=device), torch.zeros(0, 20, device=device)
-    y, x_q, x_scale, t, _ = op("bitlinear", empty, w, None, [], *training_options(QuantConfig()))
-    assert y.shape == (0, 6) and x_q.shape == (0, 20) and x_scale.shape == (0, 1) and t.shape == (6, 20)
+    y, x_q, x_scale, bits, _ = op("bitlinear", empty, w, None, [], *training_options(QuantConfig()))
+    assert y.shape == (0, 6) and x_q.shape == (0, 20) and x_scale.shape == (0, 1) and bits.shape == (6, 5)
     packed = packing.pack_ternary(codes(6, 20), "2bit").to(device)
     assert op("packed_linear", empty, packed, torch.ones(1, 1, device=device), None, 20, "2bit", 8, "token", EPS).shape == (
         0,

@@ -33,9 +33,10 @@ def test_packed_linear_large(shape, dtype):
 def test_bitlinear_large(shape):
     m, n, k = shape
     x, w = tokens(m, k, torch.bfloat16), torch.randn(n, k) * 0.02
-    y, x_q, _, t, scale = (
+    y, x_q, _, bits, scale = (
         v.cpu() for v in torch.ops.qat.bitlinear(x.cuda(), w.cuda(), None, [], *training_options(QuantConfig()))
     )
+    t = packing.unpack_ternary(bits, k, "2bit")
     check_weight_codes(w, t, scale, QuantConfig())
     wanted, divisor = activations.activation_codes(x, "token", EPS)
     same(x_q, wanted)

@@ -119,10 +119,11 @@ def test_kernels_equal_the_reference_and_packed_equals_trained(config: QuantConf
         assert packing.packed.shape[1] == -(-64 * config.components // (4 if layout == "2bit" else 5))
 
 
-def test_the_codes_saved_for_the_backward_pass_are_one_byte_an_element() -> None:
+def test_the_codes_saved_for_the_backward_pass_are_two_bits_each() -> None:
     config = QuantConfig(components=3)
-    _, x_q, x_scale, t, _ = torch.ops.qat.bitlinear(normal(4, 32), normal(5, 32), None, [], *training_options(config))
-    assert x_q.shape == (4, 32) and x_q.dtype == torch.int8 and x_scale.shape == (4, 1) and t.shape == (5, 96)
+    _, x_q, x_scale, codes, _ = torch.ops.qat.bitlinear(normal(4, 32), normal(5, 32), None, [], *training_options(config))
+    assert x_q.shape == (4, 32) and x_q.dtype == torch.int8 and x_scale.shape == (4, 1)
+    assert codes.shape == (5, 24) and codes.dtype == torch.uint8
 
 
 def test_opcheck_and_compile() -> None:

@@ -1,0 +1,56 @@
+"""The bits of codes by compiled kernels, where a device has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.ops import cpu, cuda
+from qat.ops.bits import reference
+from qat.ops.operands import DTYPES
+
+
+def _cpu_pack(t: Tensor) -> Tensor:
+    if t.numel() == 0 or not cpu.compiled():
+        return reference.pack_bits(t)
+    return torch.ops.qat.cpu_pack_bits(t.contiguous())
+
+
+def _cpu_unpack(bits: Tensor, k: int) -> Tensor:
+    if bits.numel() == 0 or not cpu.compiled():
+        return reference.unpack_bits(bits, k)
+    return torch.ops.qat.cpu_unpack_bits(bits.contiguous(), k)
+
+
+def _cpu_dequantize(bits: Tensor, k: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in DTYPES or bits.numel() == 0 or not cpu.compiled():
+        return reference.dequantize_bits(bits, k, scale, dtype)
+    return torch.ops.qat.cpu_dequantize_bits(bits.contiguous(), k, scale.contiguous(), DTYPES.index(dtype))
+
+
+def _unlooked(tensor: Tensor) -> Tensor:
+    """Where the kernels would write of a bad value: never read, so nothing waits for the device."""
+    return tensor.new_empty(1, dtype=torch.int64)
+
+
+def _cuda_pack(t: Tensor) -> Tensor:
+    if t.numel() == 0 or not cuda._serves(t):
+        return reference.pack_bits(t)
+    return torch.ops.qat.cuda_pack(t.contiguous(), False, _unlooked(t))
+
+
+def _cuda_unpack(bits: Tensor, k: int) -> Tensor:
+    if bits.numel() == 0 or not cuda._serves(bits):
+        return reference.unpack_bits(bits, k)
+    return torch.ops.qat.cuda_unpack(bits.contiguous(), k, False, _unlooked(bits))
+
+
+CPU: dict[str, Callable[..., Any]] = {
+    "pack_bits": _cpu_pack,
+    "unpack_bits": _cpu_unpack,
+    "dequantize_bits": _cpu_dequantize,
+}
+CUDA: dict[str, Callable[..., Any]] = {"pack_bits": _cuda_pack, "unpack_bits": _cuda_unpack}
