@@ -62,6 +62,9 @@ class OptimConfig:
     """How sharp soft codes are at last, before they are codes."""
     anneal_share: float = 0.8
     """The share of the steps that trains with soft codes; the rest trains with codes, as they will be stored."""
+    anneal_end: float | None = None
+    """How sharp soft codes are at the end of the run, which then go on being soft, from anneal_to on: latent weights come to rest
+    where straight-through steps would move them over thresholds and back. None: the rest trains with codes."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)
@@ -92,6 +95,10 @@ class OptimConfig:
         at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")
         if not 0 < self.anneal_share <= 1:
             raise ValueError(f"optim.anneal_share={self.anneal_share!r} is not allowed; it must be above 0 and at most 1")
+        if self.anneal_end is not None:
+            at_least("optim.anneal_end", self.anneal_end, self.anneal_to, most=SHARPEST, why=", which is optim.anneal_to")
+            if self.anneal_share == 1:
+                raise ValueError("optim.anneal_end is of the steps after optim.anneal_share, and anneal_share=1 leaves none")
         if not 0 <= self.final_lr_fraction <= 1:
             raise ValueError(f"optim.final_lr_fraction={self.final_lr_fraction!r} is not allowed; it must be in 0 to 1")
 

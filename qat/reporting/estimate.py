@@ -52,7 +52,8 @@ def annealing(config: TrainConfig) -> list[str]:
     if not optim.annealed:
         return []
     soft = math.ceil(optim.anneal_share * total)
-    words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} with codes"
+    rest = "with codes" if optim.anneal_end is None else f"to {optim.anneal_end:g}"
+    words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} {rest}"
     return [f"weights         {words}"]
 
 

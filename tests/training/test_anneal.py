@@ -71,6 +71,12 @@ def test_beta_rises_by_a_constant_factor_and_ends() -> None:
     assert beta_at(0, 1, 2.0, 60.0, 0.8) == 2
 
 
+def test_beta_goes_on_to_the_end_where_it_is_asked_to() -> None:
+    values = [beta_at(step, 100, 2.0, 60.0, 0.8, 960.0) for step in range(100)]
+    assert values[:80] == [beta_at(step, 100, 2.0, 60.0, 0.8) for step in range(80)]
+    assert values[80] == 60 and values[90] == pytest.approx(240) and values[99] == pytest.approx(60 * 16**0.95)
+
+
 def test_a_run_is_soft_in_its_steps_and_hard_where_it_is_measured(annealed: TrainConfig, watch: type[Watch]) -> None:
     result = run(annealed)
     expected = {step: beta_at(step, 12, 2.0, 60.0, 0.8) for step in range(12)}
@@ -81,9 +87,15 @@ def test_a_run_is_soft_in_its_steps_and_hard_where_it_is_measured(annealed: Trai
     assert result.perplexity["packed"] == result.perplexity["trained"]
 
 
-def test_a_run_that_ends_soft_is_packed_as_it_was_measured(annealed: TrainConfig) -> None:
-    annealed.optim = replace(annealed.optim, anneal_share=1.0)
+@pytest.mark.parametrize(
+    ("end", "highest"), [({"anneal_share": 1.0}, 2 * 30 ** (11 / 12)), ({"anneal_end": 600.0}, 60 * 10 ** (1.4 / 2.4))]
+)
+def test_a_run_that_ends_soft_is_packed_as_it_was_measured(
+    annealed: TrainConfig, watch: type[Watch], end: dict[str, float], highest: float
+) -> None:
+    annealed.optim = replace(annealed.optim, **end)  # type: ignore[arg-type]
     result = run(annealed)
+    assert None not in watch.steps.values() and max(watch.steps.values()) == pytest.approx(highest)  # type: ignore[type-var]
     assert result.verification["packed_max_logit_difference"] == 0 and result.perplexity["packed"] == result.perplexity["trained"]
 
 
@@ -120,6 +132,8 @@ def test_a_resume_half_way_gives_the_same_losses_to_the_bit(annealed: TrainConfi
         ({"anneal_share": 0.0}, "optim.anneal_share=0.0 is not allowed; it must be above 0"),
         ({"anneal_share": 1.5}, "optim.anneal_share=1.5 is not allowed"),
         ({"anneal_to": 1e9}, "optim.anneal_to=1000000000.0 is not allowed"),
+        ({"anneal_end": 59.0}, "optim.anneal_end=59.0 is not allowed; it must be at least 60.0, which is optim.anneal_to"),
+        ({"anneal_end": 90.0, "anneal_share": 1.0}, "optim.anneal_end is of the steps after optim.anneal_share, and"),
     ],
 )
 def test_values_that_cannot_be(config: TrainConfig, values: dict[str, Any], words: str) -> None:
