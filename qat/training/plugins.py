@@ -42,8 +42,10 @@ def optimizer_factory(config: TrainConfig) -> Any:
 def _tried(config: TrainConfig, key: str, dimensions: tuple[int, ...]) -> Any:
     """The factory of optim.`key`, after a step on a parameter of each number of dimensions."""
     optim, said = config.optim, getattr(config.optim, key)
-    node = {**_fused(said, config.trainer), **_matched(said), **said, "_partial_": True}
+    fused = _fused(said, config.trainer)
+    node = {**fused, **_matched(said), **said, "_partial_": True}
     factory = _with_half_life(config, node) if key == "optimizer" else instantiated(node)
+    factory = any_rows(factory) if fused else factory
     weights = [nn.Parameter(torch.ones([2] * n)) for n in dimensions]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -88,6 +90,27 @@ def _fused(node: dict[str, Any], trainer: TrainerConfig) -> dict[str, Any]:
     if told or trainer.precision == "16-mixed":
         return {}
     return {"fused": True} if "fused" in _arguments(node) else {}
+
+
+def any_rows(factory: Any) -> Any:
+    """The factory of an optimizer with fused steps, without them where they would depend on how a weight is divided.
+
+    On a CPU the last elements of a tensor, those that fill no vector register, are rounded otherwise than the others. So any rows
+    of a weight are stepped as the whole of it only where rows fill registers. Norms and biases do not, and are few.
+    """
+
+    def make(groups: list[dict[str, Any]]) -> Any:
+        return factory([group if _full(group) else {**group, "fused": False} for group in groups])
+
+    return make
+
+
+_REGISTER = 16
+"""float32 of the widest vector register, or of a cache line, by which threads share the work."""
+
+
+def _full(group: dict[str, Any]) -> bool:
+    return all(p.device.type != "cpu" or (p.ndim > 1 and p.shape[1:].numel() % _REGISTER == 0) for p in group["params"])
 
 
 def _matched(node: dict[str, Any]) -> dict[str, Any]:

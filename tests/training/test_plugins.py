@@ -101,7 +101,7 @@ def test_an_import_error_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
 
 def fused(optimizer: dict, **trainer) -> object:
     config = TrainConfig(optim=OptimConfig(optimizer=optimizer), trainer=TrainerConfig(**trainer))
-    return optimizer_factory(config)([torch.nn.Parameter(torch.ones(2))]).defaults.get("fused")
+    return optimizer_factory(config)([{"params": [torch.nn.Parameter(torch.ones(2))]}]).defaults.get("fused")
 
 
 def test_an_optimizer_is_fused_where_it_can_be():
