@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from qat import parallel
 from qat.storage import new_file
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -39,11 +40,18 @@ class Found:
 def save(trainer: pl.Trainer, folder: Path) -> None:
     """Write folder/last.ckpt; what it was becomes previous.ckpt once the new one is whole and on the disk.
 
+    All ranks of a run call it: what of the model and the optimizer lies in parts is gathered, and rank 0 writes it.
+
     Raises:
-        OSError: the disk refuses; both files are then what they were.
+        OSError: the disk refuses, on other ranks than 0 ValueError; both files are then what they were.
     """
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    parallel.shared(lambda: _write(checkpoint, folder))
+
+
+def _write(checkpoint: dict[str, Any], folder: Path) -> None:
     with new_file(folder / LAST) as partial:
-        trainer.save_checkpoint(partial)
+        TorchCheckpointIO().save_checkpoint(checkpoint, partial)
         seal(partial)
         if (folder / LAST).exists():
             _keep(folder, partial.with_name(PREVIOUS))

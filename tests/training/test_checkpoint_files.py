@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,14 @@ from qat.training import checkpoints
 def two_checkpoints(tmp_path: Path) -> Path:
     """last.ckpt of step 2 and previous.ckpt of step 1."""
 
-    class Trainer:
+    class Connector:
         step = 0
 
-        def save_checkpoint(self, file: Path) -> None:
+        def dump_checkpoint(self, weights_only: bool) -> dict[str, Any]:
             self.step += 1
-            torch.save({"global_step": self.step, "weights": torch.arange(1000.0)}, file)
+            return {"global_step": self.step, "weights": torch.arange(1000.0)}
 
-    trainer: Any = Trainer()
+    trainer: Any = SimpleNamespace(_checkpoint_connector=Connector())
     for _ in range(2):
         checkpoints.save(trainer, tmp_path / "checkpoints")
     return tmp_path / "checkpoints"

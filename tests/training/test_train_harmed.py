@@ -64,18 +64,18 @@ def test_damaged_checkpoint_is_refused_by_name(config: TrainConfig) -> None:
 
 
 def test_full_disk_leaves_the_last_good_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning.pytorch as pl
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
 
     config.trainer = replace(config.trainer, max_steps=4, checkpoint_every=2)
-    original = pl.Trainer.save_checkpoint
+    original = TorchCheckpointIO.save_checkpoint
 
-    def full(self: pl.Trainer, path: Any, *more: Any) -> None:
-        if self.global_step > 2:
+    def full(self: TorchCheckpointIO, checkpoint: dict[str, Any], path: Any, *more: Any) -> None:
+        if checkpoint["global_step"] > 2:
             Path(path).write_bytes(b"half a file")
             raise OSError(28, "No space left on device")
-        original(self, path, *more)
+        original(self, checkpoint, path, *more)
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", full)
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         run(config)
     folder = Path(config.run.dir or "") / "checkpoints"
