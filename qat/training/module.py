@@ -31,6 +31,7 @@ from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.gradients.clipping import clip
 from qat.training.gradients.split import LATENT
+from qat.training.optimizer_names import named, numbered
 
 LARGEST = 80.0
 """Of cross-entropies: its exponential is a float32."""
@@ -193,8 +194,20 @@ class QATModule(pl.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in {**found, **scores}.items()})
         self.log("step", float(self.global_step))
 
+    def configure_model(self) -> None:
+        """Nothing: `student` came as it is trained, also in parts on several devices."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The optimizer's state by names, so that a run which groups or shards otherwise can go on from it."""
+        checkpoint["optimizer_states"] = [named(one, self._groups()) for one in checkpoint["optimizer_states"]]
+
+    def _groups(self) -> dict[str, list[str]]:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return {group["name"]: [names[id(p)] for p in group["params"]] for group in parameter_groups(self.student, self.optim)}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count batches from the step, as the number of batches a step may have changed since."""
+        checkpoint["optimizer_states"] = [numbered(one, self._groups()) for one in checkpoint["optimizer_states"]]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
