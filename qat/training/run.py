@@ -48,6 +48,7 @@ from qat.training.plugins import callbacks, check_plugins, instantiated, optimiz
 from qat.training.recording import Book, Facts, assembled, config_hash, recording, versions
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
+from qat.training.strategies.divisible import check_divisible
 from qat.training.sweeps.again import answered
 from qat.training.tasks import Measure, code_of
 from qat.training.trainings import check_comparable, check_teacher, load_teacher, total_batches, train_control, train_student
@@ -135,6 +136,7 @@ def prepare(config: TrainConfig) -> Job:
     check_calibrated_start(config)
     fit.check_hardware(config.trainer)
     optimizer = optimizer_factory(config)
+    check_divisible(config, optimizer)
     check_plugins(config)
     asked = callbacks(config)
     if config.trainer.threads is not None:

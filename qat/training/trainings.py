@@ -20,12 +20,13 @@ from qat.reporting.settling import within
 from qat.tasks import TASKS
 from qat.terminal.stage import stage
 from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Oscillation, Samples
-from qat.training.fit import FitResult, fit
+from qat.training.fit import FitResult, device_of, fit
 from qat.training.gradients.terms import TermGradients
 from qat.training.module import OptimizerFactory, QATModule
 from qat.training.monitoring.alarming import Alarming
 from qat.training.monitoring.looks import Monitor
 from qat.training.signals import Signals
+from qat.training.strategies.placing import placed
 from qat.training.tasks import code_of
 
 if TYPE_CHECKING:
@@ -94,11 +95,12 @@ def train_student(
     if config.trainer.monitor_every is not None:
         monitor = Monitor(folder, config.trainer.monitor_every)
         callbacks += [monitor, Alarming(folder, config, monitor)]
-    module = _module(config, student, config.distill, optimizer, teacher, data)
-    try:
-        outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
-    finally:
-        module.release()
+    with placed(config.trainer, device_of(config.trainer), student, teacher) as (trained, its_teacher):
+        module = _module(config, trained, config.distill, optimizer, its_teacher, data)
+        try:
+            outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
+        finally:
+            module.release()
     set_norm_blend(student, 1.0)  # also where a resumed run had no step left
     student.eval()
     return outcome
@@ -117,8 +119,9 @@ def train_control(
     }
     optim, config = replace(config.optim, lr=config.control.lr, **plain), within(config)
     base.requires_grad_(True)
-    module = _module(replace(config, optim=optim), base, DistillConfig(ce=1.0, kl=0.0), optimizer, None, data)
-    outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")
+    with placed(config.trainer, device_of(config.trainer), base) as (trained, _):
+        module = _module(replace(config, optim=optim), trained, DistillConfig(ce=1.0, kl=0.0), optimizer, None, data)
+        outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")
     base.eval()
     return outcome
 

@@ -11,9 +11,12 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qat.ops import cpu
+from qat.training.strategies.shards import local
 
 _LEAST = 1e-6
 """Added to the norm, as torch does: gradients of 0 are not divided by."""
@@ -22,8 +25,18 @@ _LEAST = 1e-6
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """The norm, float64 [] on their device, of all elements of the gradients [...], of any floating dtype and on one device.
 
-    Shards' norms are put together as sqrt(sum of squares), in float64 too.
+    Of gradients that lie in parts on several devices it is that of the whole ones: all of their devices must ask.
     """
+    divided = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if not divided:
+        return _norm(plain)
+    squares = _norm([local(gradient) for gradient in divided]).square()
+    dist.all_reduce(squares, group=divided[0].device_mesh.get_group())
+    return (squares + _norm(plain).square() if plain else squares).sqrt()
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
     squares = cpu.square_sum(gradients) if gradients[0].is_cpu else None
     if squares is not None:
         return torch.tensor(math.sqrt(squares), dtype=torch.float64)
@@ -36,6 +49,7 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> Tensor | None:
     if not gradients:
         return None
     norm = gradient_norm(gradients)
+    gradients = [local(gradient) for gradient in gradients]
     factor = (most / (norm + _LEAST)).clamp(max=1.0).float()
     if not norm.is_cpu or factor.item() != 1.0:  # NaN too; asking a GPU for the value would wait for it
         torch._foreach_mul_(gradients, factor)  # a tensor: as a number it would be rounded to bfloat16 with such gradients

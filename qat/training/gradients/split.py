@@ -53,6 +53,11 @@ class Split(Optimizer):
         self.param_groups = self._groups()  # which loading made anew
 
 
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Those that step: its parts, or itself."""
+    return optimizer.parts if isinstance(optimizer, Split) else [optimizer]
+
+
 def split(latent: Callable[[Groups], Optimizer], rest: Callable[[Groups], Optimizer]) -> Callable[[Groups], Optimizer]:
     """A factory of parameter groups: the latent weights' group goes to `latent`, the others to `rest`.
 
