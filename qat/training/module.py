@@ -31,7 +31,7 @@ from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.gradients.clipping import clip
 from qat.training.gradients.split import LATENT
-from qat.training.optimizer_names import named, numbered
+from qat.training.strategies.optimizer_names import named, numbered
 
 LARGEST = 80.0
 """Of cross-entropies: its exponential is a float32."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qat.training.gradients.split import LATENT, split
-from qat.training.optimizer_names import named, numbered
+from qat.training.strategies.optimizer_names import named, numbered
 
 NAMES = {LATENT: ["b.weight", "a.weight"], "vectors": ["a.bias", "b.bias"]}
 
