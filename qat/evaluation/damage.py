@@ -3,7 +3,7 @@
 On windows of tokens, perplexity and KL(p_full precision || p_quantized) of the one full-precision model with
 
     weights, activations, both    all its layers in that form: are codes or the inputs' rounding to blame?
-    families                      the layers of one name alone, q_proj, down_proj, ..., as the architecture calls them
+    families                      the layers of one family alone, q, down, ..., as `qat.conversion.families` names them
     layers                        each layer alone
 
 A layer is quantized in place, for as long as it is measured: its weight becomes what codes and scales stand for, and a hook
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from qat import ops
 from qat.config import QuantConfig
+from qat.conversion.families import families
 from qat.conversion.selection import is_conv1d, is_linear
 from qat.metrics.perplexity import Window, logits_of, scored_tokens
 from qat.nn.bitlinear import rounded
@@ -151,8 +152,8 @@ def damage_map(
     try:
         meter = Meter(model, list(windows))
         forms = {form: meter(layers, form) for form in FORMS}
-        families = _families(layers)
-        by_family = {name: meter(some) for name, some in shown(families.items(), "damage of families", "families", progress)}
+        grouped = _families(layers)
+        by_family = {name: meter(some) for name, some in shown(grouped.items(), "damage of families", "families", progress)}
         alone = {name: meter({name: config}) for name, config in shown(layers.items(), "damage of layers", "layers", progress)}
     finally:
         model.train(was_training)
@@ -160,10 +161,11 @@ def damage_map(
 
 
 def _families(layers: Mapping[str, QuantConfig]) -> dict[str, dict[str, QuantConfig]]:
-    """By the last part of the names, in the order of the model."""
+    """In the order of the model."""
+    kinds = families(layers)
     found: dict[str, dict[str, QuantConfig]] = {}
     for name, config in layers.items():
-        found.setdefault(name.rpartition(".")[2], {})[name] = config
+        found.setdefault(kinds[name], {})[name] = config
     return found
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qat.conversion.families import families
 from qat.monitor.bits import counts, packed, words
-from qat.monitor.families import families
 from qat.monitor.trace import Trace
 
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from qat.conversion.families import families
 from qat.reporting.page.parts import Figure
 
 MOST_LAYERS, MOST_LOOKS = 180, 100
+MOST_ROWS = 4 * MOST_LAYERS
+"""Of a map whose layers are hardly two of a family, so that bands do not help."""
 
 
 def heat_figure(title: str, values: Any, names: Sequence[str], steps: Sequence[int], caption: str, unit: str = "") -> Figure:
@@ -23,6 +26,10 @@ def heat_figure(title: str, values: Any, names: Sequence[str], steps: Sequence[i
     table = np.asarray(values, dtype=np.float64)[picked]
     table[~np.isfinite(table)] = np.nan
     rows, labels = bands(table.T, names)
+    more = f" {len(names):,} layers in {len(labels):,} bands, each its worst layer." if len(labels) < len(names) else ""
+    if len(labels) > MOST_ROWS:
+        more += f" The first {MOST_ROWS} of {len(labels):,} rows."
+        rows, labels = rows[:MOST_ROWS], labels[:MOST_ROWS]
     data = {
         "type": "heatmap",
         "x": [int(steps[i]) for i in picked],
@@ -37,7 +44,6 @@ def heat_figure(title: str, values: Any, names: Sequence[str], steps: Sequence[i
         **_limits(rows),
     }
     height = max(200, min(760, 90 + (16 if len(labels) < 40 else 9 if len(labels) < 80 else 4) * len(labels)))
-    more = f" {len(names):,} layers in {len(labels)} bands, each its worst layer." if len(labels) < len(names) else ""
     layout = {
         "xaxis": {"title": {"text": "step"}},
         "yaxis": {"autorange": "reversed", "type": "category", "tickfont": {"size": 10}},
@@ -56,17 +62,17 @@ def _limits(rows: Any) -> dict[str, float]:
 
 def bands(table: Any, names: Sequence[str]) -> tuple[Any, list[str]]:
     """(rows [B, looks], their names): the layers [L, looks] by family, neighbours taken together where there are too many."""
-    families: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        families.setdefault(name.rpartition(".")[2], []).append(i)
-    share = max(1, -(-len(names) // max(1, MOST_LAYERS - len(families))))
+    members_of: dict[str, list[int]] = {}
+    for i, kind in enumerate(families(names).values()):
+        members_of.setdefault(kind, []).append(i)
+    share = max(1, -(-len(names) // max(1, MOST_LAYERS - len(members_of))))
     rows, labels = [], []
-    for family, members in families.items():
+    for family, members in members_of.items():
         for start in range(0, len(members), share):
             band = members[start : start + share]
             rows.append(_worst(table[band]))
             labels.append(_label(family, [names[i] for i in band]))
-    return np.array(rows[: 4 * MOST_LAYERS]), _distinct(labels[: 4 * MOST_LAYERS])
+    return np.array(rows), _distinct(labels)
 
 
 def _worst(band: Any) -> Any:

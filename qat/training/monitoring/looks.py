@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.conversion.families import families
 from qat.conversion.layers import bitlinears
-from qat.monitor.families import families
 from qat.monitor.inputs import Inputs
 from qat.monitor.layers import LayersFile
 from qat.monitor.sums import Sums, groupwise, layerwise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 
 def families(names: Iterable[str]) -> dict[str, str]:
@@ -12,12 +13,14 @@ def families(names: Iterable[str]) -> dict[str, str]:
     `dense`, they are `attention.dense` and `mlp.dense`.
     """
     kinds = {name: tuple(part for part in name.split(".") if not part.isdigit()) for name in names}
-    labels: dict[tuple[str, ...], str] = {}
-    for kind in dict.fromkeys(kinds.values()):
-        others = [other for other in set(kinds.values()) if other != kind]
-        alone = (n for n in range(1, len(kind) + 1) if not any(other[-n:] == kind[-n:] for other in others))
-        labels[kind] = ".".join(kind[-next(alone, len(kind)) :])
-    return {name: _short(labels[kind]) for name, kind in kinds.items()}
+    ends = Counter(kind[-n:] for kind in set(kinds.values()) for n in range(1, len(kind) + 1))
+    return {name: _short(_own_end(kind, ends)) for name, kind in kinds.items()}
+
+
+def _own_end(kind: tuple[str, ...], ends: Mapping[tuple[str, ...], int]) -> str:
+    """The shortest end of a name that no other kind has; the whole where another ends in it."""
+    alone = (n for n in range(1, len(kind) + 1) if ends[kind[-n:]] == 1)
+    return ".".join(kind[-next(alone, len(kind)) :])
 
 
 def _short(label: str) -> str:
