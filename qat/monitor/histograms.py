@@ -6,38 +6,56 @@ says which. In units of the scale layers of all sizes share an axis; what lies b
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qat.conversion.families import families
 from qat.conversion.layers import bitlinears
-from qat.monitor.families import families
 from qat.monitor.weights import with_borders
 from qat.nn.bitlinear import BitLinear
 
 REACH, BINS = 3.0, 120
 
 
+@dataclass
+class Histogram:
+    """Of a family's latent weights in units of their scales: each that is finite is counted once."""
+
+    counts: np.ndarray
+    """int64 [BINS]."""
+    borders: list[float]
+    """Between codes, of the family's first layer."""
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Of the bins, float64 [BINS + 1]."""
+        return np.linspace(-REACH, REACH, BINS + 1)
+
+    @property
+    def centers(self) -> list[float]:
+        """Of the bins."""
+        return [round(one, 6) for one in ((self.edges[1:] + self.edges[:-1]) / 2).tolist()]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of all that is counted, in each bin."""
+        return [round(share, 7) for share in (self.counts / max(self.counts.sum(), 1)).tolist()]
+
+
 @torch.no_grad()
-def latent_histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Family -> `centers` of bins in scales, `shares` of its weights in each, `borders` between codes of its first layer."""
+def latent_histograms(model: nn.Module) -> dict[str, Histogram]:
+    """Family -> the histogram of its latent weights."""
     layers = dict(bitlinears(model))
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Histogram] = {}
     for name, family in families(layers).items():
-        rows, borders = _in_scales(layers[name])
-        counts = torch.histc(rows.clamp(-REACH, REACH), BINS, -REACH, REACH).double().cpu()
-        one = found.setdefault(family, {"counts": torch.zeros(BINS, dtype=torch.float64), "borders": borders})
-        one["counts"] += counts
-    width = 2 * REACH / BINS
-    centers = [round(-REACH + (i + 0.5) * width, 6) for i in range(BINS)]
-    return {
-        family: {"centers": centers, "shares": _shares(one["counts"]), "borders": one["borders"]} for family, one in found.items()
-    }
-
-
-def _shares(counts: Tensor) -> list[float]:
-    return [round(share, 7) for share in (counts / counts.sum().clamp_min(1)).tolist()]
+        values, borders = _in_scales(layers[name])
+        counts = torch.histc(values.clamp(-REACH, REACH), BINS, -REACH, REACH).long().cpu().numpy()
+        one = found.setdefault(family, Histogram(np.zeros(BINS, dtype=np.int64), borders))
+        one.counts = one.counts + counts
+    return found
 
 
 def _in_scales(layer: BitLinear) -> tuple[Tensor, list[float]]:

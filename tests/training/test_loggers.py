@@ -15,10 +15,10 @@ from torch import nn
 
 from qat.config import TrainConfig
 from qat.config.compose.saved import load_config, save_config
+from qat.monitor.histograms import latent_histograms
 from qat.monitor.table import find
 from qat.nn.bitlinear import BitLinear
 from qat.train import run
-from qat.training.loggers.pictures import latent_histograms
 
 WANDB = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "qat", "offline": True}
 
@@ -135,8 +135,7 @@ def test_histograms_have_the_families_of_every_other_number() -> None:
         return nn.ModuleDict({"attn": attention, "mlp": mlp})
 
     found = latent_histograms(nn.ModuleList([block(), block()]))
-    sizes = {name: int(counts.sum()) for name, (counts, _) in found.items()}
-    assert sizes == {"latents/attn.dense": 64, "latents/mlp.dense": 32, "latents/up": 16}
+    assert {name: int(one.counts.sum()) for name, one in found.items()} == {"attn.dense": 64, "mlp.dense": 32, "up": 16}
 
 
 def test_mlflow_continues_its_run(config: TrainConfig, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from torch import nn
 
 from qat.config import TrainConfig
+from qat.monitor.histograms import latent_histograms
 from qat.monitor.table import result_metrics
 from qat.reporting.result import read_result
 from qat.training.loggers import mlflow, tensorboard, trackio, weights_and_biases
 from qat.training.loggers.identity import keep
-from qat.training.loggers.pictures import latent_histograms
 from qat.training.loggers.record import About, Ended, Sink
 from qat.training.loggers.trackio import TrackioLogger
 
@@ -73,7 +73,8 @@ class Trackers:
     def histograms(self, model: nn.Module, step: int) -> None:
         """Show the latent weights as they are at a step."""
         self.step = step
-        found = latent_histograms(model) if self.made else {}
+        made = latent_histograms(model) if self.made else {}
+        found = {f"latents/{family}": (one.counts, one.edges) for family, one in made.items()}
         for logger, sink in self.made:
             sink.histograms(logger, found, step)
 

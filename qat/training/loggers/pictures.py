@@ -6,33 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from qat.conversion.layers import bitlinears
-from qat.monitor.families import families
 from qat.monitor.layers import read_layers
 from qat.monitor.table import HEALTH, find
 
-WIDEST, BINS = 4.0, 64
 MOST_LAYERS, MOST_LOOKS = 400, 400
 """Cells of a heat map; beyond them every n-th is shown, which the title says."""
-
-
-def latent_histograms(model: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`latents/<family>` -> (counts int64 [64], edges [65]) of latent weights, in units of their layer's mean magnitude.
-
-    In these units the thresholds of every ternary quantizer lie near 0.5, whatever the layer. What is farther out than 4 is
-    counted in the outermost bins, so that the counts are of all weights.
-    """
-    edges, counts = np.linspace(-WIDEST, WIDEST, BINS + 1), dict[str, np.ndarray]()
-    layers = dict(bitlinears(model))
-    for name, kind in families(layers).items():
-        weight = layers[name].weight.detach().float()
-        unit = (weight / weight.abs().mean().clamp(min=1e-12)).clamp(-WIDEST, WIDEST)
-        found = unit.flatten().histc(BINS, -WIDEST, WIDEST).long().cpu().numpy()
-        family = f"latents/{kind}"
-        counts[family] = counts.get(family, 0) + found
-    return {family: (found, edges) for family, found in counts.items()}
 
 
 def heat_maps(folder: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _keep_latents(side: str, model: nn.Module, file: Path) -> None:
     families: dict[str, Any] = _read(file).get("families") or {}
     for name, one in latent_histograms(model).items():
         kept = families.setdefault(name, {})
-        kept |= {"centers": one["centers"], "thresholds": one["borders"], side: one["shares"]}
+        kept |= {"centers": one.centers, "thresholds": one.borders, side: one.shares}
     write_text(file, json.dumps({"families": families}))
 
 
