@@ -17,32 +17,41 @@ BUILTIN = "pydoc_data.topics"
 
 
 def following(result: RunResult) -> list[str]:
-    """The next commands: generate, evaluate, and llama.cpp or an export; of an interrupted run the one that continues it.
+    """The commands of `labelled`, for a terminal."""
+    return [command for _, command in labelled(result, Path(result.folder))] if result.folder else []
 
-    A classifier writes no text, and has no stock reader: it can be looked at.
+
+def labelled(result: RunResult, folder: Path) -> list[tuple[str, str]]:
+    """(what for, command): generate, evaluate, and llama.cpp or an export; of an interrupted run the one that continues it.
+
+    A classifier writes no text, and has no stock reader: it can be looked at. `folder` is where the run lies now.
     """
-    folder = Path(result.folder)
-    if result.signal is not None:
-        return [_line("python", "-m", "qat.train", f"resume={folder}")]
-    if not result.folder or not (folder / "packed").is_dir():
+    if result.signal is not None or result.status.startswith("interrupted"):
+        return [go_on(folder)]
+    if not (folder / "packed").is_dir():
         return []
     if result.measured is result.accuracy:
-        return [_line("python", "-m", "qat.inspect", str(folder))]
+        return [("look at the model", _line("python", "-m", "qat.inspect", str(folder)))]
     return [
-        _line("python", "-m", "qat.generate", str(folder), "--prompt", PROMPT),
-        _line("python", "-m", "qat.evaluate", str(folder), "--text", _text(folder)),
+        ("generate", _line("python", "-m", "qat.generate", str(folder), "--prompt", PROMPT)),
+        ("evaluate", _line("python", "-m", "qat.evaluate", str(folder), "--text", _text(folder))),
         _outside(result, folder),
     ]
 
 
-def _outside(result: RunResult, folder: Path) -> str:
+def go_on(folder: Path, *settings: str) -> tuple[str, str]:
+    """(what for, the command that continues a run), with what is changed."""
+    return "train on" if settings else "go on", _line("python", "-m", "qat.train", f"resume={folder}", *settings)
+
+
+def _outside(result: RunResult, folder: Path) -> tuple[str, str]:
     """The model in another program: llama.cpp where a file for it is there or can be."""
     gguf = folder / FORMATS["gguf"].in_run
     if gguf.is_file():
-        return _line("llama-cli", "-m", str(gguf), "-p", PROMPT)
+        return "run in llama.cpp", _line("llama-cli", "-m", str(gguf), "-p", PROMPT)
     skipped = result.export.get("skipped", {})
     name = next(one for one in ("gguf", "pt2", "hf") if one not in skipped)
-    return _line("python", "-m", "qat.export", str(folder), "--out", str(folder / FORMATS[name].in_run))
+    return "export", _line("python", "-m", "qat.export", str(folder), "--out", str(folder / FORMATS[name].in_run))
 
 
 def _text(folder: Path) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from qat.config import TrainConfig
 from qat.config.compose.composing import compose_run
 from qat.config.compose.keys import options
+from qat.reporting.following import go_on, labelled
 from qat.reporting.page.reading import Run
-from qat.tasks import TASKS
 
 ELSEWHERE = ("run", "resume", "dry_run", "trust_targets")
 """Sections that say where and how a command runs, not what it computes."""
@@ -80,20 +79,11 @@ def setting(value: Any) -> str:
 
 
 def next_commands(run: Run) -> list[tuple[str, str]]:
-    """(what for, command) of what a reader would do now."""
-    folder = shlex.quote(str(run.folder))
+    """(what for, command) of what a reader would do now: as the terminal has said, and on from there."""
+    if run.result.status == "running":
+        watch = shlex.join(["python", "-m", "qat.report", "--watch", str(run.folder)])
+        return [("look on while it trains", watch), ("go on, if it was killed", go_on(run.folder)[1])]
     if not run.done:
-        return [("go on", shlex.join(["python", "-m", "qat.train", f"resume={run.folder}"]))]
-    found = [("look again while it trains on", f"python -m qat.report --watch {folder}")] if not run.result.measured else []
-    if not (run.folder / "packed").is_dir():
-        return found
-    packed = shlex.quote(str(run.folder / "packed"))
-    writes = TASKS[run.get("task", "language")].generates
-    gguf = sorted(Path(run.folder).glob("*.gguf")) + sorted(Path(run.folder).glob("*/*.gguf"))
-    return [
-        *([("generate", f'python -m qat.generate {packed} --prompt "Once upon a time"')] if writes else []),
-        ("evaluate on another text", f"python -m qat.evaluate {packed} --text FILE"),
-        ("export", f"python -m qat.export {folder} --format gguf --out model.gguf"),
-        *[("run in llama.cpp", f'llama-cli -m {shlex.quote(str(file))} -p "Once upon a time"') for file in gguf[:1]],
-        ("train on", shlex.join(["python", "-m", "qat.train", f"resume={run.folder}"]) + " trainer.max_steps=N"),
-    ]
+        return [go_on(run.folder)]
+    found = labelled(run.result, run.folder)
+    return [*found, go_on(run.folder, "trainer.max_steps=N")] if found else []
