@@ -165,9 +165,13 @@ def _measured(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recovered(perplexity: Mapping[str, float]) -> dict[str, float]:
-    """How much of the log-perplexity lost by conversion the training recovered, and ln(trained / full precision)."""
-    if not {"full_precision", "converted", "trained"} <= perplexity.keys():
+    """How much of the log-perplexity lost by conversion the training recovered, and ln(trained / full precision).
+
+    Nothing where one is missing, or not finite.
+    """
+    values = [perplexity.get(key, 0.0) for key in ("full_precision", "converted", "trained")]
+    if not all(0 < value < math.inf for value in values):
         return {}
-    full, converted, trained = (math.log(perplexity[key]) for key in ("full_precision", "converted", "trained"))
+    full, converted, trained = map(math.log, values)
     gap = {"log_ratio_trained": trained - full}
     return gap if converted <= full else {"recovered_share": (converted - trained) / (converted - full), **gap}

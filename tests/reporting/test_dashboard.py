@@ -13,7 +13,7 @@ pytest.importorskip("wandb_workspaces")
 
 from qat import dashboard
 from qat.monitor.table import HEALTH, find
-from qat.reporting.dashboard import SECTIONS, metrics, specification
+from qat.reporting.dashboard import SECTIONS, metrics, patterns, specification
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "dashboard.json"
 
@@ -22,12 +22,6 @@ COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "dashboard.json"
 def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-
-
-def patterns(node: Any) -> set[str]:
-    own = {node["metricRegex"]} if isinstance(node, dict) and node.get("metricRegex") else set()
-    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return own.union(*(patterns(one) for one in inner))
 
 
 def test_each_metric_of_the_dashboards_is_in_the_table(no_key: None) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import copy
+import dataclasses
+import functools
 import gzip
 import json
 import math
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,10 @@ import pytest
 from run_folders import RESULT, ROWS, with_trained, write_run
 
 from qat import report as verb
+from qat.reporting.following import following
 from qat.reporting.page.charts import MOST_POINTS, loss_figure, thinned
-from qat.reporting.page.heat import heat_figure
+from qat.reporting.page.compare import comparison
+from qat.reporting.page.heat import MOST_ROWS, heat_figure
 from qat.reporting.page.phases import phases, resumes
 from qat.reporting.page.reading import Series, read_metrics, read_run
 from qat.reporting.page.render import report, write_report
@@ -122,6 +128,18 @@ def test_a_damaged_file_breaks_nothing(tmp_path: Path, name: str, content: bytes
     assert "<section" in report(read_run(tmp_path))
 
 
+@pytest.mark.parametrize("place", [("perplexity", "trained"), ("bytes", "packed_model"), ("seconds",), ("tokens",)])
+@pytest.mark.parametrize("value", [-1, 0, "x", [1], {}, True, math.nan, math.inf])
+def test_a_result_of_other_values_breaks_neither_page_nor_comparison(tmp_path: Path, place: tuple[str, ...], value: Any) -> None:
+    found: Any = copy.deepcopy(RESULT)
+    *path, last = place
+    functools.reduce(operator.getitem, path, found)[last] = value
+    run = read_run(write_run(tmp_path / "odd", found))
+    whole = read_run(write_run(tmp_path / "whole", with_trained(4.5)))
+    assert '<section id="result"' in report(run, bundle=False)
+    assert "whole comes closest" in words(comparison([run, whole]))
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "damage.json").write_text("[")
@@ -195,7 +213,7 @@ def test_thousands_of_layers_and_looks_fit(tmp_path: Path) -> None:
     figure = heat_figure("Error", values, names, list(range(300)), "")
     (trace,) = figure.data
     assert len(trace["y"]) <= 180 == len(set(trace["y"])) + 180 - len(trace["y"]) and len(trace["x"]) == 100
-    assert trace["y"][0] == "q_proj 0–6" and trace["z"][0][0] == 18.0  # the worst of the band: layer 6's q_proj
+    assert trace["y"][0] == "q 0–6" and trace["z"][0][0] == 18.0  # the worst of the band: layer 6's q_proj
     assert "1,200 layers" in figure.caption and figure.height <= 760
     drawable([{"data": figure.data, "layout": figure.layout}])
 
@@ -204,6 +222,22 @@ def test_names_without_numbers_and_one_look_are_drawn() -> None:
     figure = heat_figure("Zero", [[0.1, math.inf]], ["head", "other.head"], [5], "")
     assert figure.data[0]["y"] == ["head", "other.head"] and math.isnan(figure.data[0]["z"][1][0])
     assert heat_figure("Zero", [[math.nan]], ["head"], [5], "").data[0]["zmax"] == 1.0
+
+
+def test_a_map_that_is_cut_says_so_and_families_are_those_of_the_curves() -> None:
+    names = [f"block{i}x.proj_{i}" for i in range(1000)]  # no number of its own: each is its family
+    figure = heat_figure("Zero", [[0.5] * 1000], names, [5], "")
+    assert len(figure.data[0]["y"]) == MOST_ROWS and f"The first {MOST_ROWS} of 1,000 rows" in figure.caption
+    names = [f"layers.{i}.{part}.dense" for i in range(2) for part in ("attention", "mlp")]
+    labels = heat_figure("Zero", [[0.5] * 4], names, [5], "").data[0]["y"]
+    assert labels == ["attention.dense 0", "attention.dense 1", "mlp.dense 0", "mlp.dense 1"]
+
+
+def test_what_charts_leave_out_is_said(tmp_path: Path) -> None:
+    rows = [{"step": 1, **{f"quant/f{i}/error": 0.1 for i in range(12)}, **{f"optim/lr/g{i}": 0.1 for i in range(15)}}]
+    write_run(tmp_path, rows=rows)
+    said = words(report(read_run(tmp_path), bundle=False))
+    assert "4 more families are not shown." in said and "3 more are not shown." in said
 
 
 def test_the_command_and_what_differs_from_the_recipe(tmp_path: Path) -> None:
@@ -218,7 +252,22 @@ def test_the_command_and_what_differs_from_the_recipe(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_is_to_be_resumed(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a run", {"status": "interrupted at step 4; x"}))
-    assert next_commands(run) == [("go on", f"python -m qat.train 'resume={tmp_path}/a run'")]
+    resume = f"python -m qat.train 'resume={tmp_path}/a run'"
+    assert next_commands(run) == [("go on", resume)]
+    run = read_run(write_run(tmp_path / "a run", {"status": "running"}))
+    watch = f"python -m qat.report --watch '{tmp_path}/a run'"
+    assert next_commands(run) == [("look on while it trains", watch), ("go on, if it was killed", resume)]
+
+
+def test_page_and_terminal_say_the_same_next_commands(tmp_path: Path) -> None:
+    (write_run(tmp_path / "run") / "packed").mkdir()
+    run = read_run(tmp_path / "run")
+    said = [line for _, line in next_commands(run)]
+    assert said[:3] == following(dataclasses.replace(run.result, folder=str(run.folder)))
+    assert said[3:] == [f"python -m qat.train resume={run.folder} trainer.max_steps=N"]
+    scores = {"text": "a", "examples": 2, "majority": 0.5, "measure": "accuracy", "converted": 0.4, "trained": 0.5}
+    (write_run(tmp_path / "labels", {**RESULT, "perplexity": {}, "accuracy": scores}) / "packed").mkdir()
+    assert next_commands(read_run(tmp_path / "labels"))[0][1] == f"python -m qat.inspect {tmp_path}/labels"
 
 
 def test_the_verb_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

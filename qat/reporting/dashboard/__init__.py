@@ -74,3 +74,10 @@ def metrics(spec: Any) -> set[str]:
         found |= {str(spec["accessor"]).removeprefix("summary:") for key in ("accessor",) if "summary:" in str(spec.get(key))}
     inner = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
     return found.union(*(metrics(one) for one in inner))
+
+
+def patterns(spec: Any) -> set[str]:
+    """The regular expressions by which a specification draws what it cannot name: families, groups, terms."""
+    own = {spec["metricRegex"]} if isinstance(spec, dict) and spec.get("metricRegex") else set()
+    inner = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
+    return own.union(*(patterns(one) for one in inner))

@@ -12,6 +12,8 @@ from qat.reporting.page.reading import Run, Series
 
 MOST_POINTS = 600
 """Of a line: more than a chart has pixels for."""
+MOST_LINES = 12
+"""Of a small chart."""
 NO_LOSS = ("epoch", "tokens", "tokens_per_second", "step")
 
 
@@ -51,7 +53,7 @@ def loss_figure(run: Run) -> Figure | None:
         return None
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
     scale = "log" if values and min(values) > 0 and max(values) > 50 * min(values) else "linear"
-    layout = {"yaxis": {"title": {"text": "nats a token"}, "type": scale}, "xaxis": {"title": {"text": "step"}}, **marks(run)}
+    layout = {"yaxis": {"title": {"text": "nats a token"}, "type": scale, "tickformat": "~g"}, "xaxis": {"title": {"text": "step"}}, **marks(run)}
     return Figure("Loss", data, layout, height=380)
 
 
@@ -72,7 +74,7 @@ def perplexity_figure(run: Run) -> Figure | None:
             data.append({**line(f"{key.replace('_', ' ')}, evaluation text", ends, colour, line=style), "mode": "lines"})
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
     scale = "log" if values and max(values) > 20 * min(values) > 0 else "linear"
-    return Figure("Perplexity", data, {"yaxis": {"type": scale}, "xaxis": {"title": {"text": "step"}}, **marks(run)}, height=300)
+    return Figure("Perplexity", data, {"yaxis": {"type": scale, "tickformat": "~g"}, "xaxis": {"title": {"text": "step"}}, **marks(run)}, height=300)
 
 
 def held_out_figures(run: Run) -> list[Figure]:
@@ -93,6 +95,8 @@ def small_figures(run: Run, section: str, words: Mapping[str, str] | None = None
 
 
 def _small(run: Run, title: str, names: Sequence[str], caption: str) -> Figure:
-    data = [line(name.rpartition("/")[2], run.metrics[name], SERIES[i % len(SERIES)]) for i, name in enumerate(names[:12])]
+    shown = names[:MOST_LINES]
+    data = [line(name.rpartition("/")[2], run.metrics[name], SERIES[i % len(SERIES)]) for i, name in enumerate(shown)]
+    caption += f" {len(names) - MOST_LINES} more are not shown." if len(names) > MOST_LINES else ""
     layout = {"showlegend": len(data) > 1, "xaxis": {"title": {"text": "step"}}}
     return Figure(title.replace("_", " "), data, layout, caption, height=230, small=True)

@@ -13,7 +13,7 @@ from qat.reporting.page.heat import heat_figure
 from qat.reporting.page.parts import SERIES, Block, Cell, Figure, Section, Table, name_cell
 from qat.reporting.page.reading import Run
 
-MOST_BARS = 40
+MOST_BARS, MOST_FAMILIES = 40, 16
 MAPS = ("flip_rate", "zero_fraction", "error")
 """Of what the file of layers holds: the maps of the page. The others are curves of families."""
 
@@ -39,8 +39,12 @@ def _curve(run: Run, statistic: str, names: dict[str, str]) -> Figure:
     data = [line(family, run.metrics[name], colour) for (family, name), colour in zip(shown, colours, strict=False)]
     data = [{**one, "mode": "lines", "line": {**one["line"], "width": 2.2 if one["name"] == "all" else 1}} for one in data]
     layout = {"xaxis": {"title": {"text": "step"}}, "legend": {"font": {"size": 10}}, "showlegend": len(data) > 1}
-    said = HEALTH.get(statistic, ("", "", ""))[2]
+    said = HEALTH.get(statistic, ("", "", ""))[2] + _more(len(names) - len(shown), "families")
     return Figure(statistic.replace("_", " "), data, layout, said, height=270, small=True)
+
+
+def _more(count: int, what: str) -> str:
+    return f" {count} more {what} are not shown." if count > 0 else ""
 
 
 def _map(run: Run, name: str) -> Figure | None:
@@ -55,8 +59,9 @@ def _map(run: Run, name: str) -> Figure | None:
 def latents_section(run: Run) -> Section:
     """A histogram a family, before and after, with the thresholds between codes."""
     families = {name: one for name, one in (run.latents.get("families") or {}).items() if isinstance(one, dict)}
-    figures = [_histogram(name, one) for name, one in list(families.items())[:16] if one.get("centers")]
+    figures = [_histogram(name, one) for name, one in list(families.items())[:MOST_FAMILIES] if one.get("centers")]
     about = "Latent weights in units of their layer's scale; dashed lines are the thresholds between codes."
+    about += _more(len(families) - MOST_FAMILIES, "families")
     return Section("latents", "Latent weights, before and after", figures, about=about)
 
 

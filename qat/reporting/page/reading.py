@@ -126,10 +126,18 @@ def read_run(folder: Path) -> Run:
 
 
 def _sound(result: RunResult) -> bool:
-    """Its sections are mappings and its status is a text, whoever wrote the file."""
+    """Its sections are mappings, its status is a text and what was measured are numbers, whoever wrote the file."""
     usual = RunResult()
     kinds = {name: type(value) for name, value in vars(usual).items() if isinstance(value, dict | str)}
-    return all(isinstance(getattr(result, name), kind) for name, kind in kinds.items())
+    if not all(isinstance(getattr(result, name), kind) for name, kind in kinds.items()):
+        return False
+    texts = (result.perplexity, result.accuracy, *result.further.values())
+    counts = (one for one in (result.tokens, result.seconds, result.tokens_per_second, result.seconds_total) if one is not None)
+    return all(map(_is_number, (*result.bytes.values(), *counts, *(value for text in texts for value in text.values()))))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_metrics(file: Path) -> dict[str, Series]:

@@ -66,8 +66,8 @@ def gap(run: Run) -> float | None:
 
 def size_factor(run: Run) -> float | None:
     """How many times smaller the packed model is than in bf16."""
-    size = run.result.bytes
-    return size["full_precision_bf16"] / size["packed_model"] if {"full_precision_bf16", "packed_model"} <= size.keys() else None
+    whole, packed = (run.result.bytes.get(key) for key in ("full_precision_bf16", "packed_model"))
+    return whole / packed if whole and packed else None
 
 
 def _tone(run: Run) -> str:
