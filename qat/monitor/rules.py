@@ -225,7 +225,7 @@ def plateau(h: History) -> Iterator[Finding]:
     early, late = float(np.median(window[:third])), float(np.median(window[-third:]))
     if abs(early - late) < 0.005 * early and looks[-1]["quant/flip_rate"] > 1e-4:
         flips = looks[-1]["quant/flip_rate"]
-        text = f"the loss is flat at {late:.2f}, but {flips:.1%} of the codes still change: it falls in an S, so wait"
+        text = f"the loss is flat at {late:.2f}, but {flips:.2%} of the codes still change: it falls in an S, so wait"
         yield Finding(text, "")
 
 

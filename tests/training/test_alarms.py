@@ -11,9 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
+from tiny import write_model
 from tiny_run import TRAINER, killed_and_resumed
+from transformers import AutoModelForCausalLM
 
-from qat.config import DistillConfig, TrainConfig
+from qat.config import DistillConfig, ModelConfig, TrainConfig
 from qat.conversion.layers import bitlinears
 from qat.monitor.alarms import Alarm, read_alarms
 from qat.train import run
@@ -29,8 +32,8 @@ def alarms_of(config: TrainConfig) -> list[Alarm]:
 class Harm(pl.Callback):
     """Does something to the student after a step that a training would not."""
 
-    def __init__(self, what: str, at: tuple[int, ...] = (12,)) -> None:
-        self.what, self.at = what, at
+    def __init__(self, what: str, at: tuple[int, ...] = (12,), layers: tuple[int, ...] = (0, 1)) -> None:
+        self.what, self.at, self.layers = what, at, layers
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
@@ -43,10 +46,14 @@ class Harm(pl.Callback):
             layer.q_proj.weight.grad.zero_()
 
     def attentions(self, module: Any) -> list[Any]:
-        return [layer.self_attn for layer in module.student.model.layers]
+        return [module.student.model.layers[i].self_attn for i in self.layers]
 
     def cuts(self, weights: list[torch.Tensor], student: Any) -> None:
         pass
+
+    def turns_a_column(self, weights: list[torch.Tensor], student: Any) -> None:
+        for weight in weights:
+            weight[:, 0].neg_()
 
     def blows_up(self, weights: list[torch.Tensor], student: Any) -> None:
         student.model.norm.weight.mul_(-40)
@@ -68,6 +75,21 @@ class Harm(pl.Callback):
     def empties(self, weights: list[torch.Tensor], student: Any) -> None:
         for weight in weights:
             weight[0, 0] = 1000
+
+
+class Far(pl.Callback):
+    """Puts the student far from the model in full precision before it trains."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        module.student.model.norm.weight.mul_(self.factor)
+
+
+def far(factor: float) -> dict[str, Any]:
+    return {"_target_": "test_alarms.Far", "factor": factor}
 
 
 def harmed(config: TrainConfig, what: str, **more: Any) -> TrainConfig:
@@ -103,6 +125,45 @@ def test_codes_that_never_change(config: TrainConfig) -> None:
         ("codes_frozen", name) for name in ("q", "k", "v", "o", "gate", "up", "down")
     }
     assert {one.until for one in found} == {None}
+
+
+def test_a_layer_without_gradient_is_named(config: TrainConfig) -> None:
+    [alarm] = [one for one in alarms_of(harmed(config, "cuts", layers=[0])) if one.kind == "no_gradient"]
+    assert alarm.where == "model.layers.0.self_attn.q_proj" and alarm.key == f"model.exclude=[{alarm.where}]"
+
+
+def test_inputs_with_an_outlier(config: TrainConfig, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "wide", hidden_size=16, intermediate_size=5000, num_hidden_layers=1)  # sqrt(5000) = 71
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][7] *= 1e4
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config.model = ModelConfig(path=str(model), exclude=["*gate_proj", "*up_proj"])
+    config.trainer, config.optim = replace(QUIET, max_steps=4), replace(config.optim, lr=1e-5)
+    [alarm] = [one for one in alarms_of(config) if one.kind == "act_outliers"]
+    assert (alarm.step, alarm.where, alarm.key) == (2, "down", "quant.act_hadamard=true")
+
+
+def test_a_flat_loss_while_codes_change(config: TrainConfig, tmp_path: Path) -> None:
+    """Every window of the text is the same, updates are nearly none, and a column's codes turn in each step."""
+    (tmp_path / "same.txt").write_text("the cat\n" * 1000)
+    config = harmed(config, "turns_a_column", at=list(range(1, 81)))
+    config.data = replace(config.data, train=str(tmp_path / "same.txt"))
+    config.optim = replace(config.optim, lr=1e-7, warmup_steps=0)
+    config.trainer, config.callbacks["far"] = replace(QUIET, max_steps=80, val_every=10, monitor_every=1), far(-60)
+    alarm = next(one for one in alarms_of(config) if one.kind == "plateau")
+    assert alarm.key == "" and "so wait" in alarm.text and 12 <= alarm.step <= 56
+
+
+def test_a_teacher_that_does_not_know_the_text(config: TrainConfig, tmp_path: Path) -> None:
+    teacher = AutoModelForCausalLM.from_pretrained(config.model.path)
+    with torch.no_grad():
+        teacher.model.norm.weight.mul_(-30)
+    teacher.save_pretrained(tmp_path / "teacher")
+    config.model.teacher, config.distill = str(tmp_path / "teacher"), DistillConfig(ce=1.0, kl=0.01)
+    config.trainer, config.optim = replace(QUIET, max_steps=4, val_every=2), replace(config.optim, lr=1e-6)
+    config.callbacks = {"far": far(-60)}
+    [alarm] = [one for one in alarms_of(config) if one.kind == "teacher_mismatch"]
+    assert alarm.key == "model.teacher=shared" and "does not know this text" in alarm.text
 
 
 def test_codes_that_swing_to_the_end(config: TrainConfig) -> None:

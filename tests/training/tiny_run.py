@@ -83,7 +83,7 @@ def started(arguments: list[str], awaited: Path) -> subprocess.Popen[str]:
     """The command line in a process of its own, once it has written the file `awaited`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
+    deadline = time.time() + 300  # a machine may be busy
     while not awaited.exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(0.05)
