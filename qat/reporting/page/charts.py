@@ -53,7 +53,7 @@ def loss_figure(run: Run) -> Figure | None:
         return None
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
     scale = "log" if values and min(values) > 0 and max(values) > 50 * min(values) else "linear"
-    layout = {"yaxis": {"title": {"text": "nats a token"}, "type": scale, "tickformat": "~g"}, "xaxis": {"title": {"text": "step"}}, **marks(run)}
+    layout = {"yaxis": _values(scale, "nats a token"), "xaxis": {"title": {"text": "step"}}, **marks(run)}
     return Figure("Loss", data, layout, height=380)
 
 
@@ -74,7 +74,13 @@ def perplexity_figure(run: Run) -> Figure | None:
             data.append({**line(f"{key.replace('_', ' ')}, evaluation text", ends, colour, line=style), "mode": "lines"})
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
     scale = "log" if values and max(values) > 20 * min(values) > 0 else "linear"
-    return Figure("Perplexity", data, {"yaxis": {"type": scale, "tickformat": "~g"}, "xaxis": {"title": {"text": "step"}}, **marks(run)}, height=300)
+    layout = {"yaxis": _values(scale), "xaxis": {"title": {"text": "step"}}, **marks(run)}
+    return Figure("Perplexity", data, layout, height=300)
+
+
+def _values(scale: str, title: str = "") -> dict[str, Any]:
+    """An axis, with whole numbers at it: on a logarithmic one plotly writes 5 for each of 0.05, 0.5 and 5."""
+    return {"type": scale, "tickformat": "~g", **({"title": {"text": title}} if title else {})}
 
 
 def held_out_figures(run: Run) -> list[Figure]:
