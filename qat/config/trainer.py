@@ -34,7 +34,7 @@ class TrainerConfig:
     gradient_clip_val: float | None = 1.0
     """Largest gradient norm; null: no clipping."""
     val_every: int | None = None
-    """Optimizer steps between validations; above the run's steps: one at its end; null: none while training."""
+    """Optimizer steps between validations; the last step has one in any case; null: none while training."""
     val_batches: int = 16
     """Batches of a validation while training."""
     checkpoint_every: int | None = None

@@ -61,15 +61,8 @@ def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def validated_once(trainer: TrainerConfig) -> bool:
-    """Whether the run is over before its first validation would come."""
+    """Whether the validation at the last step is the run's only one, as the interval is longer."""
     return trainer.val_every is not None and trainer.val_every > trainer.max_steps
-
-
-def within(config: TrainConfig) -> TrainConfig:
-    """Such a run is validated at its last step, in place of never."""
-    if not validated_once(config.trainer):
-        return config
-    return replace(config, trainer=replace(config.trainer, val_every=config.trainer.max_steps))
 
 
 def passes(config: TrainConfig, data: QATData) -> str:

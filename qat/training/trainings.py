@@ -16,7 +16,6 @@ from qat.data import QATData
 from qat.losses import active, needs, setting
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS
-from qat.reporting.settling import within
 from qat.tasks import TASKS
 from qat.terminal.stage import stage
 from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Oscillation, Samples
@@ -77,7 +76,6 @@ def train_student(
     signals: Signals,
 ) -> FitResult:
     """Quantization-aware training of the converted student, in place; resumes from the folder's checkpoint."""
-    config = within(config)
     loggers, callbacks = plugins
     callbacks = [*callbacks]
     if config.optim.annealed:
@@ -117,7 +115,7 @@ def train_control(
         "rms_norm_steps": 0,
         "anneal": "none",
     }
-    optim, config = replace(config.optim, lr=config.control.lr, **plain), within(config)
+    optim = replace(config.optim, lr=config.control.lr, **plain)
     base.requires_grad_(True)
     with placed(config.trainer, device_of(config.trainer), base) as (trained, _):
         module = _module(replace(config, optim=optim), trained, DistillConfig(ce=1.0, kl=0.0), optimizer, None, data)

@@ -13,7 +13,7 @@ from qat.config.compose.composing import compose_run, one_budget
 from qat.config.compose.saved import load_config
 from qat.quantizers import QUANTIZERS
 from qat.reporting.rates import fine_tuning_rate, rated
-from qat.reporting.settling import settled, with_data, within
+from qat.reporting.settling import settled, with_data
 from qat.train import run
 from qat.training.callbacks.metrics_file import read_rows
 from qat.training.schedule import lr_factor
@@ -98,7 +98,6 @@ def test_one_budget_is_said_and_it_takes_back_another() -> None:
 
 def test_a_short_run_is_validated_at_its_end(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config.trainer = replace(config.trainer, val_every=100, val_batches=1)
-    assert within(config).trainer.val_every == 4 and config.trainer.val_every == 100
     folder = Path(run(config).folder)
     assert "trainer.val_every=100 is above trainer.max_steps: one validation, at the end" in capsys.readouterr().out
     rows = read_rows(folder / "metrics.csv")[0]

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from qat.config import TrainerConfig
-from qat.training.callbacks.boundary import step_ends
+from qat.training.callbacks.boundary import step_ends, validates
 from qat.training.checkpoints import save
 
 
@@ -22,22 +22,28 @@ class Checkpoint(pl.Callback):
 
     def __init__(self, folder: Path, config: TrainerConfig) -> None:
         self.folder, self.config = folder, config
-        self._due, self._step, self._time = False, 0, time.monotonic()
+        self._due, self._time = False, time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The clock runs from here, not from the loading of the model."""
-        self._step, self._time = trainer.global_step, time.monotonic()
+        self._time = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Between accumulated batches nothing is saved: gradients are no part of a checkpoint."""
+        """Between accumulated batches nothing is saved: gradients are no part of a checkpoint.
+
+        Who stops a run before its last step may not wait for the validation: then there is a file before it, and one after it.
+        """
         if not step_ends(trainer, batch_idx):
             return
-        self._due = self._is_due(trainer.global_step, trainer.max_steps)
-        validated = self.config.val_every is not None and trainer.global_step % self.config.val_every == 0
-        if trainer.should_stop or (self._due and not validated):
+        step, last = trainer.global_step, trainer.max_steps
+        early = trainer.should_stop and step < last
+        follows = trainer.enable_validation and (early or validates(step, self.config.val_every, last))
+        due = early or self._is_due(step, last)
+        if due and (early or not follows):
             self._save(trainer)
+        self._due = due and follows
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """A checkpoint that is due at a validation waits for it, as a resumed run would not make that validation again."""
@@ -50,6 +56,5 @@ class Checkpoint(pl.Callback):
         return step == last or in_time or (every is not None and step % every == 0)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if trainer.global_step != self._step:
-            save(trainer, self.folder)
-        self._due, self._step, self._time = False, trainer.global_step, time.monotonic()
+        save(trainer, self.folder)
+        self._due, self._time = False, time.monotonic()

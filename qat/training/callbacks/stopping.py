@@ -6,12 +6,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from qat.training.callbacks.boundary import step_ends
+from qat.training.callbacks.boundary import step_ends, validates
 from qat.training.signals import Signals
 
 
 class StopAtStep(pl.Callback):
-    """A stop that a signal or another callback asked for within an optimizer step waits for the step's end."""
+    """A stop that a signal or another callback asked for within an optimizer step waits for the step's end.
+
+    The last step asks for one too: lightning then validates, however many steps ago it did so, and only once.
+    """
 
     def __init__(self, signals: Signals, val_every: int | None) -> None:
         self.signals, self.val_every, self._postponed = signals, val_every, False
@@ -27,11 +30,11 @@ class StopAtStep(pl.Callback):
         if trainer.should_stop or self._postponed or self.signals.asked is not None:
             trainer.should_stop = step_ends(trainer, batch_idx)
             self._postponed = not trainer.should_stop
-        if trainer.should_stop and self.signals.asked is not None and not self._validates(trainer.global_step):
+        due = validates(trainer.global_step, self.val_every, trainer.max_steps)
+        if trainer.should_stop and self.signals.asked is not None and not due:
             trainer.limit_val_batches = 0  # lightning would validate once more before it stops
-
-    def _validates(self, step: int) -> bool:
-        return self.val_every is not None and step % self.val_every == 0
+        elif due and trainer.global_step == trainer.max_steps and step_ends(trainer, batch_idx):
+            trainer.should_stop = True
 
 
 class Blame(pl.Callback):

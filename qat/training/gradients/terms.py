@@ -16,7 +16,7 @@ from torch import Tensor
 from qat.conversion.layers import bitlinears
 from qat.data.order import STEP_TOKENS
 from qat.losses.balance import factors
-from qat.training.callbacks.boundary import step_ends
+from qat.training.callbacks.boundary import step_ends, validates
 
 if TYPE_CHECKING:
     from qat.training.module import QATModule
@@ -40,7 +40,8 @@ class TermGradients(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: QATModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         """Add this batch's share of each term's gradient."""
-        if self._balances(trainer.global_step) or self._validates(trainer.global_step):
+        step = trainer.global_step
+        if self._balances(step) or validates(step + 1, self.val_every, trainer.max_steps):
             with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
                 self._add(trainer, module, batch)
 
@@ -73,9 +74,6 @@ class TermGradients(pl.Callback):
 
     def _balances(self, step: int) -> bool:
         return self.balance is not None and step % self.balance == 0
-
-    def _validates(self, step: int) -> bool:
-        return self.val_every is not None and (step + 1) % self.val_every == 0
 
     def state_dict(self) -> dict[str, Any]:
         """Called by lightning when it saves."""
