@@ -14,6 +14,8 @@ class ExportConfig:
 
     formats: list[str] = field(default_factory=lambda: ["hf"])
     """Formats to try, of `hf` (a folder), `gguf` and `pt2`; one that cannot hold the model is named in the result's `skipped`."""
+    checkpoint: str = "last"
+    """Weights that are packed: `last`, or `best`, of the checkpoint that a ModelCheckpoint found best (callbacks=best)."""
     layout: str = "2bit"
     """Of our own packed folder: `2bit` or `base3` (five weights a byte)."""
     floats: str = "source"
@@ -30,6 +32,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_types("export", self)
+        choose("export.checkpoint", self.checkpoint, ("last", "best"))
         choose("export.layout", self.layout, ("2bit", "base3"))
         choose("export.floats", self.floats, FLOATS)
         for name in self.formats:

@@ -91,6 +91,8 @@ class RunResult:
     """On the recipe's validation examples, of a run that classifies."""
     further: dict[str, Stages] = field(default_factory=dict)
     """Name -> the same for a further text; in JSON as `perplexity_<name>`, `accuracy_<name>` or `f1_<name>`."""
+    packed_from: dict[str, Any] = field(default_factory=dict)
+    """Whose weights were packed: `checkpoint` (last or best), `step`, `of_steps`; of the best one `metric` and `value`."""
     conversion: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of a start from calibrated codes: tokens, seconds, error."""
@@ -106,6 +108,17 @@ class RunResult:
     config_hash: str = ""
     signal: int | None = None
     """The signal that interrupted the run; not in JSON."""
+
+    @property
+    def weights(self) -> str:
+        """Whose weights were packed, for people; empty where none were yet."""
+        about = self.packed_from
+        if not {"step", "of_steps"} <= about.keys():
+            return ""
+        if "metric" not in about:
+            return f"of step {about['step']:,}, the last"
+        value = f" ({about['value']:.4g})" if "value" in about else ""
+        return f"of step {about['step']:,} of {about['of_steps']:,}, where {about['metric']} was best{value}"
 
     @property
     def measured(self) -> Stages:

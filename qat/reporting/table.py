@@ -56,6 +56,8 @@ def _stages_table(result: RunResult) -> Any:
 
 def _lines(result: RunResult) -> list[str]:
     lines = result.measured.lines()
+    if "metric" in result.packed_from:
+        lines.append(f"weights    {result.weights}")
     if "packed_model" in result.bytes:
         lines.append(_size_line(result.bytes))
     if result.tokens:

@@ -58,13 +58,31 @@ def _write(checkpoint: dict[str, Any], folder: Path) -> None:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """lightning's files of whatever writes checkpoints (ModelCheckpoint), whole or not at all."""
+    """lightning's files of whatever writes checkpoints (ModelCheckpoint), whole or not at all.
+
+    A file is removed only once a last.ckpt that no longer names it is on the disk: a run that is killed before goes on from one
+    whose best checkpoint is still there.
+    """
+
+    def __init__(self) -> None:
+        self._unwanted: list[Path] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Replaces the file of that name once the new one is on the disk; where that refuses (OSError) it is what it was."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with new_file(Path(path)) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
+        self._unwanted = [file for file in self._unwanted if file != Path(path)]
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Soon."""
+        self._unwanted.append(Path(path))
+
+    def remove_unwanted(self) -> None:
+        """Now."""
+        for file in self._unwanted:
+            super().remove_checkpoint(file)
+        self._unwanted = []
 
 
 def _keep(folder: Path, second: Path) -> None:

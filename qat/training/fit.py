@@ -27,6 +27,7 @@ from qat.training.module import QATModule
 from qat.training.monitoring.clock import StepClock
 from qat.training.monitoring.optimization import Optimization
 from qat.training.monitoring.speed import Speed
+from qat.training.release.best import home
 from qat.training.signals import Signals
 
 
@@ -102,7 +103,7 @@ def _in_folder(callbacks: list[pl.Callback], folder: Path) -> list[pl.Callback]:
     """With a place of their own for checkpoints that they write: checkpoints/ holds those that a resume is exact from."""
     for callback in callbacks:
         if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is None:
-            callback.dirpath = str(folder / "model_checkpoints")
+            callback.dirpath = str(home(folder))
     return callbacks
 
 

@@ -22,6 +22,7 @@ from qat.tasks import TASKS
 from qat.training.checkpoints import newest
 from qat.training.exports import Exported
 from qat.training.fit import FitResult
+from qat.training.release.best import Chosen
 from qat.training.signals import Interrupted
 
 
@@ -40,6 +41,8 @@ class Facts:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """Stage -> text -> perplexity, or accuracy and F1."""
     training: FitResult | None = None
+    chosen: Chosen | None = None
+    """Whose weights are packed."""
     logit_difference: float | None = None
     """Between trained and packed model."""
     bytes: dict[str, int] = field(default_factory=dict)
@@ -59,6 +62,7 @@ def assembled(facts: Facts) -> RunResult:
         folder=facts.folder,
         **{own.measure: own},  # type: ignore[arg-type]
         further=values,
+        packed_from=facts.chosen.facts() if facts.chosen else {},
         conversion=facts.conversion.facts(),
         calibration=facts.calibration,
         export=_exports(facts.exports),

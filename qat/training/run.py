@@ -46,6 +46,7 @@ from qat.training.monitoring.evidence import keep
 from qat.training.monitoring.reference import References
 from qat.training.plugins import callbacks, check_plugins, instantiated, optimizer_factory
 from qat.training.recording import Book, Facts, assembled, config_hash, recording, versions
+from qat.training.release.best import check_best, chosen
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
 from qat.training.strategies.divisible import check_divisible
@@ -139,6 +140,7 @@ def prepare(config: TrainConfig) -> Job:
     check_divisible(config, optimizer)
     check_plugins(config)
     asked = callbacks(config)
+    check_best(config, asked)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
@@ -262,6 +264,7 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     """Measure what was trained, pack it, prove that the packed model is the same, export it, and train the control."""
     assert job.data is not None and book.facts.training is not None
     config, folder, done = job.config, Path(book.facts.folder), book.facts.training
+    book.add(chosen=chosen(config, job.callbacks, job.student, done.step))
     round_floats(job.student, config.export.floats)  # to what will be stored, so that it is what is measured
     measured(job, book, measure, "trained", job.student)
     packed = measure.place(copy.deepcopy(job.student))  # packed where it was trained: the kernels there are warm

@@ -55,7 +55,8 @@ def _result(run: Run) -> Section:
     ]
     table = Table(["model", *(text.title.replace("\n", ", ") for text in texts)], rows, measured.words)
     sizes = _sizes(run)
-    return Section("result", "Result", [table, *([sizes] if sizes else [])])
+    weights = [Lines([f"The weights are {run.result.weights}."])] if run.result.weights else []
+    return Section("result", "Result", [table, *weights, *([sizes] if sizes else [])])
 
 
 def _value(text: Stages, key: str) -> Cell:

@@ -10,14 +10,16 @@ import lightning.pytorch as pl
 
 from qat.config import TrainerConfig
 from qat.training.callbacks.boundary import step_ends, validates
-from qat.training.checkpoints import save
+from qat.training.checkpoints import WholeFiles, save
+from qat.training.release.best import moved
 
 
-class Checkpoint(pl.Callback):
+class Checkpoint(pl.callbacks.Checkpoint):
     """Saves every checkpoint_every steps and checkpoint_minutes, at the last step, and where training has been asked to stop.
 
     lightning's ModelCheckpoint writes in place, so a full disk would destroy the last good file, and it does not save
-    when training is stopped early. It stands last among the callbacks, to see what the others ask for.
+    when training is stopped early. It stands last among the callbacks, to see what the others ask for; as one of lightning's
+    kind also behind ModelCheckpoints, which that puts at the end, so that the file knows which step they found best.
     """
 
     def __init__(self, folder: Path, config: TrainerConfig) -> None:
@@ -50,6 +52,13 @@ class Checkpoint(pl.Callback):
         if self._due or trainer.should_stop:
             self._save(trainer)
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What ModelCheckpoints keep lies where the run's folder is now."""
+        states = checkpoint.get("callbacks", {})
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.state_key in states and callback.dirpath:
+                states[callback.state_key] = moved(states[callback.state_key], str(callback.dirpath))
+
     def _is_due(self, step: int, last: int) -> bool:
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
         in_time = minutes is not None and time.monotonic() - self._time >= 60 * minutes
@@ -57,4 +66,6 @@ class Checkpoint(pl.Callback):
 
     def _save(self, trainer: pl.Trainer) -> None:
         save(trainer, self.folder)
+        if isinstance(trainer.strategy.checkpoint_io, WholeFiles):
+            trainer.strategy.checkpoint_io.remove_unwanted()
         self._due, self._time = False, time.monotonic()

@@ -1,4 +1,8 @@
-"""Warm-ups: blend quantization, or norms of layers' own inputs, in over the first steps instead of all at once."""
+"""Warm-ups: blend quantization, or norms of layers' own inputs, in over the first steps instead of all at once.
+
+What is validated or sampled meanwhile is what would be deployed, with all of it, as of soft codes (`anneal`): of the blend a
+validation would give the best value of the run before anything is quantized, and whoever judges by it would pack that step.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,10 @@ class LambdaWarmup(pl.Callback):
         for name, layer in layers.items():
             layer.set_lambda(lambda_at(trainer.global_step, self.steps, self.kind, places[name], count))
 
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Until the next batch of the training."""
+        set_lambda(module.student, 1.0)  # type: ignore[arg-type]
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """What is evaluated and packed is fully quantized."""
         set_lambda(module.student, 1.0)  # type: ignore[arg-type]
@@ -39,6 +47,10 @@ class NormWarmup(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Before each batch."""
         set_norm_blend(module.student, lambda_at(trainer.global_step, self.steps))  # type: ignore[arg-type]
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Until the next batch of the training."""
+        set_norm_blend(module.student, 1.0)  # type: ignore[arg-type]
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """What is evaluated and packed has all of them."""

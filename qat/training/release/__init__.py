@@ -1,0 +1,1 @@
+"""What of a finished training is handed on: whose weights are packed, and where they are published."""
