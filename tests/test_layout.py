@@ -32,6 +32,7 @@ ROOMS = [
     "monitor",
     "generation",
     "serving",
+    "planning",
     "reporting",
     "training",
     "bench",

@@ -143,6 +143,17 @@ def _config(source: str, arguments: dict[str, Any]) -> Any:
         raise ValueError(explain("model", source, error)) from error
 
 
+def config_of(config: ModelConfig, source: str) -> Any:
+    """What transformers knows of the model at `source`, a resolved path or hub id, without its weights.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if source.endswith((".gguf", ".npz")):
+        raise ValueError(f"{source} has no configuration beside its weights; give a folder with a config.json, or a size as 7b")
+    return _config(source, arguments_for(config, None, source))
+
+
 def label_names(config: ModelConfig) -> tuple[str, ...] | None:
     """The labels of a checkpoint's trained head for classification, in its order; None where it has none.
 

@@ -1,0 +1,162 @@
+"""What counts of a model that is to be trained: its parameters, what is gathered at once, what a sequence leaves for backward.
+
+Saved tensors are counted by autograd's hooks in a forward pass, of a real model or of a fake one (`qat.models.weightless`): at
+one sequence and at two, so that what depends on the batch (activations) parts from what does not (codes and scales).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.conversion.layers import bitlinears
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one module that is gathered at once, a matrix each: (rows, columns); latent ones become codes."""
+
+    latent: tuple[tuple[int, int], ...]
+    other: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        """Parameters."""
+        return sum(rows * columns for rows, columns in self.latent + self.other)
+
+    def part(self, devices: int) -> int:
+        """Parameters on the first of so many devices, the fullest: ceil(rows / devices) of each matrix."""
+        return sum(-(-rows // devices) * columns for rows, columns in self.latent + self.other)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that a forward pass leaves for the backward one."""
+
+    fixed: int
+    """Codes and scales, whatever the batch."""
+    sequence: int
+    """For each sequence of the batch."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A student as it is trained."""
+
+    root: Weights
+    """What is gathered for the whole of a pass: embedding, last norm and head."""
+    blocks: tuple[Weights, ...]
+    length: int
+    """Tokens a sequence."""
+    saved: Saved
+    recomputed: Saved
+    """With activation checkpointing."""
+    flops: float
+    """Of a forward pass, a token."""
+    vocabulary: int
+
+    @property
+    def parameters(self) -> int:
+        """In all."""
+        return self.root.count + sum(block.count for block in self.blocks)
+
+    @property
+    def latents(self) -> int:
+        """Parameters that become codes."""
+        return sum(rows * columns for one in (self.root, *self.blocks) for rows, columns in one.latent)
+
+    def part(self, devices: int) -> int:
+        """Parameters on the fullest of so many devices."""
+        return self.root.part(devices) + sum(block.part(devices) for block in self.blocks)
+
+
+def facts_of(
+    model: nn.Module, units: list[str], sample: Mapping[str, Any], fake: Any = nullcontext, mixed: bool = False
+) -> Facts:
+    """Of a converted model in training mode.
+
+    Args:
+        units: names of the modules that FSDP2 gathers at once.
+        sample: one sequence with its labels, int64 [1, L], as the model's arguments.
+        fake: where the model runs: `qat.models.weightless.faked` for one on the meta device.
+        mixed: whether matmuls are in bfloat16.
+    """
+    root, blocks, flops, vocabulary = weights_of(model, units, int(sample["input_ids"].shape[1]))
+    with fake(model), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        plain = _saved(model, sample)
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+        try:
+            recomputed = _saved(model, sample)
+        finally:
+            model.activation_checkpointing_disable()  # type: ignore[operator]
+    return Facts(root, blocks, int(sample["input_ids"].shape[1]), plain, recomputed, flops, vocabulary)
+
+
+def weights_of(model: nn.Module, units: list[str], length: int) -> tuple[Weights, tuple[Weights, ...], float, int]:
+    """(root, blocks, FLOPs of a token's forward pass, vocabulary)."""
+    latent, seen = {id(layer.weight) for _, layer in bitlinears(model)}, set[int]()
+
+    def of(module: nn.Module) -> Weights:
+        mine = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(id(p) for p in mine)
+        shapes = [(id(p) in latent, _shape(p)) for p in mine]
+        return Weights(tuple(s for is_latent, s in shapes if is_latent), tuple(s for is_latent, s in shapes if not is_latent))
+
+    blocks = tuple(of(model.get_submodule(name)) for name in units)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    return of(model), blocks, forward_flops(model, length), vocabulary
+
+
+def _shape(parameter: Tensor) -> tuple[int, int]:
+    """Rows, and elements of a row."""
+    rows = int(parameter.shape[0]) if parameter.ndim else 1
+    return rows, parameter.numel() // max(1, rows)
+
+
+def units_of(model: nn.Module) -> list[str]:
+    """Names of the blocks that the model's class names, which are gathered one at a time."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    return [name for name, module in model.named_modules() if type(module).__name__ in kinds]
+
+
+def _saved(model: nn.Module, sample: Mapping[str, Any]) -> Saved:
+    one, two = (saved_bytes(model, {name: _times(value, n) for name, value in sample.items()}) for n in (1, 2))
+    return Saved(max(0, 2 * one - two), two - one)
+
+
+def _times(value: Any, count: int) -> Any:
+    return torch.cat([value] * count) if isinstance(value, Tensor) else value
+
+
+def saved_bytes(model: nn.Module, batch: Mapping[str, Any], loss: Callable[[Any], Any] = lambda output: output.loss) -> int:
+    """Bytes that autograd saves for a batch, parameters left out; each storage once."""
+    seen: dict[int, Any] = {p.untyped_storage()._cdata: p for p in model.parameters()}  # held, so that no address comes twice
+    total = 0
+
+    def save(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss(model(**batch))
+    return total
+
+
+def forward_flops(model: nn.Module, length: int) -> float:
+    """Of a token in a sequence of so many: 2 for each weight that it is multiplied by, and attention to half of the others."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    looked_up = embedding.weight.numel() if head is None or head.weight is not embedding.weight else 0
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2) - looked_up
+    config: Any = model.config
+    attention = 2.0 * length * getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 0)
+    return 2.0 * matrices + attention

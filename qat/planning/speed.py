@@ -1,0 +1,83 @@
+"""Bytes on the wire and seconds of a step, from a device's record.
+
+Compute is FLOPs over the share of the peak that trainings reach. What travels may hide behind it or not, so a step takes
+between the longer of the two and their sum: both are said. With several nodes, all of a ring waits for the wire between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qat.parallel.traffic import all_gather, all_reduce, reduce_scatter
+from qat.planning.devices import Device
+from qat.planning.facts import Facts
+from qat.planning.memory import Choice, Student
+
+CODE_BITS = 2.0
+SCALE = 4
+"""Bytes of a scale, of which a gathered latent matrix has at least one."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a step."""
+
+    sent: int
+    """Bytes that one device sends."""
+    compute: float
+    """Seconds."""
+    travel: float
+    """Seconds."""
+    tokens: int
+    """Of all devices."""
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Where all that travels hides behind compute, and where nothing does."""
+        return max(self.compute, self.travel), self.compute + self.travel
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Tokens a second, the lower first."""
+        best, worst = self.seconds
+        return self.tokens / worst, self.tokens / best
+
+    def hours(self, tokens: int) -> tuple[float, float]:
+        """For so many tokens, the fewer first."""
+        worst, best = self.rates
+        return tokens / best / 3600, tokens / worst / 3600
+
+
+def speed(student: Student, choice: Choice, device: Device) -> Speed:
+    """Of a step of all devices."""
+    mine = choice.batch * choice.accumulate * student.facts.length
+    flops = mine * (student.flops + (student.facts.flops if choice.checkpointing else 0.0))
+    peak = device.flops if choice.mixed else device.flops32
+    sent = bytes_sent(student, choice)
+    travel = sent / (device.wire if choice.nodes > 1 else device.link)
+    return Speed(sent, flops / (device.share * peak), travel, mine * choice.world)
+
+
+def bytes_sent(student: Student, choice: Choice) -> int:
+    """By one device in a step: with ddp gradients once; with fsdp2 for each batch weights twice, gradients and teacher once."""
+    facts, world = student.facts, choice.world
+    if world == 1:
+        return 0
+    if not choice.scheme.shards:
+        return all_reduce(4 * facts.parameters, world)
+    shapes = [shape for one in (facts.root, *facts.blocks) for shape in one.latent + one.other]
+    batch = 2 * _gathered(facts, choice) + reduce_scatter(shapes, world)
+    if student.teacher is not None and choice.teacher:
+        batch += all_gather(_shapes(student.teacher), world, 8 * choice.teacher)
+    return choice.accumulate * batch
+
+
+def _gathered(facts: Facts, choice: Choice) -> int:
+    latent = [shape for one in (facts.root, *facts.blocks) for shape in one.latent]
+    other = [shape for one in (facts.root, *facts.blocks) for shape in one.other]
+    bits, scales = (CODE_BITS, SCALE * len(latent) * (choice.world - 1)) if choice.scheme.codes else (32.0, 0)
+    return all_gather(latent, choice.world, bits) + all_gather(other, choice.world, 32) + scales
+
+
+def _shapes(facts: Facts) -> list[tuple[int, int]]:
+    return [shape for one in (facts.root, *facts.blocks) for shape in one.latent + one.other]
