@@ -76,6 +76,15 @@ def checkpointed(of: nn.Module) -> None:
     of.gradient_checkpointing_enable()  # type: ignore[operator]
 
 
+def validated(of: nn.Module) -> None:
+    """Also before the first step, where nothing has been gathered yet."""
+    with torch.inference_mode():
+        of.eval()
+        of(tokens(9, 0))
+        of.generate(tokens(9, 1), max_new_tokens=3, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+        of.train()
+
+
 def unchanged(of: nn.Module) -> None:
     pass
 
@@ -120,7 +129,7 @@ def test_layers_train_as_on_one_process(pair: Pair, way: str) -> None:
     check(pair, WAYS[way])
 
 
-@pytest.mark.parametrize("prepare", [softened, blended, checkpointed])
+@pytest.mark.parametrize("prepare", [softened, blended, checkpointed, validated])
 def test_what_is_set_between_steps_is_as_on_one_process(pair: Pair, prepare: Callable[[nn.Module], None]) -> None:
     check(pair, {}, prepare)
 

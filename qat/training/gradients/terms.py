@@ -7,16 +7,20 @@ into batches. The forward is one more, on the eager student: the backward pass o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qat import parallel
 from qat.conversion.layers import bitlinears
 from qat.data.order import STEP_TOKENS
 from qat.losses.balance import factors
 from qat.training.callbacks.boundary import step_ends, validates
+from qat.training.strategies.sharding import is_sharded
+from qat.training.strategies.shards import local
 
 if TYPE_CHECKING:
     from qat.training.module import QATModule
@@ -53,7 +57,7 @@ class TermGradients(pl.Callback):
             terms = module.terms(batch)
         for name, (total, _) in terms.items():
             share = total * (scale / max(batch[STEP_TOKENS], 1))
-            found = torch.autograd.grad(share, latents, retain_graph=True, materialize_grads=True)
+            found = _gradients(share, latents, module)
             self._sums[name] = [
                 old + new / scale for old, new in zip(self._sums.get(name, [0.0] * len(found)), found, strict=True)
             ]
@@ -63,7 +67,7 @@ class TermGradients(pl.Callback):
     ) -> None:
         """Norms are known where the step ends, and hold from the next one on."""
         if self._sums and step_ends(trainer, batch_idx):
-            self.norms = {name: _norm(sums) for name, sums in self._sums.items()}
+            self.norms = {name: _norm(sums, module.student) for name, sums in self._sums.items()}  # type: ignore[arg-type]
             self._sums = {}
             if self._balances(trainer.global_step - 1):
                 self.factors.update(factors(self.norms))
@@ -84,5 +88,31 @@ class TermGradients(pl.Callback):
         self.factors.update(state_dict["factors"])
 
 
-def _norm(gradients: list[Tensor]) -> float:
+def _gradients(share: Tensor, latents: list[Any], module: QATModule) -> Sequence[Tensor]:
+    """Of a rank's share of the term on latent weights; of weights in parts, all ranks' on the rows that are here."""
+    if not is_sharded(module.student):
+        return torch.autograd.grad(share, latents, retain_graph=True, materialize_grads=True)
+    parameters = list(module.student.parameters())
+    before = [parameter.grad for parameter in parameters]
+    _set(parameters, [None] * len(before))
+    (share * parallel.size()).backward(retain_graph=True)  # type: ignore[no-untyped-call]  # FSDP2 takes means over ranks
+    found = [torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for p in latents]
+    _set(parameters, before)
+    return found
+
+
+def _set(parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def _norm(gradients: list[Tensor], student: nn.Module) -> float:
+    """Over all ranks, each of which has its share of every gradient, or its rows of all of it."""
+    if not is_sharded(student):
+        return _hypot(parallel.sums(gradients) if parallel.size() > 1 else gradients)
+    squares = [torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in gradients]
+    return math.sqrt(sum(float(one) for one in parallel.sums(squares)))
+
+
+def _hypot(gradients: list[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in gradients))

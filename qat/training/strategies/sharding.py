@@ -16,7 +16,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qat.losses.layers import find_layers
@@ -39,7 +39,16 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     parts = {id(p): nn.Parameter(divided(p, mesh), p.requires_grad) for p in model.parameters()}
     given = {name: parts[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     shell.load_state_dict(given, strict=False, assign=True)
+    _gather_once(shell)
     return shell.train(model.training)
+
+
+def _gather_once(shell: nn.Module) -> None:
+    """FSDP2 keeps the tensors that it first gathers into: made in inference mode, as a validation is, no training can use them."""
+    for module in shell.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def without_weights(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -56,6 +57,23 @@ def divided(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """The tensor [N, ...], that every device has, as one of which each has its part."""
     rows = part(tensor, mesh)
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=_contiguous(tensor.shape))
+
+
+def rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor [N, ...] the rows of this device's part of `like` [N, ...]; one row [1, ...] for all of them stays."""
+    if not isinstance(like, DTensor) or len(tensor) != len(like):
+        return tensor
+    return part(tensor, like.device_mesh)
+
+
+def joined(part: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `rows`: the tensor [N, ...] of which each device has the rows of its part of `like`; all must ask."""
+    if not isinstance(like, DTensor):
+        return part
+    shape = torch.Size((len(like), *part.shape[1:]))
+    sent = part.to(torch.uint8) if part.dtype == torch.bool else part  # which gloo does not send
+    found = DTensor.from_local(sent, like.device_mesh, [Shard(0)], run_check=False, shape=shape, stride=_contiguous(shape))
+    return found.full_tensor().to(part.dtype)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
