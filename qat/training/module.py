@@ -199,7 +199,8 @@ class QATModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The optimizer's state by names, so that a run which groups or shards otherwise can go on from it."""
-        checkpoint["optimizer_states"] = [named(one, self._groups()) for one in checkpoint["optimizer_states"]]
+        if (states := checkpoint.get("optimizer_states")) is not None:  # a ModelCheckpoint may save weights alone
+            checkpoint["optimizer_states"] = [named(one, self._groups()) for one in states]
 
     def _groups(self) -> dict[str, list[str]]:
         names = {id(parameter): name for name, parameter in self.named_parameters()}

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from qat.config import DistillConfig, OptimConfig
 from qat.training.gradients.split import LATENT, split
+from qat.training.module import QATModule
 from qat.training.strategies.optimizer_names import named, numbered
 
 NAMES = {LATENT: ["b.weight", "a.weight"], "vectors": ["a.bias", "b.bias"]}
@@ -60,3 +62,10 @@ def test_other_parameters_are_refused() -> None:
 
 def test_a_rank_that_writes_nothing_has_nothing() -> None:
     assert named({}, NAMES) == {"state": {}, "param_groups": []}
+
+
+def test_weights_alone_are_saved_without_an_optimizer() -> None:
+    module = QATModule(nn.Linear(2, 2), DistillConfig(), OptimConfig(), lambda groups: torch.optim.SGD(groups, lr=1.0), 1)
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint == {"state_dict": {}}

@@ -44,7 +44,7 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _gather_once(shell: nn.Module) -> None:
-    """FSDP2 keeps the tensors that it first gathers into: made in inference mode, as a validation is, no training can use them."""
+    """FSDP2 keeps the tensors that it first gathers into; made in inference mode, as in a validation, none could train."""
     for module in shell.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
