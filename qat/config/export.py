@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from qat.config.checks import check_types, choose
 from qat.targets import FLOATS, FORMATS
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -30,8 +33,15 @@ class ExportConfig:
     pt2_kind: str = "exported"
     """Kind of the .pt2 file: `exported`, or `compiled` for this machine's CPU (needs g++)."""
 
+    push_to_hub: str | None = None
+    """USER/NAME on the hub, to push all that was written to at the end, with a model card; refused at the start if it cannot."""
+    hub_private: bool | None = None
+    """Whether a repository that is made there is private; null: as the account has it."""
+
     def __post_init__(self) -> None:
         check_types("export", self)
+        if self.push_to_hub is not None and not _REPOSITORY.fullmatch(self.push_to_hub):
+            raise ValueError(f"export.push_to_hub={self.push_to_hub!r} is not allowed; it must be USER/NAME")
         choose("export.checkpoint", self.checkpoint, ("last", "best"))
         choose("export.layout", self.layout, ("2bit", "base3"))
         choose("export.floats", self.floats, FLOATS)

@@ -99,6 +99,8 @@ class RunResult:
     export: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
+    hub: dict[str, Any] = field(default_factory=dict)
+    """Where it was pushed: `repo`, `url`, `commit`, number of `files`."""
     tokens: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None

@@ -68,6 +68,7 @@ def _lines(result: RunResult) -> list[str]:
     lines += [f"verified   {text}" for text in result.verification.get("summary", [])]
     lines += [f"exported   {name}" for name in result.export.get("done", [])]
     lines += [f"skipped    export {name}: {reason}" for name, reason in result.export.get("skipped", {}).items()]
+    lines += [f"pushed     {result.hub['url']}"] if "url" in result.hub else []
     if (Path(result.folder) / REPORT).is_file():
         lines.append(f"report     {Path(result.folder) / REPORT}")
     if commands := following(result):

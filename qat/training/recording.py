@@ -47,6 +47,8 @@ class Facts:
     """Between trained and packed model."""
     bytes: dict[str, int] = field(default_factory=dict)
     exports: list[Exported] | None = None
+    hub: dict[str, Any] = field(default_factory=dict)
+    """Where it was pushed."""
     control: FitResult | None = None
     seconds: float | None = None
     signal: int | None = None
@@ -68,6 +70,7 @@ def assembled(facts: Facts) -> RunResult:
         export=_exports(facts.exports),
         verification=_verification(facts),
         bytes={**facts.bytes, **{one.name: one.bytes for one in facts.exports or [] if one.bytes is not None}},
+        hub=facts.hub,
         tokens=done.tokens if done else None,
         seconds=done.seconds if done else None,
         tokens_per_second=done.tokens_per_second if done else None,

@@ -47,6 +47,7 @@ from qat.training.monitoring.reference import References
 from qat.training.plugins import callbacks, check_plugins, instantiated, optimizer_factory
 from qat.training.recording import Book, Facts, assembled, config_hash, recording, versions
 from qat.training.release.best import check_best, chosen
+from qat.training.release.hub import check_push, publish
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
 from qat.training.strategies.divisible import check_divisible
@@ -141,6 +142,7 @@ def prepare(config: TrainConfig) -> Job:
     check_plugins(config)
     asked = callbacks(config)
     check_best(config, asked)
+    check_push(config)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     seed_everything(config.seed, verbose=False)
@@ -277,6 +279,7 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     book.add(exports=export_all(config, packed, folder, job.tokenizer, measure, book.result.measured))
     if config.control.enabled and not config.control.first and control(job, book, measure, signals) is not None:
         return
+    book.add(hub=publish(config, folder, book.result))
     book.add(status=f"stopped at step {done.step} by {done.stopped_by}" if done.stopped_by else "done")
 
 

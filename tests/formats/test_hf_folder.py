@@ -145,8 +145,8 @@ def test_stock_subprocess_reads_padded_tied_llama(tmp_path, llama):
     assert config["dtype"] == "float32" and config["intermediate_size"] == 44 and "from 43 to 44" in info["padding"]
     assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
     readme = (tmp_path / "x/README.md").read_text()
-    assert readme.startswith("---\n") and 'base_model: "me/base"' in readme and "| full precision | 4.9 |" in readme
-    assert "from 43 to 44" in readme and 'license: "mit"' in readme
+    assert readme.startswith("---\nbase_model: me/base\n") and "| full precision | 4.9 |" in readme
+    assert "from 43 to 44" in readme and "\nlicense: mit\n" in readme
     assert llama.config.intermediate_size == 43 and llama.config.quantization_config.quant_method == "qat"
 
 
