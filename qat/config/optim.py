@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,9 +63,9 @@ class OptimConfig:
     """How sharp soft codes are at last, before they are codes."""
     anneal_share: float = 0.8
     """The share of the steps that trains with soft codes; the rest trains with codes, as they will be stored."""
-    anneal_end: float | None = None
-    """How sharp soft codes are at the end of the run, which then go on being soft, from anneal_to on: latent weights come to rest
-    where straight-through steps would move them over thresholds and back. None: the rest trains with codes."""
+    anneal_rest_lr: float = 1.0
+    """What the latent weights' rate is multiplied by in that rest. 0 holds the codes, while scales, norms and embeddings settle:
+    straight-through steps move weights that came to lie at thresholds over them and back."""
 
     def __post_init__(self) -> None:
         check_types("optim", self)
@@ -95,10 +96,7 @@ class OptimConfig:
         at_least("optim.anneal_to", self.anneal_to, self.anneal_from, most=SHARPEST, why=", which is optim.anneal_from")
         if not 0 < self.anneal_share <= 1:
             raise ValueError(f"optim.anneal_share={self.anneal_share!r} is not allowed; it must be above 0 and at most 1")
-        if self.anneal_end is not None:
-            at_least("optim.anneal_end", self.anneal_end, self.anneal_to, most=SHARPEST, why=", which is optim.anneal_to")
-            if self.anneal_share == 1:
-                raise ValueError("optim.anneal_end is of the steps after optim.anneal_share, and anneal_share=1 leaves none")
+        at_least("optim.anneal_rest_lr", self.anneal_rest_lr, 0, most=1e6)
         if not 0 <= self.final_lr_fraction <= 1:
             raise ValueError(f"optim.final_lr_fraction={self.final_lr_fraction!r} is not allowed; it must be in 0 to 1")
 
@@ -117,6 +115,14 @@ class OptimConfig:
         if self.lr is None:
             raise ValueError("optim.lr=null is settled by the model's size when a run has loaded it")
         return self.lr
+
+    def hard_from(self, total: int) -> int:
+        """The step (0-based) of a run of so many from which it trains with codes."""
+        return math.ceil(self.anneal_share * total) if self.annealed else 0
+
+    def held_from(self, total: int) -> int:
+        """The step from which latent weights are not trained; `total` where they are to the end."""
+        return self.hard_from(total) if self.annealed and not self.anneal_rest_lr else total
 
     def warmup(self, total: int) -> int:
         """Steps of warm-up in a run of so many."""

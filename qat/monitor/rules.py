@@ -22,6 +22,8 @@ class Facts:
     """Of the whole run."""
     settled: int = 0
     """The step from which quantization is blended in whole and the rate has risen."""
+    held: float = float("inf")
+    """The step from which codes do not change because the configuration says so."""
     lr: float = 1e-3
     latent_lr_multiplier: float = 1.0
     weight_decay: float = 0.0
@@ -130,7 +132,7 @@ def zero_collapse(h: History) -> Iterator[Finding]:
 
 def codes_frozen(h: History) -> Iterator[Finding]:
     """In the first half of the run a family's codes have stopped changing, for three looks."""
-    looks = [row for row in h.having("quant/flip_rate") if row["step"] > h.facts.settled]
+    looks = [row for row in h.having("quant/flip_rate") if h.facts.settled < row["step"] <= h.facts.held]
     for family in h.latest("flip_rate"):
         name, still = f"quant/{family}/flip_rate", 0
         while still < len(looks) and looks[-1 - still].get(name, 1.0) < STILL:

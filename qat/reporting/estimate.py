@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,9 +50,9 @@ def annealing(config: TrainConfig) -> list[str]:
     optim, total = config.optim, config.trainer.max_steps
     if not optim.annealed:
         return []
-    soft = math.ceil(optim.anneal_share * total)
-    rest = "with codes" if optim.anneal_end is None else f"to {optim.anneal_end:g}"
-    words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} {rest}"
+    soft = optim.hard_from(total)
+    held = " that are held" if optim.held_from(total) < total else ""
+    words = f"soft from {optim.anneal_from:g} to {optim.anneal_to:g} in {soft:,} steps, then {total - soft:,} with codes{held}"
     return [f"weights         {words}"]
 
 

@@ -219,12 +219,12 @@ class QATModule(pl.LightningModule):
         """Rates, decay and betas are the configuration's, also where a checkpoint brought older ones."""
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [lr for lr, _ in self._peaks]  # type: ignore[union-attr]
-        factor = scheduler.lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
-        for group, (lr, _) in zip(optimizer.param_groups, self._peaks, strict=True):
+        factors = [factor(self.global_step) for factor in scheduler.lr_lambdas]  # type: ignore[union-attr]
+        for group, (lr, _), factor in zip(optimizer.param_groups, self._peaks, factors, strict=True):
             group.update(initial_lr=lr, lr=lr * factor)
         for group, betas in zip(optimizer.param_groups, self._betas, strict=True):
             group.update(betas)
-        scheduler.lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
+        self._set_decay(optimizer, self.global_step)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -245,13 +245,23 @@ class QATModule(pl.LightningModule):
         self._betas = [{key: group[key] for key in ("betas",) if key in group} for group in optimizer.param_groups]
 
         def factor(step: int) -> float:
-            for group, (_, decay) in zip(optimizer.param_groups, self._peaks, strict=True):
-                group["weight_decay"] = decay * self._decay_factor(step)
+            self._set_decay(optimizer, step)
             warmup = self.optim.warmup(self.total_steps)
             return schedule.lr_factor(step, self.total_steps, self.optim.schedule, warmup, self.optim.final_lr_fraction)
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        def latent_factor(step: int) -> float:
+            resting = self.optim.annealed and step >= self.optim.hard_from(self.total_steps)
+            return factor(step) * (self.optim.anneal_rest_lr if resting else 1.0)
+
+        factors: list[Callable[[int], float]]
+        factors = [latent_factor if group["name"] == LATENT else factor for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _set_decay(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        factor = self._decay_factor(step)
+        for group, (_, decay) in zip(optimizer.param_groups, self._peaks, strict=True):
+            group["weight_decay"] = decay * factor
 
     def _decay_factor(self, step: int) -> float:
         return schedule.weight_decay_factor(step, self.total_steps, self.optim.schedule, self.optim.weight_decay_until)

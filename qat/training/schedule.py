@@ -73,13 +73,10 @@ def damping_at(step: int, total: int, peak: float) -> float:
     return peak * (1 - math.cos(math.pi * min(step / total, 1.0))) / 2
 
 
-def beta_at(step: int, total: int, first: float, last: float, share: float, end: float | None = None) -> float | None:
-    """The sharpness of soft codes at `step` of `total`: first (last / first)^(t / (share total)) until share total.
+def beta_at(step: int, total: int, first: float, last: float, share: float) -> float | None:
+    """The sharpness of soft codes at `step` of `total`: first (last / first)^(t / (share total)), None from share total on.
 
-    Then, so that scales, norms and embeddings settle with what is stored: None, which is codes, straight through; or on from
-    `last` to `end` by the last step, where latent weights rest in codes and no longer hop over thresholds at each update.
+    The rest of the run trains with codes, straight through, so that scales, norms and embeddings settle with what is stored.
     """
-    soft = share * total
-    if step < soft:
-        return first * (last / first) ** (step / soft)
-    return None if end is None else last * (end / last) ** ((step - soft) / (total - soft))
+    progress = step / (share * total)
+    return first * (last / first) ** progress if progress < 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ SPIKES = [5.5 if i in (30, 40, 50) else value for i, value in enumerate(NOISE)]
 HELD_OUT = {"step": 300, "val/ce": 2.0, "val/full_precision_ce": 1.9, "val/teacher_ce": 1.9, "val/gap": 0.1}
 NORMS = {"optim/grad_norm/ce": 1.0, "optim/grad_norm/kl": 99.0}
 FLAT = [*series("train/ce", NOISE), look(600), {**HELD_OUT, "step": 600, "val/gap": 0.9}]
+
+
+def test_codes_that_are_held_are_not_frozen() -> None:
+    rows = [look(step, flip_rate=0.0 if step > 100 else 0.01) for step in range(50, 450, 50)]
+    assert raised("codes_frozen", rows) and not raised("codes_frozen", rows, replace(FACTS, held=100))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ def phases(run: Run) -> list[tuple[str, float, float]]:
         ("hidden", 0, _share(run, "distill.hidden_until", 1.0) * steps),
     ]
     if run.get("optim.anneal", "none") != "none":
-        share = 1 if run.get("optim.anneal_end") else run.get("optim.anneal_share") or 0
-        found.append(("soft codes", 0, share * steps))
+        found.append(("soft codes", 0, (run.get("optim.anneal_share") or 0) * steps))
     return [(name, start, end) for name, start, end in found if start < end and (start > 0 or end < steps)]
 
 

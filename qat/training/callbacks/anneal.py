@@ -23,8 +23,8 @@ class Anneal(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Before each batch."""
         optim = self.optim
-        sharpness = optim.anneal_from, optim.anneal_to, optim.anneal_share, optim.anneal_end
-        set_beta(module.student, beta_at(trainer.global_step, self.total, *sharpness))  # type: ignore[arg-type]
+        beta = beta_at(trainer.global_step, self.total, optim.anneal_from, optim.anneal_to, optim.anneal_share)
+        set_beta(module.student, beta)  # type: ignore[arg-type]
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Until the next batch of the training."""

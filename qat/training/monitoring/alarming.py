@@ -32,6 +32,7 @@ def facts_of(config: TrainConfig, passes: float, module: QATModule) -> Facts:
     return Facts(
         steps=trainer.max_steps,
         settled=max(optim.lambda_steps, optim.rms_norm_steps, optim.warmup(trainer.max_steps)),
+        held=optim.held_from(trainer.max_steps),
         lr=optim.peak,
         latent_lr_multiplier=optim.latent_lr_multiplier,
         weight_decay=optim.weight_decay,
