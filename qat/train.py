@@ -42,8 +42,19 @@ def run(config: TrainConfig) -> RunResult:
         return main_job(load_config(str(config.resume)) if saved else config)
 
 
+def _perform(config: TrainConfig) -> RunResult:
+    """What the command does with a configuration: `run`, by as many processes as it has devices."""
+    from qat.training.signals import listening
+
+    with listening():
+        from qat.training.strategies.launch import perform
+
+        return perform(config)
+
+
 def _show(build: Callable[[], TrainConfig], perform: Callable[[TrainConfig], RunResult]) -> tuple[int, RunResult | None, str]:
     """Run and print the table; exit code, result, and its status or the user's error in one line, printed too."""
+    from qat.parallel.group import Lost
     from qat.reporting.table import print_table
 
     try:
@@ -54,6 +65,9 @@ def _show(build: Callable[[], TrainConfig], perform: Callable[[TrainConfig], Run
         message = " ".join(str(error).split())
         print(f"qat.train: {message}", file=sys.stderr)
         return WRONG, None, message
+    except Lost as error:
+        print(f"qat.train: {error}", file=sys.stderr)
+        return 1, None, str(error)
     if result.measured:
         print_table(result)
     return 0 if result.signal is None else 128 + result.signal, result, result.status
@@ -67,7 +81,7 @@ def _sweep(jobs: list[Job]) -> int:
     for job in jobs:
         print(f"job {job.number} of {len(jobs)}: {job.words}", flush=True)
         folder = job.config.run.dir if job.config else None
-        found.append(job_of(job.number, job.words, folder, partial(_show, job.build), run)[0])
+        found.append(job_of(job.number, job.words, folder, partial(_show, job.build), _perform)[0])
         if found[-1].code not in (0, 1, WRONG):
             break
     return told(found)
@@ -94,10 +108,12 @@ def _by_hydra(command: Command, settings: list[str]) -> int:
     def task(composed: Any) -> float | None:
         number, words = job_words([*settings, *where])
         if number is None or folder is None:
-            codes.append(_show(lambda: job_config(composed), run)[0])
+            codes.append(_show(lambda: job_config(composed), _perform)[0])
             return None
         print(f"job {number}: {words}", flush=True)
-        outcome, value = job_of(number, words, f"{folder}/{number}", partial(_show, partial(job_config, composed, words)), run)
+        outcome, value = job_of(
+            number, words, f"{folder}/{number}", partial(_show, partial(job_config, composed, words)), _perform
+        )
         note(outcome)
         if outcome.code not in (0, 1, WRONG):
             sys.exit(outcome.code)  # a signal ends the sweep, and Hydra holds back errors alone
@@ -115,16 +131,21 @@ def _serve(command: Command) -> int:
     from qat.config.compose.composing import compose_jobs, compose_run
     from qat.config.compose.resume import resumed
     from qat.config.compose.text import as_typed
+    from qat.training.strategies.environment import begun
 
     settings = [as_typed(one, command.multirun) for one in command.settings]
     if command.resume is not None:
         folder, settings = command.resume, [one for one in settings if not one.startswith("resume=")]
-        return _show(lambda: resumed(folder, settings)[0], run)[0]
+        return _show(lambda: resumed(folder, settings)[0], _perform)[0]
+    if command.multirun and begun():
+        raise ValueError(
+            "a sweep starts the processes of its jobs itself: leave torchrun or srun out, and give trainer.devices=N"
+        )
     if command.by_hydra:
         return _by_hydra(command, settings)
     if command.multirun:
         return _sweep(compose_jobs(settings, command.config_dir))
-    return _show(lambda: compose_run(settings, command.config_dir), run)[0]
+    return _show(lambda: compose_run(settings, command.config_dir), _perform)[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -132,10 +153,12 @@ def main(arguments: list[str] | None = None) -> None:
     from qat.config.compose.command import parse
     from qat.config.compose.help import help_text
     from qat.training.signals import Interrupted, listening
+    from qat.training.strategies.environment import hush
 
     # libgomp's threads spin while they wait: beside any other work on the machine that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = sys.argv[1:] if arguments is None else arguments
+    hush()
     try:
         if {"-h", "--help"} & set(arguments):
             return print(help_text(arguments))

@@ -82,7 +82,7 @@ def packed_model(
     return model
 
 
-def write_model(folder: Path, hidden_size: int, intermediate_size: int, num_hidden_layers: int) -> Path:
+def write_model(folder: Path, hidden_size: int, intermediate_size: int, num_hidden_layers: int, dropout: float = 0.1) -> Path:
     """A random Llama with a character tokenizer, as a transformers folder."""
     vocabulary = {character: i for i, character in enumerate("?$\n abcdefghijklmnopqrstuvwxyz.,")}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
@@ -97,7 +97,7 @@ def write_model(folder: Path, hidden_size: int, intermediate_size: int, num_hidd
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        attention_dropout=0.1,
+        attention_dropout=dropout,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)

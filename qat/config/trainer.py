@@ -26,7 +26,7 @@ class TrainerConfig:
     num_nodes: int = 1
     """Nodes."""
     strategy: str = "auto"
-    """lightning's strategy: `auto`, `ddp`, `fsdp`, ..."""
+    """How several devices share the work: `ddp`, each holds the model; `fsdp2`, each holds a shard of it; `auto`: ddp."""
     precision: str = "32-true"
     """`32-true`, `bf16-mixed` or `16-mixed` (CUDA only). Latent weights and optimizer state are float32 in each."""
     accumulate_grad_batches: int = 1
@@ -58,6 +58,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_types("trainer", self)
+        _check_strategy(self.strategy)
         choose("trainer.accelerator", self.accelerator, ("cpu", "gpu", "auto"))
         if self.precision in ("bf16-true", "16-true"):
             raise ValueError(
@@ -78,3 +79,25 @@ class TrainerConfig:
         at_least("trainer.threads", self.threads, 1, most=MOST_THREADS)
         at_least("trainer.samples", self.samples, 0, most=10_000)
         at_least("trainer.gradient_clip_val", self.gradient_clip_val, 0, open_end=True, most=1e30)
+
+
+def _check_strategy(name: str) -> None:
+    """Each that lightning has beside ours is refused with what to use."""
+    instead = next((use for other, use in INSTEAD.items() if name.startswith(other)), None)
+    if name not in ("auto", "ddp", "fsdp2") and instead is not None:
+        raise ValueError(f"trainer.strategy={name} is not allowed; use {instead}. Allowed are auto, ddp, fsdp2")
+    choose("trainer.strategy", name, ("auto", "ddp", "fsdp2"))
+
+
+_DATA_PARALLEL = "ddp, which finds unused parameters by itself and starts a process for each device"
+INSTEAD = {
+    "ddp": _DATA_PARALLEL,
+    "dp": _DATA_PARALLEL,
+    "fsdp": "fsdp2: its predecessor flattens weights, which quantizers need whole, and knows no CPU",
+    "model_parallel": "fsdp2, which is lightning's ModelParallelStrategy with a plan for the model",
+    "deepspeed": "fsdp2, which shards weights, gradients and optimizer state as its stage 3 does",
+    "single_device": "auto with trainer.devices=1",
+    "xla": "auto: runs compute on CPUs and CUDA GPUs",
+    "hpu": "auto: runs compute on CPUs and CUDA GPUs",
+}
+"""How a strategy's name begins -> what to use in place of it."""

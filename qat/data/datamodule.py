@@ -23,8 +23,9 @@ from qat.data.chat import Chats
 from qat.data.labelled.buckets import Buckets
 from qat.data.labelled.parts import Labelled
 from qat.data.mixture import Mixture
-from qat.data.order import Shuffled, StreamBatches, Windows, counted
+from qat.data.order import Held, Shuffled, StreamBatches, Windows, counted, marked
 from qat.metrics.perplexity import Window, windows
+from qat.parallel import rank, size
 
 Part = Windows | Chats | Labelled
 Training = Part | Mixture
@@ -49,6 +50,15 @@ class StreamLoader(DataLoader):
     def __iter__(self) -> Any:
         """Batches that know how many tokens their optimizer step predicts."""
         return counted(super().__iter__(), self.data._accumulate, self.data.train.learned)
+
+
+class HeldLoader(DataLoader):
+    """A DataLoader over Held whose repeated batches say so."""
+
+    def __iter__(self) -> Any:
+        """See `marked`."""
+        assert isinstance(self.batch_sampler, Held)
+        return marked(super().__iter__(), self.batch_sampler.own)
 
 
 class QATData(lightning.LightningDataModule):
@@ -117,18 +127,23 @@ class QATData(lightning.LightningDataModule):
         """The batches that are left of `total_batches`; its length is `total_batches`."""
         # memory-mapped tokens need no worker processes, whatever lightning says on a machine with many cores
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        here, world = (rank(), size()) if self.trainer else (0, 1)
         done = self._restored["step"] * self._accumulate if self.trainer else None
         batches = StreamBatches(
             self.order(world), self.data_config.batch_size, total_batches=self.total_batches,
-            start=self._restored["sequences"], done=done, rank=rank, world=world,
+            start=self._restored["sequences"], done=done, rank=here, world=world,
         )  # fmt: skip
         return StreamLoader(self, batch_sampler=batches, collate_fn=self.train.collate, **self._loader_arguments())
 
     def val_dataloader(self) -> DataLoader:
-        """Every held-out sequence in order, on every device."""
-        size, collate = self.data_config.batch_size, self.valid.collate
-        return DataLoader(self.valid, batch_size=size, collate_fn=collate, **self._loader_arguments())
+        """This rank's share of the held-out sequences that a validation takes, in order."""
+        batches = Held(len(self.valid), self.data_config.batch_size, most=self._val_batches, rank=rank(), world=size())
+        return HeldLoader(self.valid, batch_sampler=batches, collate_fn=self.valid.collate, **self._loader_arguments())
+
+    @property
+    def _val_batches(self) -> int | None:
+        most = self.trainer.limit_val_batches if self.trainer else None
+        return most if isinstance(most, int) else None
 
     @property
     def _accumulate(self) -> int:
@@ -147,7 +162,7 @@ class QATData(lightning.LightningDataModule):
         if self.trainer is None:
             return dict(self._restored)
         steps = self.trainer.global_step - self._restored["step"]
-        used = steps * self.trainer.accumulate_grad_batches * self.data_config.batch_size * self.trainer.world_size
+        used = steps * self.trainer.accumulate_grad_batches * self.data_config.batch_size * size()
         return {"sequences": self._restored["sequences"] + used, "step": self.trainer.global_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

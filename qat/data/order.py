@@ -16,9 +16,14 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from qat.losses.logits import IGNORE
+from qat.parallel import sums
 
 STEP_TOKENS = "step_tokens"
-"""Key of a training batch: how many tokens, or labels, its whole optimizer step predicts, an int."""
+"""Key of a training batch: how many tokens, or labels, its whole optimizer step predicts on all ranks, an int."""
+
+
+REPEATED = "repeated"
+"""Key of a validation batch that is there only so that all ranks have as many; it counts nothing."""
 
 
 def predicted_tokens(batch: Mapping[str, Any]) -> int:
@@ -29,10 +34,10 @@ def predicted_tokens(batch: Mapping[str, Any]) -> int:
 def counted(
     batches: Iterable[dict[str, Any]], accumulate: int, learned: Callable[[Mapping[str, Any]], int] = predicted_tokens
 ) -> Iterator[dict[str, Any]]:
-    """Each batch with STEP_TOKENS: `accumulate` of them, one optimizer step, are read ahead to count it."""
+    """Each batch with STEP_TOKENS: `accumulate` of them, one optimizer step, are read ahead to count it, on all ranks."""
     iterator = iter(batches)
     while step := list(islice(iterator, accumulate)):
-        total = sum(map(learned, step))
+        total = int(sums([torch.tensor(sum(map(learned, step)))])[0])
         yield from ({**batch, STEP_TOKENS: total} for batch in step)
 
 
@@ -95,6 +100,33 @@ class StreamBatches(Sampler):
         for batch in range(self.total_batches - self.done):
             first = self.start + batch * step + self.rank * self.batch_size
             yield [self.index(position) for position in range(first, first + self.batch_size)]
+
+
+class Held(Sampler):
+    """Batches of held-out sequences in order, the first `most` of them shared out: rank r has r, r + W, r + 2 W, ...
+
+    Ranks that are left without one repeat the last, as a model that is sharded computes on all of them or none; `own` says how
+    many batches are no repetition.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, most: int | None = None, rank: int = 0, world: int = 1) -> None:
+        batches = -(-count // batch_size) if most is None else min(-(-count // batch_size), most)
+        places = range(rank, batches, world)
+        self.count, self.batch_size, self.own = count, batch_size, len(places)
+        self.places = [*places, *[batches - 1] * (-(-batches // world) - len(places))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for place in self.places:
+            first = place * self.batch_size
+            yield [*range(first, min(first + self.batch_size, self.count))]
+
+
+def marked(batches: Iterable[dict[str, Any]], own: int) -> Iterator[dict[str, Any]]:
+    """The batches, those after the first `own` with REPEATED."""
+    yield from (batch if number < own else {**batch, REPEATED: True} for number, batch in enumerate(batches))
 
 
 def permutation(count: int, *seeds: int) -> np.ndarray:

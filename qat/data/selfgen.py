@@ -26,6 +26,7 @@ from qat.config import SelfgenConfig
 from qat.data import tokens
 from qat.data.order import generator
 from qat.models.hub import check_context, embedding_rows
+from qat.parallel import as_one, first_here, in_turn, rank, size, together
 from qat.terminal.stage import Stage, quietly, stage
 
 if TYPE_CHECKING:
@@ -53,10 +54,23 @@ def sampled_tokens(
     settings = {**asdict(config), "tokens": count * length, "valid_tokens": valid}
     name = tokens.key("selfgen", weights_hash(teacher), tokens.tokenizer_hash(tokenizer), settings, length, seed)
     found = tokens.read(folder, name)
-    if found is not None:
+    if not together(found is None):
+        assert found is not None
         return found
     blocks = sample(teacher, tokenizer, config, count, length, generator(seed, int(valid)), progress=progress)
-    return tokens.write(folder, name, blocks, vocabulary=embedding_rows(teacher))
+    return _kept(folder, name, blocks, embedding_rows(teacher))
+
+
+def _kept(folder: Path, name: str, blocks: Iterator[np.ndarray], vocabulary: int) -> np.ndarray:
+    """What all ranks have sampled, written by the first of each machine and read by the others there."""
+    with as_one():
+        if first_here():
+            return tokens.write(folder, name, blocks, vocabulary)
+        for _ in blocks:
+            pass
+    if (found := tokens.read(folder, name)) is None:
+        raise ValueError(f"{folder}/{name}.bin cannot be read, which another process of this machine has written")
+    return found
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -78,7 +92,11 @@ def sample(
     *,
     progress: bool = True,
 ) -> Iterator[np.ndarray]:
-    """Yield int64 arrays [B * length], B <= `config.batch_size`, until `count` sequences are sampled."""
+    """Yield int64 arrays [B * length], B <= `config.batch_size`, until `count` sequences are sampled.
+
+    Ranks sample a batch each at a time, and yield all of them in order. Each draws the random numbers of every batch, which cost
+    next to nothing, so that the text is that of one process.
+    """
     from qat.inference.decode import why_uncached
 
     was_training = teacher.training
@@ -87,10 +105,15 @@ def sample(
     if why:
         print(f"qat: {why}; every token reads its whole sequence again", file=sys.stderr)
     with quietly(not progress), stage("sampling from the model", count * length, "tokens") as bar:
-        for done in range(0, count, config.batch_size):
-            first = first_tokens(tokenizer, min(config.batch_size, count - done), random)
-            ids = _grow(teacher, first, length, config, random, bar, not why)
-            yield ids.numpy().reshape(-1)
+        for done in range(0, count, config.batch_size * size()):
+            mine: list[np.ndarray] = []
+            with as_one():
+                for here, start in enumerate(range(done, count, config.batch_size)[: size()]):
+                    first = first_tokens(tokenizer, min(config.batch_size, count - start), random)
+                    numbers = [torch.rand(len(first), 1, generator=random) for _ in range(1, length)]
+                    if here == rank():
+                        mine.append(_grow(teacher, first, length, config, numbers, bar, not why).numpy().reshape(-1))
+            yield from in_turn(mine)
     teacher.train(was_training)
 
 
@@ -111,7 +134,7 @@ def _grow(
     first: torch.Tensor,
     length: int,
     config: SelfgenConfig,
-    random: torch.Generator,
+    numbers: list[torch.Tensor],
     bar: Stage,
     cached: bool,
 ) -> torch.Tensor:
@@ -128,7 +151,7 @@ def _grow(
             logits = teacher(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
         else:
             logits = teacher(input_ids=ids[:, :position], use_cache=False).logits[:, -1]
-        uniform = torch.rand(len(first), 1, generator=random).to(device)
+        uniform = numbers[position - 1].to(device)
         ids[:, position] = draw(logits.float(), uniform, config.temperature, config.top_k)
         bar.advance(len(first))
     bar.advance(len(first))

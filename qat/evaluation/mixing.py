@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from torch import nn
@@ -20,6 +20,7 @@ from qat.conversion.swap import swap
 from qat.evaluation.budget import Budget, spend
 from qat.metrics.perplexity import Window
 from qat.nn.bitlinear import BitLinear
+from qat.parallel import shared
 from qat.storage import write_text
 
 if TYPE_CHECKING:
@@ -45,15 +46,20 @@ def mix_components(
     if config.quant.budget_bits is None:
         return
     layers = {name: layer.config for name, layer in bitlinears(student)}
-    budget = _kept(config, folder / FILE, layers)
-    if budget is None:
-        bits, layout = config.quant.budget_bits, config.export.layout
-        budget = spend(base, layers, calibration(data), bits, layout, progress=config.trainer.progress)
-        write_text(folder / FILE, json.dumps(budget.to_dict(), indent=2))
-        Console(highlight=False).print(budget.table())
+    budget = shared(lambda: _kept(config, folder / FILE, layers) or _spent(config, base, layers, data, folder))
     modules = dict(bitlinears(student))
     swap(student, {name: _with_two(modules[name]) for name in budget.chosen})
     record.config = gathered({name: layer.config for name, layer in bitlinears(student)})
+
+
+def _spent(config: TrainConfig, base: nn.Module, layers: Any, data: QATData, folder: Path) -> Budget:
+    """What the budget buys, which the folder keeps."""
+    bits, layout = config.quant.budget_bits, config.export.layout
+    assert bits is not None
+    found = spend(base, layers, calibration(data), bits, layout, progress=config.trainer.progress)
+    write_text(folder / FILE, json.dumps(found.to_dict(), indent=2))
+    Console(highlight=False).print(found.table())
+    return found
 
 
 def _with_two(layer: BitLinear) -> nn.Module:

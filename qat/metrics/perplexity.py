@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Window = tuple[Tensor, int]
+Rows = tuple[list[float], int]
 
 
 def windows(tokens: Tensor, context: int, stride: int | None = None, batch_size: int = 8) -> Iterator[Window]:
@@ -61,20 +62,40 @@ def log_likelihood(model: nn.Module, batches: Iterable[Window]) -> tuple[float, 
     Raises:
         ValueError: the sum is NaN or infinite.
     """
+    return likelihood([row_likelihoods(model, batches)])
+
+
+def likelihood(parts: Iterable[Rows]) -> tuple[float, int]:
+    """(negative log-likelihood, scored tokens) of all rows, added in their order.
+
+    Raises:
+        ValueError: the sum is NaN or infinite.
+    """
     total, count = 0.0, 0
+    for rows, scored in parts:
+        count += scored
+        for row in rows:
+            total += row
+    if not math.isfinite(total):
+        raise ValueError(f"the negative log-likelihood of the text is {total}; the model's logits are not finite")
+    return total, count
+
+
+def row_likelihoods(model: nn.Module, batches: Iterable[Window]) -> Rows:
+    """(negative log-likelihood of each row in nats, scored tokens) of `windows`; the model is put into eval mode and back."""
+    found, count = list[float](), 0
     was_training, device = model.training, _device(model)
     model.eval()
     try:
         for ids, start in batches:
             logits = logits_of(model, ids.to(device))
             for row, targets in zip(logits, ids.to(device), strict=True):  # one row at a time: float32 logits are large
-                total += F.cross_entropy(row[start - 1 : -1].float(), targets[start:], reduction="sum").double().item()
+                nll = F.cross_entropy(row[start - 1 : -1].float(), targets[start:], reduction="sum")
+                found.append(nll.double().item())
             count += ids[:, start:].numel()
     finally:
         model.train(was_training)
-    if not math.isfinite(total):
-        raise ValueError(f"the negative log-likelihood of the text is {total}; the model's logits are not finite")
-    return total, count
+    return found, count
 
 
 def scored_tokens(batches: Iterable[Window]) -> int:

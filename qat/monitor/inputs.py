@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat import parallel
 from qat.nn.bitlinear import BitLinear
 
 OUTLIER = 6
@@ -32,6 +33,19 @@ class Inputs:
         self.sums: dict[str, dict[str, Pair]] = {}
         self._found: dict[str, Pair] = {}
         self._seen: tuple[Tensor | None, int, int | None] = (None, 0, None)
+
+    def over_ranks(self) -> None:
+        """Take in what other ranks have seen; all of them call it."""
+        if parallel.size() == 1:
+            return
+        plain = {name: {key: (float(a), float(b)) for key, (a, b) in found.items()} for name, found in self.sums.items()}
+        devices = {name: next(iter(found.values()))[0].device for name, found in self.sums.items()}
+        self.sums = {}
+        for other in parallel.gathered(plain):
+            for name, found in other.items():
+                device = devices.get(name, torch.device("cpu"))
+                pairs = {key: torch.tensor(pair, dtype=torch.float64, device=device) for key, pair in found.items()}
+                self._add(name, {key: (pair[0], pair[1]) for key, pair in pairs.items()})
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ would end after half an hour. A process that died is noticed in both at once, as
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+class Lost(RuntimeError):
+    """Another process of the run ended without having waited for this one."""
+
 
 _PATIENCE = timedelta(days=2)
 _LAST_WORDS = "qat last words"
@@ -58,6 +64,20 @@ def joined() -> Iterator[None]:
         _known.clear()
         with suppress(RuntimeError):  # of those that died before
             dist.destroy_process_group()
+
+
+@contextmanager
+def noticed() -> Iterator[None]:
+    """`Lost`, with what the process that ended has said, in place of what torch says of its closed connections."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not several() or isinstance(error, Lost) or not _SIGNS.search(f"{type(error).__name__} {error}"):
+            raise
+        raise Lost(last_word() or "a process of this run ended without a word; it was killed, perhaps for its memory") from error
+
+
+_SIGNS = re.compile("gloo|nccl|connection|DistBackendError|DistNetworkError|socket", re.IGNORECASE)
 
 
 def leave_word(text: str) -> None:

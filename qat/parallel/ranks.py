@@ -7,6 +7,7 @@ a training step, they wait for gradients, and what must stop all of them is aske
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qat.parallel.group import several, talk
+from qat.parallel.group import noticed, several, talk
 
 T = TypeVar("T")
 _told = "_told_to_all_ranks"
@@ -43,6 +44,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def first_here() -> bool:
+    """Whether this is the first process of its machine, which writes what is kept on each."""
+    return not several() or os.environ.get("LOCAL_RANK", f"{rank()}") == "0"
+
+
 def gathered(value: T) -> list[T]:
     """Every rank's value, in order of ranks, on all of them; what can be pickled.
 
@@ -59,13 +65,19 @@ def shared(make: Callable[[], T]) -> T:
     return _exchanged(_attempt(make) if first() else _Envelope())[0].value  # type: ignore[no-any-return]
 
 
-def together(flag: bool) -> bool:
-    """Whether any rank says so. It is cheap enough for every step, and waits for no GPU."""
+def most(value: int) -> int:
+    """The largest of all ranks' values. It is cheap enough for every step, and waits for no GPU."""
     if not several():
-        return flag
-    found = torch.tensor([int(flag)])
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=talk())
-    return bool(found.item())
+        return value
+    found = torch.tensor([value])
+    with noticed():
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=talk())
+    return int(found.item())
+
+
+def together(flag: bool) -> bool:
+    """Whether any rank says so; as cheap as `most`."""
+    return bool(most(int(flag)))
 
 
 def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -74,9 +86,16 @@ def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not several() or not found:
         return found
     flat = torch.cat([one.reshape(-1) for one in found])
-    dist.all_reduce(flat, group=None if flat.is_cuda else talk())
+    with noticed():
+        dist.all_reduce(flat, group=None if flat.is_cuda else talk())
     parts = flat.split([one.numel() for one in found])
     return [part.view_as(one) for part, one in zip(parts, found, strict=True)]
+
+
+def in_turn(own: Sequence[T]) -> list[T]:
+    """The parts of a list that ranks shared out, rank r having r, r + W, r + 2 W, ..., in the list's order, on all of them."""
+    everyone = gathered(list(own))
+    return [part[place] for place in range(max(map(len, everyone))) for part in everyone if place < len(part)]
 
 
 def same(value: Any, what: str) -> None:
@@ -141,7 +160,8 @@ def _exchanged(mine: _Envelope) -> list[_Envelope]:
         found = [mine]
     else:
         found = [_Envelope()] * size()
-        dist.all_gather_object(found, _sendable(mine), group=talk())
+        with noticed():
+            dist.all_gather_object(found, _sendable(mine), group=talk())
     failed = next((i for i, one in enumerate(found) if one.failure is not None), None)
     if failed is None:
         return found

@@ -12,13 +12,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from qat import parallel
 from qat.config import TrainerConfig
 from qat.losses import measured
 from qat.models.attention import narrow_heads
+from qat.parallel.group import noticed
 from qat.training.callbacks import Checkpoint, NonFiniteGuard, RandomState, StopAtStep, Throughput, progress
 from qat.training.callbacks.metrics_file import WriteRows, continued
 from qat.training.callbacks.stopping import Blame, words
@@ -29,6 +30,7 @@ from qat.training.monitoring.optimization import Optimization
 from qat.training.monitoring.speed import Speed
 from qat.training.release.best import home
 from qat.training.signals import Signals
+from qat.training.strategies.choice import check_devices, environments, strategy_of
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,24 @@ def fit(
     Raises:
         ValueError: a damaged checkpoint; a callback that cannot work; a loss or a weight that is not finite.
     """
-    found = newest(folder / "checkpoints", say=True)
+    found = parallel.shared(lambda: newest(folder / "checkpoints", say=True))
     every = min(config.log_every_n_steps, config.max_steps)
-    metrics = continued(folder / "metrics.csv", columns(module), found.step if found else None)
+    metrics = [continued(folder / "metrics.csv", columns(module), found.step if found else None)] if parallel.first() else []
     throughput, stopped, clock = Throughput(every, module.row), list[pl.Callback](), StepClock()
     asked = _in_folder(callbacks or [], folder)
     theirs = [one for callback in asked for one in (callback, Blame(callback, stopped))]
-    ours = [progress(name)] if config.progress else []
+    ours = [progress(name)] if config.progress and parallel.first() else []
     last = [
-        WriteRows(metrics, every, module.row),
+        *(WriteRows(file, every, module.row) for file in metrics),
         StopAtStep(signals, config.val_every),
         Checkpoint(folder / "checkpoints", config),
     ]
     chain = [NonFiniteGuard(), throughput, Speed(every, clock), RandomState(), Optimization(every), *theirs, *ours, *last]
     with misconfiguration():
-        trainer = build_trainer(config, chain, [metrics, *(loggers or [])], folder, clock)
-    with _quiet(), signals.wait_for_step(), misconfiguration(), narrow_heads():
+        trainer = build_trainer(config, chain, [*metrics, *(loggers or [])], folder, clock)
+    with _quiet(), signals.wait_for_step(), misconfiguration(), narrow_heads(), noticed():
         trainer.fit(module, datamodule=data, ckpt_path=found.file if found else None, weights_only=True)
+    throughput.settle()
     early = signals.asked is None and trainer.global_step < config.max_steps
     return FitResult(trainer.global_step, throughput.tokens, throughput.seconds, signals.asked, words(stopped) if early else None)
 
@@ -117,11 +120,11 @@ def build_trainer(
     """
     accumulate = config.accumulate_grad_batches
     with _quiet():
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=device_of(config).type,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=strategy_of(config),
             precision=config.precision,  # type: ignore[arg-type]
             max_steps=config.max_steps,
             max_epochs=-1,
@@ -137,11 +140,20 @@ def build_trainer(
             profiler=profiler,
             enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             default_root_dir=folder / ".lightning",
-            plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+            plugins=[WholeFiles(), *environments()],
             enable_model_summary=any(isinstance(callback, pl.callbacks.ModelSummary) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
             use_distributed_sampler=False,
         )
+    _without_its_signals(trainer)
+    return trainer
+
+
+def _without_its_signals(trainer: pl.Trainer) -> None:
+    """lightning's handler of SIGTERM talks to other processes from within, wherever it finds this one, and each step would wait
+    for a broadcast, and for the GPU, to hear of it. Ours stay, and `StopAtStep` asks all ranks."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def device_of(config: TrainerConfig) -> torch.device:
@@ -152,16 +164,12 @@ def device_of(config: TrainerConfig) -> torch.device:
 
 
 def check_hardware(config: TrainerConfig) -> None:
-    """Refuse what lightning would change silently (16-mixed on a CPU becomes bf16-mixed) or what a run cannot do yet."""
+    """Refuse what lightning would change silently (16-mixed on a CPU becomes bf16-mixed), and devices that are not there."""
     if config.precision == "16-mixed" and device_of(config).type != "cuda":
         raise ValueError("trainer.precision=16-mixed needs a CUDA GPU; on a CPU use bf16-mixed or 32-true")
-    if config.devices * config.num_nodes > 1:
-        raise ValueError(
-            f"trainer.devices={config.devices}, trainer.num_nodes={config.num_nodes}: allowed is 1 of each, as a run uses one"
-            " device for now; for several GPUs start one run on each, by CUDA_VISIBLE_DEVICES"
-        )
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("trainer.accelerator=gpu, but torch finds no CUDA GPU; use trainer=cpu, or a CUDA build of torch")
+    check_devices(config, device_of(config))
 
 
 def columns(module: QATModule) -> list[str]:
@@ -178,6 +186,7 @@ _NOISE = (
     "`isinstance",
     "Checkpoint directory",
     "smaller than the logging interval",
+    "sync_dist=True",
 )
 
 

@@ -8,11 +8,12 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
+from qat import parallel
 from qat.config import TrainConfig
 from qat.config.compose.resume import record
 from qat.config.compose.saved import save_config
@@ -34,9 +35,17 @@ _IS_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 def opened(config: TrainConfig) -> Iterator[Path]:
     """The folder of a new run, with its config.yaml, or that of the run to resume, with what changes; locked to the end.
 
+    Rank 0 chooses and holds it for all.
+
     Raises:
         ValueError: the folder already holds a run, or a run that is alive has it.
     """
+    with ExitStack() as stack:
+        yield parallel.shared(lambda: stack.enter_context(_held(config)))
+
+
+@contextmanager
+def _held(config: TrainConfig) -> Iterator[Path]:
     folder = Path(config.resume) if config.resume else made(config)
     with locked(folder):
         if config.resume:

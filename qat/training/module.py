@@ -2,6 +2,7 @@
 
 Every mean is a sum over a count, and the count is that of the whole optimizer step: the loader writes beside each batch how many
 tokens its step predicts, so the loss of a batch is its sum over that number and gradients of accumulated batches simply add up.
+Ranks are such batches too: the count is that of all, and as gradients are averaged, each multiplies its share by their number.
 A mean of the batches' means would weigh a token of a short chat more than one of a long chat. (Dividing the gradients at the
 step instead would need no look-ahead, but sums overflow float16, and clipping and the scaler would have to be told.)
 """
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from qat import parallel
 from qat.config import DistillConfig, OptimConfig
 from qat.conversion.layers import bitlinears
-from qat.data.order import STEP_TOKENS
+from qat.data.order import REPEATED, STEP_TOKENS
 from qat.losses import active, measured, needs, weight_at
 from qat.losses.means import Means
 from qat.losses.record import Loss, Pair, Seen
@@ -29,6 +31,7 @@ from qat.losses.taps import TAPS, Taps
 from qat.losses.views import TEXT, View
 from qat.nn.apart import Apart
 from qat.training import schedule
+from qat.training.callbacks.boundary import step_ends
 from qat.training.gradients.clipping import clip
 from qat.training.gradients.split import LATENT
 from qat.training.strategies.optimizer_names import named, numbered
@@ -115,9 +118,10 @@ class QATModule(pl.LightningModule):
 
     def _measured(self, batch: dict[str, Tensor], rows: dict[str, Loss], graded: set[str], forward: nn.Module) -> dict[str, Pair]:
         seen, found = self._seen(batch, rows, forward), {}
-        if self.scores is not None and not torch.is_grad_enabled():  # in a validation
+        held_out = not torch.is_grad_enabled() and REPEATED not in batch
+        if self.scores is not None and held_out:
             self.scores.update(seen.rows, seen.targets)
-        if seen.teacher is not None and not torch.is_grad_enabled():
+        if seen.teacher is not None and held_out:
             best = [self.view.rows(one.logits.argmax(-1, keepdim=True), batch) for one in (seen.student, seen.teacher)]
             self._held_out.add({"agreement": ((best[0] == best[1]).sum(), len(best[0]))})
         for name, row in rows.items():
@@ -147,19 +151,21 @@ class QATModule(pl.LightningModule):
         return functools.reduce(torch.add, terms)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """This batch's share of the step's loss, times the batches of a step, by which lightning divides it."""
+        """This batch's share of the step's loss, times the batches of a step and the ranks, by which it will be divided."""
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             self._step = Means()
         pairs = self.pairs(batch)
         self._step.add(pairs)
-        self._log_step()
+        self._log_step(step_ends(self.trainer, batch_idx))
         share = self.loss({name: total for name, (total, _) in pairs.items()}, batch[STEP_TOKENS])
-        return share if accumulate == 1 else share * accumulate
+        divided = accumulate * parallel.size()
+        return share if divided == 1 else share * divided
 
-    def _log_step(self) -> None:
-        """Rows are written at a step's last batch, when the means hold all of it; step 1 is the first."""
-        found = self._means(self._step)
+    def _log_step(self, ends: bool) -> None:
+        """Rows are written at a step's last batch, when the means hold all of it, on all ranks; step 1 is the first."""
+        row = ends and (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        found = self._means(self._step.over_ranks() if row else self._step)
         unmeasured = dict.fromkeys(measured(self.distill), float("nan"))  # which lightning would repeat from an earlier step
         self.log_dict({f"train/{name}": value for name, value in {**unmeasured, **found}.items()}, batch_size=1)
         if self.distill.balance is not None:
@@ -180,12 +186,14 @@ class QATModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch of held-out text to the sums."""
-        self._held_out.add(self.pairs(batch))
+        pairs = self.pairs(batch)
+        if REPEATED not in batch:
+            self._held_out.add(pairs)
 
     def on_validation_epoch_end(self) -> None:
         """`val/ce` and the others, means over all of the validation's tokens."""
         scores = self.scores.compute() if self.scores is not None else {}
-        found = self._means(self._held_out)
+        found = self._means(self._held_out.over_ranks())
         if self.view.words:
             found["perplexity"] = math.exp(min(found["ce"], LARGEST))
         found |= {f"{name}_ce": ce for name, ce in self.references.items()}

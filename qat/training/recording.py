@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any
 
 import qat
+from qat import parallel
 from qat.config import TrainConfig
 from qat.conversion.record import Conversion
 from qat.reporting.page.render import write_report
@@ -156,8 +157,9 @@ class Book:
             print(f"run        {self.facts.folder} ({self.facts.status})", flush=True)
 
     def save(self) -> None:
-        """Write result.json."""
-        self.result.save(Path(self.facts.folder))
+        """Write result.json, on the first rank."""
+        if parallel.first():
+            self.result.save(Path(self.facts.folder))
 
 
 @contextmanager
@@ -173,7 +175,8 @@ def recording(facts: Facts) -> Iterator[Book]:
         raise
     finally:
         book.add(seconds=time.perf_counter() - start)
-        write_page(Path(facts.folder))
+        if parallel.first():
+            write_page(Path(facts.folder))
 
 
 def write_page(folder: Path) -> None:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from qat import parallel
 from qat.calibration.start import calibrated, check_calibrated_start
 from qat.config import TrainConfig
 from qat.config.run import AUTO
@@ -51,6 +51,8 @@ from qat.training.release.hub import check_push, publish
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
 from qat.training.strategies.divisible import check_divisible
+from qat.training.strategies.launch import started
+from qat.training.strategies.sameness import same_data, same_model, same_texts, use_threads
 from qat.training.sweeps.again import answered
 from qat.training.tasks import Measure, code_of
 from qat.training.trainings import check_comparable, check_teacher, load_teacher, total_batches, train_control, train_student
@@ -64,18 +66,18 @@ def run(config: TrainConfig) -> RunResult:
     Raises:
         ValueError: a configuration, file, model or value that cannot work; the message says what, where and what is allowed.
     """
-    with listening() as signals, quietly(not config.trainer.progress):
-        auto, config = config.resume == AUTO, answered(settled(config))
-        if (result := finished(config, auto)) is not None:
+    with listening() as signals, started(config) as config, quietly(not config.trainer.progress):
+        auto, config = config.resume == AUTO, parallel.shared(lambda: answered(settled(config)))
+        if (result := parallel.shared(lambda: finished(config, auto))) is not None:
             return result
         if not config.resume and not config.dry_run:
-            check_target(config)
+            parallel.shared(lambda: check_target(config))
         job = prepare(config)
         config = job.config
         if config.dry_run:
             return dry_run(job)
         with opened(config) as folder, tracked() as trackers, recording(Facts(config, job.record, str(folder))) as book:
-            trackers.open(config, about(config, folder, job.record, job.base, versions()), instantiated)
+            parallel.shared(lambda: trackers.open(config, about(config, folder, job.record, job.base, versions()), instantiated))
             measure = start(job, book)
             if tune(job, book, measure, signals) is None and train(job, book, measure, signals, trackers) is None:
                 finish(job, book, measure, signals)
@@ -129,6 +131,7 @@ class Job:
     """None until the model has sampled it."""
 
 
+@parallel.as_one()
 def prepare(config: TrainConfig) -> Job:
     """Check everything that can be checked, then load the model and convert a copy of it."""
     config = settled(config)
@@ -143,15 +146,17 @@ def prepare(config: TrainConfig) -> Job:
     asked = callbacks(config)
     check_best(config, asked)
     check_push(config)
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
+    use_threads(config.trainer)
     seed_everything(config.seed, verbose=False)
     tokenizer = models.load_tokenizer(config.model)
     code = code_of(config)
-    data = code.open_data(config, tokenizer, total_batches(config.trainer))
+    with parallel.before_others():
+        data = code.open_data(config, tokenizer, total_batches(config.trainer))
+    same_data(data)
     config = with_data(config, data)
     with stage(f"loading {config.model.path}"):
         base = code.load_model(config, data)
+    same_model(base)
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
     student, record = converted(config, base, data)
@@ -185,8 +190,8 @@ def start(job: Job, book: Book) -> Measure:
         job.data = sampled_data(job.config, job.tokenizer, job.base, total_batches(job.config.trainer))
     if said := passes(job.config, job.data):
         print(said, flush=True)
-    code = code_of(job.config)
-    measure = code.measure(job.config, job.data, job.tokenizer)
+    measure = (code := code_of(job.config)).measure(job.config, job.data, job.tokenizer)
+    same_texts([*vars(measure).values()])
     book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
     if code.ready(job.config):
         measured(job, book, measure, "full_precision", job.base)
@@ -197,7 +202,8 @@ def measured(job: Job, book: Book, measure: Measure, name: str, model: PreTraine
     """Measure a stage of the run, and keep what its report shows of it."""
     assert job.data is not None
     book.measured(name, measure(model))
-    keep(job.config, job.data, job.tokenizer, measure, name, model, Path(book.facts.folder))
+    place = job.config, job.data, job.tokenizer, measure, name, model, Path(book.facts.folder)
+    parallel.shared(lambda: keep(*place))
 
 
 def tune(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None:
@@ -236,14 +242,14 @@ def map_damage(job: Job, measure: Measure, folder: Path) -> None:
 def train(job: Job, book: Book, measure: Measure, signals: Signals, trackers: Trackers) -> int | None:
     """Calibrate and measure the student, and train it; the signal that interrupted it, None where it may be finished."""
     assert job.data is not None
-    map_damage(job, measure, Path(book.facts.folder))
+    parallel.shared(lambda: map_damage(job, measure, Path(book.facts.folder)))
     mix_components(job.config, measure.place(job.base), job.student, job.record, job.data, Path(book.facts.folder))
     job.base.cpu()
     device = device_of(job.config.trainer)
     book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device))
     measured(job, book, measure, "converted", job.student)
     folder = Path(book.facts.folder)
-    if newest(folder / "checkpoints") is None:
+    if parallel.first() and newest(folder / "checkpoints") is None:
         trackers.histograms(job.student, 0)
     extras = trackers.loggers, [*job.callbacks, *references(job)]
     done = train_student(job.config, job.student, job.teacher, job.data, job.tokenizer, folder, job.optimizer, extras, signals)
@@ -271,15 +277,16 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     measured(job, book, measure, "trained", job.student)
     packed = measure.place(copy.deepcopy(job.student))  # packed where it was trained: the kernels there are warm
     with stage("packing"):
-        packing = conversion.pack(packed, layout=config.export.layout)
-    packing.skipped = job.record.skipped
+        packing = replace(conversion.pack(packed, layout=config.export.layout), skipped=job.record.skipped)
     measured(job, book, measure, "packed", packed)
     book.add(logit_difference=same_outputs(job.student, packed, measure, book.facts.stages))
-    book.add(bytes={**book.facts.bytes, **save_packed(config, packed, packing, folder, job.tokenizer)})
-    book.add(exports=export_all(config, packed, folder, job.tokenizer, measure, book.result.measured))
+    sizes = parallel.shared(lambda: save_packed(config, packed, packing, folder, job.tokenizer))
+    book.add(bytes={**book.facts.bytes, **sizes})
+    values = config, packed, folder, job.tokenizer, measure, book.result.measured
+    book.add(exports=parallel.shared(lambda: export_all(*values)))
     if config.control.enabled and not config.control.first and control(job, book, measure, signals) is not None:
         return
-    book.add(hub=publish(config, folder, book.result))
+    book.add(hub=parallel.shared(lambda: publish(config, folder, book.result)))
     book.add(status=f"stopped at step {done.step} by {done.stopped_by}" if done.stopped_by else "done")
 
 

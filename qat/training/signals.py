@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -19,12 +20,20 @@ NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 WORDS = b"\nStopping after this step and saving a checkpoint; once more stops at once.\n"
 
 
+ECHO = 3.0
+"""Seconds after the first signal in which a rank takes further ones for the same."""
+
+
 class Interrupted(SystemExit):
     """A signal ended the run. Nobody need catch it: it exits with 128 + `number` and prints nothing."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.number = number
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        """It travels between processes."""
+        return Interrupted, (self.number,)
 
 
 class Signals:
@@ -38,6 +47,7 @@ class Signals:
     def __init__(self, leave: bool = False) -> None:
         self.asked: int | None = None
         self._leaves, self._waits, self._process = leave, False, os.getpid()
+        self._when = -ECHO
         self._numbers = [number for number in NUMBERS if not _is_nohup(number)]
 
     def listen(self) -> None:
@@ -62,11 +72,26 @@ class Signals:
             _leave_terminal()
         if self._leaves:
             _leave(number)
+        if self._is_echo():
+            return
         if not self._waits or self.asked is not None:
             raise Interrupted(self.asked or number)
         self.asked = number
         with suppress(OSError):
-            os.write(1, WORDS)  # print is not reentrant, and this may come within one
+            os.write(
+                1, WORDS if os.environ.get("RANK", "0") == "0" else b""
+            )  # print is not reentrant, and this may come within one
+
+    def _is_echo(self) -> bool:
+        """A terminal signals all processes, and a launcher hands on what it gets itself: one wish reaches a rank twice."""
+        now, before = time.monotonic(), self._when
+        self._when = before if now - before < ECHO else now
+        return now - before < ECHO and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _speaks() -> bool:
+    """Of several processes the first."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _is_nohup(number: int) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qat import parallel
 from qat.config import TrainConfig
 from qat.data import text_tokens
-from qat.metrics.perplexity import Window, exp_mean, log_likelihood, scored_tokens, windows
+from qat.metrics.perplexity import Window, exp_mean, likelihood, row_likelihoods, scored_tokens, windows
 from qat.reporting.result import Perplexity
 from qat.terminal.stage import stage, tracked
 from qat.training.fit import device_of
@@ -51,14 +51,19 @@ class Measure:
         return cls(about, scored, tokens[:context][None], context, stride, device_of(config.trainer))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """The perplexity of `model` on every text; it is left in eval mode on the CPU."""
+        """The perplexity of `model` on every text, the same whatever the number of ranks; it is left in eval mode on the CPU."""
         self.place(model)
-        found = {name: exp_mean(*log_likelihood(model, self._shown(name))) for name in self.windows}
+        found = {name: exp_mean(*self._scored(model, name)) for name in self.windows}
         model.cpu()
         return found
 
-    def _shown(self, name: str) -> Iterator[Window]:
-        return tracked(self.windows[name], f"perplexity on {self.about[name].text}", "batches")
+    def _scored(self, model: nn.Module, name: str) -> tuple[float, int]:
+        """Of a text whose windows ranks share out: rank r has r, r + W, ...; rows are added in the order of the text."""
+        own = self.windows[name][parallel.rank() :: parallel.size()]
+        shown = tracked(own, f"perplexity on {self.about[name].text}", "batches")
+        with parallel.as_one():
+            found = [row_likelihoods(model, [window]) for window in shown]
+        return likelihood(parallel.in_turn(found))
 
     def place(self, model: Any) -> Any:
         """The model, in eval mode, on the device that measures."""

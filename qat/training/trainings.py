@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from qat import parallel
 from qat.config import DistillConfig, TrainConfig, TrainerConfig
 from qat.conversion.layers import set_norm_blend
 from qat.data import QATData
@@ -92,7 +93,7 @@ def train_student(
         callbacks.append(TermGradients(config.distill.balance, config.trainer.val_every))
     if config.trainer.monitor_every is not None:
         monitor = Monitor(folder, config.trainer.monitor_every)
-        callbacks += [monitor, Alarming(folder, config, monitor)]
+        callbacks += [monitor, *([Alarming(folder, config, monitor)] if parallel.first() else [])]
     with placed(config.trainer, device_of(config.trainer), student, teacher) as (trained, its_teacher):
         module = _module(config, trained, config.distill, optimizer, its_teacher, data)
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from qat import parallel
 from qat.config import TrainerConfig
 from qat.training.callbacks.boundary import step_ends, validates
 from qat.training.checkpoints import WholeFiles, save
@@ -61,7 +62,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     def _is_due(self, step: int, last: int) -> bool:
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
-        in_time = minutes is not None and time.monotonic() - self._time >= 60 * minutes
+        in_time = minutes is not None and parallel.together(time.monotonic() - self._time >= 60 * minutes)
         return step == last or in_time or (every is not None and step % every == 0)
 
     def _save(self, trainer: pl.Trainer) -> None:

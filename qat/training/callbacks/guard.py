@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from qat import parallel
+
 
 class NonFiniteError(ValueError):
     """The loss or a weight became NaN or infinite."""
@@ -50,12 +52,17 @@ class NonFiniteGuard(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Before the optimizer spreads NaN over every weight, so that the first bad one can still be told."""
-        if not bool(torch.isfinite(loss)):
-            student: nn.Module = module.student  # type: ignore[assignment]
-            weight = first_bad_weight(student)
-            output = None if weight else first_bad_output(student, module.view.inputs(student, self._batch))  # type: ignore[operator,union-attr]
-            where = f"first bad weight: {weight}" if weight else f"first bad output: {output or 'the loss'}"
-            raise NonFiniteError(_message("the loss", loss.item(), trainer.global_step + 1, where))
+        bad = not bool(torch.isfinite(loss))
+        if not parallel.together(bad):
+            return
+        student: nn.Module = module.student  # type: ignore[assignment]
+        weight = first_bad_weight(student)
+        # all ranks run it, as a model that is sharded needs all of them
+        output = None if weight else first_bad_output(student, module.view.inputs(student, self._batch))  # type: ignore[operator,union-attr]
+        where = f"first bad weight: {weight}" if weight else f"first bad output: {output or 'the loss'}"
+        step = trainer.global_step + 1
+        found = parallel.gathered(_message("the loss", loss.item(), step, where, _whose()) if bad else None)
+        raise NonFiniteError(next(words for words in found if words))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """A finite loss can still step the weights to infinity: never save those."""
@@ -64,8 +71,12 @@ class NonFiniteGuard(pl.Callback):
             raise NonFiniteError(_message("a weight", "not finite", trainer.global_step, f"first bad weight: {weight}"))
 
 
-def _message(what: str, value: Any, step: int, where: str) -> str:
+def _whose() -> str:
+    return f" on rank {parallel.rank()}" if parallel.size() > 1 else ""
+
+
+def _message(what: str, value: Any, step: int, where: str, whose: str = "") -> str:
     return (
-        f"{what} is {value} at step {step}; {where}. The last good checkpoint is kept;"
+        f"{what} is {value} at step {step}{whose}; {where}. The last good checkpoint is kept;"
         " lower optim.lr or optim.latent_lr_multiplier, or raise optim.warmup_steps"
     )

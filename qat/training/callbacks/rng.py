@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from qat.parallel import gathered, rank
+
 
 def capture() -> dict[str, Any]:
     """States of python, numpy, torch and every CUDA device, as types that `torch.load(weights_only=True)` reads."""
@@ -40,15 +42,25 @@ class RandomState(pl.Callback):
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Called by lightning when it saves."""
-        return capture()
+        """Called by lightning when it saves: rank 0's, and those of the others."""
+        everyone = gathered(capture())
+        return {**everyone[0], "others": everyone[1:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called by lightning when it resumes."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The last moment before the first batch."""
-        if self._loaded is not None:
-            restore(self._loaded)
-            self._loaded = None
+        """The last moment before the first batch.
+
+        Ranks draw other numbers for dropout, and nothing else: data and weights are those of the seed. A rank that the
+        checkpoint does not know begins with numbers of its own.
+        """
+        loaded, self._loaded = self._loaded, None
+        others = [] if loaded is None else loaded.get("others", [])
+        if loaded is not None and rank() == 0:
+            restore(loaded)
+        elif len(others) >= rank() > 0:
+            restore(others[rank() - 1])
+        elif rank():
+            torch.manual_seed(torch.initial_seed() + 1_000_003 * trainer.global_step + rank())

@@ -17,10 +17,12 @@ class Samples(pl.Callback):
         self.prompts, self.tokenizer, self.file, self.new_tokens = prompts, tokenizer, file, new_tokens
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """After each validation, on the first process."""
-        if trainer.sanity_checking or not trainer.is_global_zero or not len(self.prompts):
+        """After each validation. All ranks generate, as a model that is sharded needs all of them; the first writes."""
+        if trainer.sanity_checking or not len(self.prompts):
             return
         texts = self.generate(module.student, module.device)
+        if not trainer.is_global_zero:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(f"## step {trainer.global_step}\n\n" + "".join(f"> {text!r}\n\n" for text in texts))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from qat import parallel
 from qat.training.callbacks.boundary import step_ends, validates
 from qat.training.signals import Signals
 
@@ -26,14 +27,18 @@ class StopAtStep(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop where the optimizer has just stepped."""
-        if trainer.should_stop or self._postponed or self.signals.asked is not None:
-            trainer.should_stop = step_ends(trainer, batch_idx)
-            self._postponed = not trainer.should_stop
+        """Stop where the optimizer has just stepped, all ranks at one step."""
+        stops = trainer.should_stop or self._postponed
+        if not step_ends(trainer, batch_idx):
+            trainer.should_stop, self._postponed = False, stops
+            return
+        asked = parallel.most(2 * (self.signals.asked or 0) + stops)
+        self.signals.asked = self.signals.asked or asked // 2 or None
+        trainer.should_stop, self._postponed = asked > 0, False
         due = validates(trainer.global_step, self.val_every, trainer.max_steps)
         if trainer.should_stop and self.signals.asked is not None and not due:
             trainer.limit_val_batches = 0  # lightning would validate once more before it stops
-        elif due and trainer.global_step == trainer.max_steps and step_ends(trainer, batch_idx):
+        elif due and trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
 
 

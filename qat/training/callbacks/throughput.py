@@ -6,7 +6,9 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
+from qat import parallel
 from qat.training.callbacks.boundary import step_ends
 
 
@@ -19,6 +21,8 @@ class Throughput(pl.Callback):
     def __init__(self, every: int, row: dict[str, float]) -> None:
         self.every, self.row = every, row
         self.tokens, self.seconds = 0, 0.0
+        self._own = 0
+        """Tokens of this rank that `tokens` does not hold yet."""
         self._start: float | None = None
         self._window = (0, 0.0)  # tokens and seconds when the last row was written
 
@@ -35,15 +39,25 @@ class Throughput(pl.Callback):
         assert self._start is not None
         self.seconds += now - self._start
         self._start = now
-        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        self._own += batch["input_ids"].numel()
+        due = step_ends(trainer, batch_idx) and trainer.global_step % self.every == 0
+        if due:
+            self.settle()
         rate = self._rate()
         module.log("tok/s", float(round(rate)), prog_bar=True, logger=False)
-        if step_ends(trainer, batch_idx) and trainer.global_step % self.every == 0:
+        if due:
             self.row |= {"tokens": self.tokens, "speed/tokens_per_second": rate}
             self._window = (self.tokens, self.seconds)
 
+    def settle(self) -> None:
+        """Count what all ranks have done so far; all of them call it, and batches of some kinds have other sizes on each."""
+        self.tokens += int(parallel.sums([torch.tensor(self._own)])[0])
+        self._own = 0
+
     def _rate(self) -> float:
-        tokens, seconds = self.tokens - self._window[0], self.seconds - self._window[1]
+        """Between rows other ranks are taken to do as much as this one."""
+        tokens = self.tokens + self._own * parallel.size() - self._window[0]
+        seconds = self.seconds - self._window[1]
         return tokens / seconds if seconds else 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -56,6 +70,7 @@ class Throughput(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Called by lightning when it saves."""
+        self.settle()
         return {"tokens": self.tokens, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -109,9 +109,16 @@ def _set(parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> None
 def _norm(gradients: list[Tensor], student: nn.Module) -> float:
     """Over all ranks, each of which has its share of every gradient, or its rows of all of it."""
     if not is_sharded(student):
-        return _hypot(parallel.sums(gradients) if parallel.size() > 1 else gradients)
+        return _hypot(_over_ranks(gradients))
     squares = [torch.linalg.vector_norm(one, dtype=torch.float64).square() for one in gradients]
     return math.sqrt(sum(float(one) for one in parallel.sums(squares)))
+
+
+def _over_ranks(gradients: list[Tensor]) -> list[Tensor]:
+    """Added up in their own precision, as one process adds up those of its batches."""
+    if parallel.size() == 1:
+        return gradients
+    return [total.to(one.dtype) for total, one in zip(parallel.sums(gradients), gradients, strict=True)]
 
 
 def _hypot(gradients: list[Tensor]) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat import parallel
 from qat.conversion.families import families
 from qat.conversion.layers import bitlinears
 from qat.monitor.inputs import Inputs
@@ -44,7 +45,7 @@ class Monitor(pl.Callback):
         """Begin what no checkpoint has brought, and look at the start."""
         self.layers = dict(bitlinears(module.student))
         self.families = families(self.layers)
-        self.file = LayersFile(self.folder, self.families, trainer.global_step or None)
+        self.file = LayersFile(self.folder, self.families, trainer.global_step or None) if parallel.first() else None
         self.latest: dict[str, np.ndarray] = {}
         """Statistic -> value of each layer, float32 [L], at the last look."""
         self._inputs, self._sample, self._gradients = Inputs(self.layers), list[Tensor](), dict[str, Tensor]()
@@ -58,7 +59,7 @@ class Monitor(pl.Callback):
             self.trace = Trace.begun([codes for codes, _ in quantized.values()])
             sums = self._of_weights(quantized)
             self.scales = sums["scale"][0]
-            self.file.write(trainer.global_step, layerwise(sums))
+            self._write(trainer.global_step, layerwise(sums))
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: pl.Trainer, module: QATModule, batch: Any, batch_idx: int
@@ -94,13 +95,18 @@ class Monitor(pl.Callback):
         if not step_ends(trainer, batch_idx) or trainer.global_step % self.every or not self.layers:
             return
         self._stop_listening()
+        self._inputs.over_ranks()
         sums = self._look()
         self.latest = layerwise(sums)
         module.row |= groupwise(sums, [*self.families.values()], [*HEALTH])
         module.row |= self._update_ratio()
-        self.file.write(trainer.global_step, self.latest)
+        self._write(trainer.global_step, self.latest)
         self._inputs.forget()
         self._gradients, self._sample = {}, []
+
+    def _write(self, step: int, values: dict[str, np.ndarray]) -> None:
+        if self.file is not None:
+            self.file.write(step, values)
 
     @torch.no_grad()
     def _look(self) -> Sums:

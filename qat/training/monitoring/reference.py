@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.data.order import REPEATED
 from qat.losses.means import Means
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class References(pl.Callback):
         self, trainer: pl.Trainer, module: QATModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Add a batch."""
-        if self.found:
+        if self.found or REPEATED in batch:
             return
         for name, model in self.models.items():
             with trainer.precision_plugin.val_step_context():
@@ -44,7 +45,7 @@ class References(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: QATModule) -> None:  # type: ignore[override]
         """Before the module logs its own."""
-        self.found = self.found or self._sums.values()
+        self.found = self.found or self._sums.over_ranks().values()
         module.references = self.found
 
     def state_dict(self) -> dict[str, Any]:

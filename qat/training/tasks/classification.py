@@ -15,7 +15,7 @@ from qat.data.labelled.build import build_labelled, further_examples
 from qat.data.labelled.parts import Labelled
 from qat.losses import needs, setting
 from qat.losses.views import LABELS, arguments
-from qat.metrics.classification import classified
+from qat.metrics.classification import classified, own_share
 from qat.metrics.classification import scores as metrics
 from qat.models import hub as models
 from qat.models.heads import classifier
@@ -150,7 +150,7 @@ class Examples:
         self.place(model)
         found: dict[str, float] = {}
         for name, batches in self.batches.items():
-            shown = tracked(batches, f"accuracy on {self.about[name].text}", "batches")
+            shown = tracked(own_share(batches), f"accuracy on {self.about[name].text}", "batches")
             values = classified(model, shown, self.labels, arguments)
             found |= {name: values["accuracy"], _f1(name): values["f1"]}
         model.cpu()

@@ -1,0 +1,198 @@
+"""The command itself with two devices: plain, by torchrun, as a sweep; and what signals and kills make of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from several import assert_same_training
+
+from qat.parallel.group import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300.0
+"""Seconds for a command that ends by itself, on a machine that is busy."""
+NO_HANG = 20.0
+"""Seconds in which all must have ended after one process did."""
+
+
+class Command:
+    """A command line in a group of processes of its own, which is killed at the end of the test whatever becomes of it."""
+
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "QAT_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
+        self.output = folder / "output.txt"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                arguments, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def ended(self, seconds: float = PATIENCE) -> int:
+        """The exit code, once nothing of it is left."""
+        until = time.monotonic() + seconds
+        code = self.process.wait(seconds)
+        while self.ranks() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not self.ranks(), "processes are left"
+        return code
+
+    def reaches(self, file: Path, words: str) -> None:
+        until = time.monotonic() + PATIENCE
+        while not (file.exists() and words in file.read_text()):
+            assert self.process.poll() is None and time.monotonic() < until, self.text
+            time.sleep(0.02)
+
+    def ranks(self) -> list[int]:
+        """The processes of the two ranks, in order, while they live."""
+        return sorted(one for one in _group(self.process.pid) if one != self.process.pid and _is_rank(one))
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        assert len(self.ranks()) == 2, self.ranks()
+        return self.ranks()[number]
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _group(number: int) -> list[int]:
+    found = []
+    for place in Path("/proc").iterdir():
+        try:
+            if place.name.isdigit() and os.getpgid(int(place.name)) == number:
+                found.append(int(place.name))
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def _is_rank(number: int) -> bool:
+    """Which of the group train: those that hold a text or a model open, not the launcher's helpers."""
+    try:
+        words = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"qat.train" in words or any(b"spawn_main" in word for word in words)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    started: list[Command] = []
+
+    def begin(*arguments: str, torchrun: bool = False) -> Command:
+        run = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", f"{free_port()}", "-m"] if torchrun else []
+        started.append(Command([sys.executable, "-m", *run, "qat.train", *arguments], tmp_path))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        command.close()
+
+
+@pytest.fixture
+def settings(still: Path, text_file: Path) -> list[str]:
+    values = {
+        "recipe": "plain", "model.path": still, "data.train": text_file, "data.sequence_length": 32, "data.batch_size": 4,
+        "data.valid_fraction": 0.1, "optim.lr": 5e-3, "trainer.max_steps": 6, "trainer.log_every_n_steps": 1,
+        "trainer.threads": 1, "trainer.accelerator": "cpu", "export.formats": "[gguf]", "trainer.val_every": 3,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _once(text: str, *lines: str) -> None:
+    for line in lines:
+        assert text.count(line) == 1, (line, text)
+
+
+def test_plain_and_torchrun_are_one_run(start: Any, settings: list[str], tmp_path: Path):
+    plain = start(*settings, "trainer.devices=2", f"run.dir={tmp_path}/plain")
+    assert plain.ended() == 0, plain.text
+    _once(
+        plain.text,
+        "14 of 15 linear layers converted; skipped",
+        "perplexity full precision",
+        "perplexity packed",
+        "QAT step 6/6",
+        "(done)",
+    )
+    torchrun = start(*settings, f"run.dir={tmp_path}/torchrun", torchrun=True)
+    assert torchrun.ended() == 0, torchrun.text
+    _once(
+        torchrun.text,
+        "14 of 15 linear layers converted; skipped",
+        "perplexity full precision",
+        "perplexity packed",
+        "QAT step 6/6",
+        "(done)",
+    )
+    assert_same_training(tmp_path / "plain", tmp_path / "torchrun")
+    results = [json.loads((tmp_path / one / "result.json").read_text()) for one in ("plain", "torchrun")]
+    assert results[0]["config_hash"] == results[1]["config_hash"] and results[0]["export"]["done"] == ["gguf"]
+    assert sorted(one.name for one in tmp_path.iterdir() if one.is_dir() and one.name != "cache") == ["plain", "torchrun"]
+
+
+def test_two_jobs_of_two_devices(start: Any, settings: list[str], tmp_path: Path):
+    both = start("-m", *settings, "trainer.devices=2", "optim.lr=1e-3,2e-3", "trainer.max_steps=2", f"run.dir={tmp_path}/sweep")
+    assert both.ended() == 0, both.text
+    for number in (0, 1):
+        assert json.loads((tmp_path / f"sweep/{number}/result.json").read_text())["status"] == "done"
+    assert len(list(tmp_path.glob("sweep/*/result.json"))) == 2
+    _once(both.text, "job 0 of 2", "job 1 of 2")
+
+
+@pytest.mark.parametrize("torchrun", [False, True], ids=["plain", "torchrun"])
+def test_more_devices_than_there_are(start: Any, settings: list[str], tmp_path: Path, torchrun: bool):
+    wrong = start(*settings, "trainer.devices=4096", f"run.dir={tmp_path}/run", torchrun=torchrun)
+    assert wrong.ended() == (1 if torchrun else 2)  # torchrun has a code of its own
+    _once(wrong.text, "qat.train: trainer.")
+    assert not (tmp_path / "run").exists()
+
+
+LONG = ["trainer.max_steps=100000", "trainer.checkpoint_every=5", "trainer.val_every=null", "export.formats=[]"]
+
+
+@pytest.mark.parametrize("torchrun", [False, True], ids=["plain", "torchrun"])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_kill_of_a_rank(start: Any, settings: list[str], tmp_path: Path, killed: int, torchrun: bool):
+    run = start(*settings, *LONG, *([] if torchrun else ["trainer.devices=2"]), f"run.dir={tmp_path}/run", torchrun=torchrun)
+    run.reaches(tmp_path / "run/metrics.csv", "\n7,")
+    os.kill(run.rank(killed), signal.SIGKILL)
+    began = time.monotonic()
+    assert run.ended(60) == 1
+    assert time.monotonic() - began < NO_HANG
+    step = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert step % 5 == 0 and step >= 5
+    status = json.loads((tmp_path / "run/result.json").read_text())["status"]
+    assert status == "running" or status.startswith("failed: a process of this run ended"), status
+
+
+@pytest.mark.parametrize("torchrun", [False, True], ids=["plain", "torchrun"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_the_launcher(start: Any, settings: list[str], tmp_path: Path, number: int, torchrun: bool):
+    run = start(*settings, *LONG, *([] if torchrun else ["trainer.devices=2"]), f"run.dir={tmp_path}/run", torchrun=torchrun)
+    run.reaches(tmp_path / "run/metrics.csv", "\n7,")
+    os.kill(run.process.pid, number)
+    began = time.monotonic()
+    code = run.ended(60)
+    assert time.monotonic() - began < NO_HANG
+    assert code == (1 if torchrun else 128 + number)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    step = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert result["status"].startswith(f"interrupted at step {step}; continue with resume=") and step >= 7
+    _once(run.text, f"run        {tmp_path}/run (interrupted")
