@@ -13,10 +13,11 @@ WORKERS ?= 2
 # The oldest and the newest supported transformers. Another Python: make test PYTHON=python3.13 VENV=.venv313
 VERSIONS ?= transformers==5.20.0 transformers==5.24.0
 
-.PHONY: quickstart test faults versions lint docs example-report sanitize overrides cuda-check bench llama-cpp help clean
+.PHONY: quickstart test test-devices faults versions lint docs example-report sanitize overrides cuda-check bench llama-cpp help clean
 help:
 	@echo "make quickstart   environment, then the main job on a small real model (about 3 minutes on 2 cores)"
 	@echo "make test         environment, then all tests"
+	@echo "make test-devices runs of two processes: equal to one, resumed, killed, refused (about 10 minutes); the suite has a sample"
 	@echo "make faults       kills, signals, disks, damaged and hostile files, all of them; FAULTS='kills --every 10' for some"
 	@echo "make versions     the tests that VERSIONS (of transformers, or torch) could break, each in an environment of its own"
 	@echo "make lint         ruff, mypy, hadolint, and the docs' site built"
@@ -42,6 +43,10 @@ quickstart: $(READY)
 
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Two processes that talk over the loopback; no GPU
+test-devices: $(READY)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -x tests/devices
 
 faults: $(READY)
 	$(BIN)/python tests/faults $(FAULTS)

@@ -91,10 +91,10 @@ class Monitor(pl.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, module: QATModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The look."""
+        """The look. Between batches nobody listens: what measures before the next one is no training."""
+        self._stop_listening()
         if not step_ends(trainer, batch_idx) or trainer.global_step % self.every or not self.layers:
             return
-        self._stop_listening()
         self._inputs.over_ranks()
         sums = self._look()
         self.latest = layerwise(sums)
