@@ -286,7 +286,7 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
     book.add(exports=parallel.shared(lambda: export_all(*values)))
     if config.control.enabled and not config.control.first and control(job, book, measure, signals) is not None:
         return
-    book.add(hub=parallel.shared(lambda: publish(config, folder, book.result)))
+    book.add(hub=publish(config, folder, book.result))
     book.add(status=f"stopped at step {done.step} by {done.stopped_by}" if done.stopped_by else "done")
 
 
