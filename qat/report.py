@@ -44,6 +44,8 @@ def _show(folders: list[Path], out: Path | None, watching: bool, port: int) -> N
     runs = expanded(folders)
     if watching and len(runs) > 1:
         raise ValueError(f"--watch takes one run; given: {len(runs)}")
+    if watching and out is not None:
+        raise ValueError("--out is for a page that is written; --watch serves it and writes none")
     if watching:
         return watch(runs[0], port)
     if len(runs) == 1:

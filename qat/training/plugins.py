@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, Gradient
 from torch import nn
 
 from qat.config import TrainConfig, TrainerConfig
+from qat.losses import LOSSES
+from qat.monitor.table import METRICS
 from qat.reporting import updates
 from qat.training.gradients.split import split
 from qat.training.loggers import sink_of
@@ -161,6 +163,10 @@ def _check_callback(callback: Any, config: TrainerConfig) -> None:
     monitor = str(getattr(callback, "monitor", ""))
     if config.val_every is None and (monitor.startswith("val/") or isinstance(callback, EarlyStopping)):
         raise ValueError(f"callbacks: {name} watches {monitor}, but there are no validations; set trainer.val_every")
+    section, _, term = monitor.partition("/")
+    if section in ("train", "val") and monitor not in METRICS and term not in LOSSES:
+        there = [one for one in METRICS if one.startswith(f"{section}/") and "{" not in one]
+        raise ValueError(f"callbacks: {name} watches {monitor}, which is no metric; choose one of {', '.join(there)}, or a loss")
 
 
 OF_THE_CONFIGURATION = {

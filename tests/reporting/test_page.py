@@ -287,6 +287,7 @@ def test_the_verb_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--watch", "run", "run"], "--watch takes one run; given: 2"),
         (["--watch", "run", "--port", "70000"], "--port 70000 is not allowed"),
         (["--watch", "nowhere"], "there is no such folder"),
+        (["--watch", "run", "--out", "x.html"], "--out is for a page that is written"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -62,6 +62,7 @@ def test_it_is_said_before_the_model_is_looked_for() -> None:
     [
         ("EarlyStopping", {}, "EarlyStopping.*'monitor'"),
         ("EarlyStopping", {"monitor": "train/loss"}, "EarlyStopping watches train/loss, but there are no validations"),
+        ("ModelCheckpoint", {"monitor": "train/cee"}, "watches train/cee, which is no metric; choose one of train/loss"),
         ("GradientAccumulationScheduler", {"scheduling": {0: 2}}, "set trainer.accumulate_grad_batches instead"),
         ("LearningRateFinder", {}, "set optim.lr"),
         ("BatchSizeFinder", {}, "set data.batch_size instead"),
