@@ -19,6 +19,8 @@ from qat.ops.checks import cast_for_autocast as cast_for_autocast
 from qat.ops.checks import check_activation, check_bias, check_device, check_input, describe, need
 from qat.ops.choice import Status, why_left
 from qat.ops.options import WeightOptions, training_options, weight_options
+from qat.ops.shards import gathered
+from qat.ops.shards.gathered import GatheredCodes
 from qat.quantizers import find, latent
 from qat.quantizers.packing import get_layout
 
@@ -255,6 +257,8 @@ def bitlinear(
     Raises:
         ValueError: a wrong dtype, shape or device, with the argument's name and what was expected.
     """
+    if isinstance(weight, GatheredCodes):
+        return gathered.linear(x, weight, bias, config, pick("coded_bitlinear", config.kernels, x))
     check_linear(x, weight, bias, config)
     x = cast_for_autocast(x)
     op = pick("bitlinear", config.kernels, x)

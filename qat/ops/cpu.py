@@ -248,14 +248,20 @@ def bitlinear(
         say_left("cpu", o.weight, latent.record_of(o), serves)
         return reference.bitlinear(x, w, bias, parameters, *options, pack=torch.ops.qat.pack_bits)
     codes, w_scale, tiles, tile_scale = _latent_codes(w, parameters, o)
-    wide, per_tensor = components.repeat(narrow(x), o.planes), o.act_granularity == "tensor"
-    y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(
-        wide, tiles, tile_scale, float_bias(bias), n, k, w_scale.shape[1], per_tensor, o.eps
-    )
-    if o.planes > 1:
-        x_q = x_q[..., : w.shape[1]].contiguous()
+    y, x_q, x_scale = multiply(x, tiles, tile_scale, bias, (n, k, w_scale.shape[1]), o)
     # Views: an op's results belong to its caller, the cache keeps its own tensors.
-    return y.to(x.dtype), x_q, x_scale, codes.view(codes.shape), w_scale.view(w_scale.shape)
+    return y, x_q, x_scale, codes.view(codes.shape), w_scale.view(w_scale.shape)
+
+
+def multiply(
+    x: Tensor, tiles: Tensor, tile_scale: Tensor, bias: Tensor | None, shape: tuple[int, int, int], o: TrainingOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x_q, x_scale) of tiles of a weight [N, planes * K] in G groups, `shape` in this order."""
+    wide, per_tensor = components.repeat(narrow(x), o.planes), o.act_granularity == "tensor"
+    y, x_q, x_scale = torch.ops.qat.cpu_bitlinear(wide, tiles, tile_scale, float_bias(bias), *shape, per_tensor, o.eps)
+    if o.planes > 1:
+        x_q = x_q[..., : x.shape[-1]].contiguous()
+    return y.to(x.dtype), x_q, x_scale
 
 
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:

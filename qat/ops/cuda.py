@@ -214,12 +214,27 @@ def bitlinear(
         say_left("cuda", o.weight, latent.record_of(o), serves)
         return reference.bitlinear(x, w, bias, parameters, *options, pack=torch.ops.qat.pack_bits)
     t, w_scale = _quantize(w, parameters, o)
+    return *_multiply(x, t, w_scale, bias, o), keep(t, latent.record_of(o), torch.ops.qat.pack_bits), w_scale
+
+
+def _multiply(x: Tensor, t: Tensor, w_scale: Tensor, bias: Tensor | None, o: TrainingOptions) -> tuple[Tensor, Tensor, Tensor]:
     y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(
         components.repeat(narrow(x), o.planes), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps
     )
     if o.planes > 1:
-        x_q = x_q[..., : w.shape[1]].contiguous()
-    return y.to(x.dtype), x_q, x_scale, keep(t, latent.record_of(o), torch.ops.qat.pack_bits), w_scale
+        x_q = x_q[..., : x.shape[-1]].contiguous()
+    return y.to(x.dtype), x_q, x_scale
+
+
+def coded_bitlinear(
+    x: Tensor, codes: Tensor, w_scale: Tensor, bias: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.coded_bitlinear`."""
+    o, unpack = TrainingOptions(*options), torch.ops.qat.unpack_bits
+    k = x.shape[-1] * o.planes
+    if o.act_bits is None or codes.dtype == torch.int8 or x.numel() == 0 or codes.numel() == 0 or not _serves(x, k):
+        return reference.coded_bitlinear(x, codes, w_scale, bias, *options, unpack=unpack)
+    return _multiply(x, unpack(codes, k), w_scale.contiguous(), bias, o)
 
 
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
@@ -243,6 +258,7 @@ KERNELS = {
     "unpack_ternary": unpack_ternary,
     "packed_linear": packed_linear,
     "bitlinear": bitlinear,
+    "coded_bitlinear": coded_bitlinear,
     "quantized_matmul": quantized_matmul,
     "int8_matmul": int8_matmul,
 }

@@ -106,7 +106,18 @@ def _keep(ctx: Any, o: WeightOptions, w: Tensor, parameters: Sequence[Tensor]) -
     return [w, *parameters] if ctx.own else []
 
 
-class _BitLinear(torch.autograd.Function):
+def remember(ctx: Any, options: Any, inputs: Sequence[Any], kept: Sequence[Tensor]) -> None:
+    """What `BitLinear.backward` needs: of (x, w, bias, *parameters), and of (x_q, x_scale, codes, w_scale)."""
+    x, w, bias, *parameters = inputs
+    x_q, x_scale, codes, w_scale = kept
+    o = TrainingOptions(*options)
+    ctx.matmuls, ctx.components, ctx.k = _MATMULS[o.backward], o.planes, w.shape[1] * o.planes
+    ctx.dtypes = x.dtype, w.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, codes, w_scale, *_keep(ctx, o, w, parameters))
+    ctx.set_materialize_grads(False)
+
+
+class BitLinear(torch.autograd.Function):
     """Matmuls on the quantized operands, by default in the precision of the gradient that arrives."""
 
     @staticmethod
@@ -114,13 +125,8 @@ class _BitLinear(torch.autograd.Function):
         ctx: Any, op: Any, options: Any, x: Tensor, w: Tensor, bias: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         output = below(op, x, w, bias, parameters, *options)
-        _, x_q, x_scale, codes, w_scale = output
-        o = TrainingOptions(*options)
-        ctx.matmuls, ctx.components, ctx.k = _MATMULS[o.backward], o.planes, w.shape[1] * o.planes
-        ctx.dtypes = x.dtype, w.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x if o.act_bits is None else x_q, x_scale, codes, w_scale, *_keep(ctx, o, w, parameters))
-        ctx.mark_non_differentiable(x_q, x_scale, codes, w_scale)
-        ctx.set_materialize_grads(False)
+        remember(ctx, options, (x, w, bias, *parameters), output[1:])
+        ctx.mark_non_differentiable(*output[1:])
         return output
 
     @staticmethod
@@ -191,7 +197,7 @@ class _PackedLinear(torch.autograd.Function):
 
 # name -> function, number of tensors before the op's options (or before a list of parameters), whether there is such a list
 GRADIENTS: dict[str, tuple[type[torch.autograd.Function], int, bool]] = {
-    "bitlinear": (_BitLinear, 3, True),
+    "bitlinear": (BitLinear, 3, True),
     "fake_quantize": (_FakeQuantize, 1, True),
     "packed_linear": (_PackedLinear, 4, False),
 }

@@ -78,6 +78,14 @@ def _fake_bitlinear(x: Tensor, w: Tensor, bias: Tensor | None, parameters: Seque
     return y, x_q, x_scale, keep(t, record_of(o), _fake_pack_bits), w_scale
 
 
+def _fake_coded_bitlinear(x: Tensor, codes: Tensor, w_scale: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    o = TrainingOptions(*options)
+    y = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    if o.act_bits is None:
+        return y, x.new_empty(0, dtype=torch.int8), x.new_empty(0, dtype=torch.float32)
+    return y, *_fake_quantize_activation(x, o.act_granularity, o.eps)
+
+
 def _fake_soft_quantize(
     w: Tensor, beta: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -132,6 +140,11 @@ _OPS: dict[str, tuple[str, Any, Any]] = {
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference.bitlinear,
         _fake_bitlinear,
+    ),
+    "coded_bitlinear": (
+        f"(Tensor x, Tensor codes, Tensor w_scale, Tensor? bias, {schema(TrainingOptions)}) -> (Tensor, Tensor, Tensor)",
+        reference.coded_bitlinear,
+        _fake_coded_bitlinear,
     ),
     "soft_quantize": (
         f"(Tensor w, Tensor beta, Tensor[] parameters, ScalarType dtype, {schema(WeightOptions)}) -> (Tensor, Tensor)",

@@ -53,6 +53,10 @@ def _scaled_matmul(x: Tensor, divisor: Tensor | None, codes: Tensor, w_scale: Te
     return y if divisor is None else y / divisor
 
 
+def _decode(bits: Tensor, k: int) -> Tensor:
+    return packing.decode(bits, k, "2bit")
+
+
 def quantize_activation(x: Tensor, granularity: str, eps: float) -> tuple[Tensor, Tensor]:
     """See `qat.ops.quantize_activation`."""
     return activations.quantize_activation(x, granularity, eps)
@@ -96,15 +100,32 @@ def bitlinear(
     x itself. The weight's codes are as `qat.ops.bits.kept` keeps them.
     """
     o = TrainingOptions(*options)
-    record = latent.record_of(o)
     t, w_scale = quantize_weight(w, parameters, *weight_options(o))
-    codes, largest = keep(t, record, pack), max(map(abs, record.levels))
+    return *_of_codes(x, t, w_scale, bias, o), keep(t, latent.record_of(o), pack), w_scale
+
+
+def _of_codes(x: Tensor, t: Tensor, w_scale: Tensor, bias: Tensor | None, o: TrainingOptions) -> tuple[Tensor, Tensor, Tensor]:
+    largest = max(map(abs, latent.record_of(o).levels))
     if o.act_bits is None:
         y, empty = integer_linear(components.repeat(x, o.planes), None, t, w_scale, bias, x.dtype, largest), x.new_empty(0)
-        return y, empty.to(torch.int8), empty.float(), codes, w_scale
+        return y, empty.to(torch.int8), empty.float()
     x_q, divisor = activations.activation_codes(x, o.act_granularity, o.eps)
     y = integer_linear(components.repeat(x_q, o.planes), divisor, t, w_scale, bias, x.dtype, largest)
-    return y, x_q, (1 / divisor).contiguous(), codes, w_scale
+    return y, x_q, (1 / divisor).contiguous()
+
+
+def coded_bitlinear(
+    x: Tensor,
+    codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    *options: Any,
+    unpack: Callable[[Tensor, int], Tensor] = _decode,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three results of `bitlinear`, of a weight that is codes, as they are kept, and scales already."""
+    o = TrainingOptions(*options)
+    t = codes if codes.dtype == torch.int8 else unpack(codes, x.shape[-1] * o.planes)
+    return _of_codes(x, t, w_scale, bias, o)
 
 
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:

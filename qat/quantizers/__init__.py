@@ -36,6 +36,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "ternary": Quantizer(
         levels=(-1, 0, 1),
         codes="qat.quantizers.ternary:codes",
+        part="qat.quantizers.ternary:part",
         soft="qat.quantizers.ternary:soft",
         packs_as=("ternary",),
         sums={"fitted": _FITTED, "learned": _LEARNED},
@@ -43,6 +44,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "binary": Quantizer(
         levels=(-1, 1),
         codes="qat.quantizers.binary:codes",
+        part="qat.quantizers.binary:part",
         soft="qat.quantizers.binary:soft",
         packs_as=("binary", "ternary"),
         scales=("absmean",),

@@ -18,6 +18,11 @@ def codes(rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
     return torch.where(rows > threshold(rows), 1.0, -1.0)
 
 
+def part(weights: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+    """`codes` of some weights [n, K] of one row, with the whole row's mean [1, 1]."""
+    return torch.where(weights > mean, 1.0, -1.0)
+
+
 def soft(rows: Tensor, scale: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
     """Levels -s, s and the border mean(W) for scales [R, 1]."""
     return torch.cat([-scale, scale], 1), threshold(rows)

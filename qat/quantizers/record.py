@@ -9,6 +9,7 @@ quantizer need not know of granularities:
     scale(rows, options, **parameters)                  -> [R, planes], before its rounding to `scale_dtype`; [R, 1] with `ratios`
     codes(rows, scale, **parameters)                    -> [R, L], or [planes, R, L]
     gradient(grad, rows, codes, scale, **parameters)    -> (gradient of the rows [R, L], {parameter: gradient, shaped like it})
+    part(weights [n, K], scale [1, 1], mean [1, 1])     -> [n, K]
     bias(weight [N, K], codes [N, planes * K])          -> [N], differentiable in the weight
     soft(rows, scale, **parameters)                     -> (levels [R, m] in ascending order, borders [R, m - 1] between them)
 
@@ -69,6 +70,8 @@ class Quantizer:
     scale: Function = STATISTIC
     gradient: Function | None = None
     """None: straight-through, the identity (arXiv:1308.3432)."""
+    part: Function | None = None
+    """Codes of some weights of a row, from the whole row's scale and mean. None: they need the whole row."""
     soft: Function | None = None
     """The levels and borders that `qat.quantizers.soft` anneals. None: these codes cannot be annealed."""
     sharpened: str = ""

@@ -11,6 +11,11 @@ def codes(rows: Tensor, scale: Tensor, **_: Tensor) -> Tensor:
     return (rows / scale).round().clamp(-1, 1)
 
 
+def part(weights: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+    """`codes` of some weights [n, K] of one row."""
+    return codes(weights, scale)
+
+
 def soft(rows: Tensor, scale: Tensor, **_: Tensor) -> tuple[Tensor, Tensor]:
     """Levels -s, 0, s and borders -s / 2, s / 2 for scales [R, 1]."""
     return torch.cat([-scale, torch.zeros_like(scale), scale], 1), torch.cat([-scale, scale], 1) / 2

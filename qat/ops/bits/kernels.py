@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from qat.ops import cpu, cuda
+from qat.ops import reference as plain
 from qat.ops.bits import reference
 from qat.ops.operands import DTYPES
+from qat.ops.options import TrainingOptions
 
 
 def _cpu_pack(t: Tensor) -> Tensor:
@@ -29,6 +31,18 @@ def _cpu_dequantize(bits: Tensor, k: int, scale: Tensor, dtype: torch.dtype) -> 
     if dtype not in DTYPES or bits.numel() == 0 or not cpu.compiled():
         return reference.dequantize_bits(bits, k, scale, dtype)
     return torch.ops.qat.cpu_dequantize_bits(bits.contiguous(), k, scale.contiguous(), DTYPES.index(dtype))
+
+
+def _cpu_coded_bitlinear(
+    x: Tensor, codes: Tensor, w_scale: Tensor, bias: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.coded_bitlinear`. Tiles are made anew: codes that are gathered are written where others were."""
+    o = TrainingOptions(*options)
+    (n, k), groups = (codes.shape[0], x.shape[-1] * o.planes), w_scale.shape[1]
+    if o.act_bits is None or codes.dtype == torch.int8 or codes.numel() == 0 or not cpu._serves(x, k):
+        return plain.coded_bitlinear(x, codes, w_scale, bias, *options, unpack=torch.ops.qat.unpack_bits)
+    tiles = torch.ops.qat.cpu_tile(codes.contiguous(), k, groups, False, False)
+    return cpu.multiply(x, tiles, cpu._tile_scale(w_scale, n), bias, (n, k, groups), o)
 
 
 def _unlooked(tensor: Tensor) -> Tensor:
@@ -52,5 +66,6 @@ CPU: dict[str, Callable[..., Any]] = {
     "pack_bits": _cpu_pack,
     "unpack_bits": _cpu_unpack,
     "dequantize_bits": _cpu_dequantize,
+    "coded_bitlinear": _cpu_coded_bitlinear,
 }
 CUDA: dict[str, Callable[..., Any]] = {"pack_bits": _cuda_pack, "unpack_bits": _cuda_unpack}
