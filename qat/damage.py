@@ -1,6 +1,7 @@
 """The verb `python -m qat.damage MODEL --text FILE`: what quantization costs each layer of a model before any training.
 
-It prints a table, and what would help the worst layers with its cost in bytes; `--picture` writes a page, `--out` JSON.
+It prints a table, and what would help the worst layers with its cost in bytes; `--picture` writes a page or a picture,
+`--out` JSON.
 Further words are settings as `qat.train` has them: `quant.granularity=channel`, `model.exclude=[...]`.
 """
 
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qat.config.flags import run_verb
+from qat.config.flags import add_verbose, run_verb
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,8 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", required=True, metavar="FILE", help=".txt, .jsonl or .parquet file to measure on")
     parser.add_argument("--tokens", type=int, default=4096, help="measure on the first so many (default: 4096)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the map as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE.html", help="write the map as a page")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the map as a page, .html, or a picture, .svg or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
+    add_verbose(parser)
     return parser
 
 
@@ -33,16 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(args: argparse.Namespace) -> None:
-    if args.picture and args.picture.suffix != ".html":
-        raise ValueError(f"--picture {args.picture}: the picture is a page; name it .html")
+    if args.picture and args.picture.suffix not in (".html", ".svg", ".png"):
+        raise ValueError(f"--picture {args.picture}: name it .html, .svg or .png")
     from rich.console import Console
 
     from qat.config.compose.command import parse
     from qat.config.compose.composing import compose_run
     from qat.evaluation.remedies import remedies_table, settings
     from qat.reporting.damage import measured, save
+    from qat.reporting.picture import check_picture
     from qat.reporting.plan import of_words
 
+    if args.picture:
+        check_picture(args.picture)
     given, assumed = of_words(args.settings)
     config = compose_run([*parse(given).settings, *assumed])
     if not config.model.path:

@@ -21,6 +21,7 @@ from qat.reporting.page.health import damage_blocks
 from qat.reporting.page.parts import Cell, Section, Table, megabytes, name_cell
 from qat.reporting.page.render import page
 from qat.reporting.page.verdict import Number, Verdict
+from qat.reporting.picture import KINDS, draw
 from qat.storage import write_text
 from qat.tasks import TASKS
 
@@ -69,8 +70,15 @@ def save(found: Damaged, out: Path | None, picture: Path | None) -> list[Path]:
     if out:
         write_text(out, json.dumps(found.to_dict(), indent=2) + "\n")
     if picture:
-        write_text(picture, drawn(found))
+        _draw(found, picture)
     return [file for file in (out, picture) if file]
+
+
+def _draw(found: Damaged, file: Path) -> None:
+    if file.suffix not in KINDS:
+        return write_text(file, drawn(found))
+    layers = {name: one.kl for name, one in found.map.layers.items()}
+    return draw(f"{found.model} on {found.text}, {found.map.tokens:,} tokens", layers, found.remedies, file)
 
 
 def drawn(found: Damaged) -> str:

@@ -50,7 +50,7 @@ def test_what_is_to_be_tried_composes() -> None:
     ("arguments", "expected"),
     [
         (["--text", "x.txt"], "a model is missing"),
-        (["nowhere/x.gguf", "--text", "x.txt", "--picture", "x.svgz"], "name it .html"),
+        (["nowhere/x.gguf", "--text", "x.txt", "--picture", "x.svgz"], "name it .html, .svg or .png"),
         (["MODEL", "--text", "x.txt", "--tokens", "1"], "--tokens 1 is not allowed"),
         (["MODEL", "other", "--text", "x.txt"], "give one model"),
         (["MODEL", "--text", "nowhere.txt"], "nowhere.txt"),
