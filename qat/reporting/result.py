@@ -93,6 +93,8 @@ class RunResult:
     """Name -> the same for a further text; in JSON as `perplexity_<name>`, `accuracy_<name>` or `f1_<name>`."""
     packed_from: dict[str, Any] = field(default_factory=dict)
     """Whose weights were packed: `checkpoint` (last or best), `step`, `of_steps`; of the best one `metric` and `value`."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What there was to learn from, and what of it was cut, dropped or left over (`qat.data.account`)."""
     conversion: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of a start from calibrated codes: tokens, seconds, error."""

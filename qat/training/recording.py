@@ -35,6 +35,8 @@ class Facts:
     conversion: Conversion
     folder: str = ""
     status: str = "running"
+    data: dict[str, Any] = field(default_factory=dict)
+    """Of `qat.data.account`."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of a start from calibrated codes."""
     texts: dict[str, Stages] = field(default_factory=dict)
@@ -66,6 +68,7 @@ def assembled(facts: Facts) -> RunResult:
         **{own.measure: own},  # type: ignore[arg-type]
         further=values,
         packed_from=facts.chosen.facts() if facts.chosen else {},
+        data=facts.data,
         conversion=facts.conversion.facts(),
         calibration=facts.calibration,
         export=_exports(facts.exports),

@@ -23,6 +23,7 @@ from qat.conversion import walker as conversion
 from qat.conversion.layers import bitlinears, full_precision_bf16
 from qat.conversion.record import Conversion
 from qat.data import QATData
+from qat.data.account import account
 from qat.data.opening import sampled_data
 from qat.evaluation.budget import check_budget
 from qat.evaluation.damage import damage_map
@@ -192,7 +193,7 @@ def start(job: Job, book: Book) -> Measure:
         print(said, flush=True)
     measure = (code := code_of(job.config)).measure(job.config, job.data, job.tokenizer)
     same_texts([*vars(measure).values()])
-    book.add(texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
+    book.add(data=account(job.data), texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})
     if code.ready(job.config):
         measured(job, book, measure, "full_precision", job.base)
     return measure

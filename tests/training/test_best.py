@@ -65,6 +65,8 @@ def test_what_is_packed_is_the_best_checkpoint_and_result_and_page_say_so(config
     section = next(one for one in sections(read_run(folder)) if one.key == "result")
     words = "of step 2 of 5, where val/ce was best ("
     assert words in str(section.blocks) and words in result.weights
+    about = next(one for one in sections(read_run(folder)) if one.key == "data")
+    assert {"left over at the end of training, tokens", "tokens of validation"} <= {row[0].text for row in about.blocks[0].rows}  # type: ignore[union-attr]
     last = run(load_config(str(folder), ["export.checkpoint=last"]))  # of the finished run, and back again
     assert last.packed_from == {"checkpoint": "last", "step": 5, "of_steps": 5} and last.status == "done"
     assert torch.equal(load_file(folder / "packed/model.safetensors")[NORM].float(), norm(folder / "checkpoints/last.ckpt"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from qat.reporting.page import reproduce
 from qat.reporting.page.charts import held_out_figures, loss_figure, perplexity_figure, small_figures
@@ -156,7 +157,27 @@ def _data(run: Run) -> Section:
         ("passes over the text", f"{passes:.2f}" if (passes := run.last("train/epoch")) is not None else None),
         *((key.replace("_", " "), value) for key, value in run.result.calibration.items() if not isinstance(value, dict | list)),
     ]
-    return Section("data", "Data", [Table(["", ""], [[name_cell(k), name_cell(str(v))] for k, v in rows if v is not None])])
+    found = run.result.data
+    rows += [row for kind in ("training", "validation") for row in _accounted(kind, found.get(kind) or {})]
+    notes = [Lines([str(note) for note in found["notes"]], "warn")] if found.get("notes") else []
+    table = Table(["", ""], [[name_cell(k), name_cell(str(v))] for k, v in rows if v is not None])
+    return Section("data", "Data", [table, *notes])
+
+
+_ACCOUNTS = {
+    "sequences": "sequences of {kind}",
+    "tokens": "tokens of {kind}",
+    "left_over_tokens": "left over at the end of {kind}, tokens",
+    "cut": "cut to the sequence length, of {kind}",
+    "dropped": "dropped, of {kind}",
+}
+
+
+def _accounted(kind: str, found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What there was of a part, and what of it was not used; of a mixture each part's."""
+    rows = [(words.format(kind=kind), f"{found[key]:,}") for key, words in _ACCOUNTS.items() if key in found]
+    parts = found.get("parts") or []
+    return [*rows, *(row for i, one in enumerate(parts) for row in _accounted(f"{kind}, part {i + 1}", one))]
 
 
 def _tokens_a_step(run: Run) -> str | None:
