@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from qat.config.flags import run_verb
+from qat.config.flags import add_verbose, run_verb
 
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--hours", type=float, metavar="H", help="hours on this machine, by a few timed steps")
     about = "plan for such devices, as many as trainer.devices and trainer.num_nodes say, by the model's config alone: h100, or"
     parser.add_argument("--on", metavar="DEVICE", help=f"{about} h100,memory=94,wire=25 (GiB, GB/s); MODEL may be a size, as 70b")
+    add_verbose(parser)
     return parser
 
 

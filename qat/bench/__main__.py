@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qat.config.flags import add_verbose
+
 if TYPE_CHECKING:
     from qat.bench.layers import Row
 
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="least time a row")
     parser.add_argument("--compile", action="store_true", help="also measure fake quantization under torch.compile")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    add_verbose(parser)
     arguments = parser.parse_args()
     from qat.ops import cpu
 

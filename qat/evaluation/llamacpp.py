@@ -22,6 +22,7 @@ from qat.metrics.perplexity import Window
 from qat.models.any import Loaded
 from qat.models.hub import load_tokenizer, resolve
 from qat.storage import local
+from qat.terminal.stage import stage
 
 
 def choose_reader(path: str, reader: str, needs_pytorch: Sequence[str]) -> str | None:
@@ -70,7 +71,9 @@ class LlamaCppModel(nn.Module):
 
     def log_likelihood(self, batches: Iterable[Window]) -> tuple[float, int]:
         """`qat.metrics.perplexity.log_likelihood` of it, in one process, without the logits' way here."""
-        answer: Any = llamacpp.ask(self.file, llamacpp.window_request(batches), exact=False)
+        request = llamacpp.window_request(batches)
+        with stage("perplexity in llama.cpp"):
+            answer: Any = llamacpp.ask(self.file, request, exact=False)
         total, count = answer["nll"]
         return float(total), int(count)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from qat.models.any import Loaded
 from qat.storage import local
+from qat.terminal.stage import stage
 
 DATA = "QAT_TASK_DATA"
 
@@ -45,7 +46,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=found.model, tokenizer=found.tokenizer, batch_size=batch_size, device="cpu")
-    with _data_folder(data):
+    with _data_folder(data), stage(f"lm-eval on {', '.join(tasks)}"):
         try:
             results = lm_eval.simple_evaluate(
                 model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=False

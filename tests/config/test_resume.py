@@ -194,3 +194,8 @@ def test_the_known_modules_exist_and_hold_what_the_groups_name() -> None:
     for name in ("tensorboard", "wandb"):
         text = (Path(__file__).resolve().parents[2] / f"conf/logger/{name}.yaml").read_text()
         assert any(f"_target_: {module}." in text for module in KNOWN)
+
+
+def test_attention_may_be_computed_in_another_way_from_there_on(folder: Path) -> None:
+    config, changes = resumed(str(folder), ["model.attn_implementation=eager"])
+    assert config.model.attn_implementation == "eager" and set(changes) == {"model.attn_implementation"}

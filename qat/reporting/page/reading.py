@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qat.config.compose.resume import HISTORY
 from qat.config.compose.yaml_files import plain_values
 from qat.monitor import alarms, layers
 from qat.monitor.alarms import Alarm
@@ -19,7 +20,6 @@ from qat.storage import json_lines, parse_json
 
 STARTS = "starts.jsonl"
 """A line for each time that a run was started: time, step, command, commit."""
-CHANGES = "overrides.jsonl"
 SAMPLES = "samples.json"
 LATENTS = "latents.json"
 DAMAGE = "damage.json"
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Run:
         read(layers.NAME, lambda file: layers.read_layers(file.parent), {}),
         read(alarms.NAME, lambda file: alarms.read_alarms(file.parent), []),
         starts=read(STARTS, _lines, []),
-        changes=read(CHANGES, _lines, []),
+        changes=read(HISTORY, _lines, []),
         samples=read(SAMPLES, _mapping, {}),
         latents=read(LATENTS, _mapping, {}),
         damage=read(DAMAGE, _mapping, {}),
