@@ -43,7 +43,7 @@ def _show(args: argparse.Namespace) -> None:
     from qat.config.compose.composing import compose_run
     from qat.evaluation.remedies import remedies_table, settings
     from qat.reporting.damage import measured, save
-    from qat.reporting.picture import check_picture
+    from qat.reporting.damage.picture import check_picture
     from qat.reporting.plan import of_words
 
     if args.picture:

@@ -12,7 +12,7 @@ import pytest
 
 from qat import damage as verb
 from qat.evaluation.remedies import Remedy
-from qat.reporting.picture import draw, grid, helps
+from qat.reporting.damage.picture import draw, grid, helps
 
 LAYERS = {f"layers.{block}.mlp.{name}_proj": 0.01 * (block + 1) for block in range(3) for name in ("up", "down")}
 WORST = [Remedy("layers.2.mlp.up_proj", 8, 0.03, 14_000, 0.001, 2_000), Remedy("layers.1.mlp.up_proj", 8, math.inf, 14, None, 2)]

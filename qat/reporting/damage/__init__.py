@@ -17,11 +17,11 @@ from qat.evaluation.damage import DamageMap, damage_map
 from qat.evaluation.remedies import Remedy, remedies
 from qat.metrics.perplexity import windows
 from qat.models import hub
+from qat.reporting.damage.picture import KINDS, draw
 from qat.reporting.page.health import damage_blocks
 from qat.reporting.page.parts import Cell, Section, Table, megabytes, name_cell
 from qat.reporting.page.render import page
 from qat.reporting.page.verdict import Number, Verdict
-from qat.reporting.picture import KINDS, draw
 from qat.storage import write_text
 from qat.tasks import TASKS
 
