@@ -149,4 +149,4 @@ def test_blocks_are_gathered_one_by_one() -> None:
     assert units(named) == units(unnamed) == blocks and units(tied) == []
     tied.model.layers[1].mlp.up_proj = nn.Linear(16, 28)
     tied.model.layers[1].mlp.gate_proj.weight = tied.model.layers[1].mlp.up_proj.weight
-    assert units(tied) == blocks and units(nn.Linear(2, 2)) == []
+    assert units(tied) == blocks and units(nn.Linear(2, 2)) == []  # gathered whole
