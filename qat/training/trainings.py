@@ -25,8 +25,9 @@ from qat.training.gradients.terms import TermGradients
 from qat.training.module import OptimizerFactory, QATModule
 from qat.training.monitoring.alarming import Alarming
 from qat.training.monitoring.looks import Monitor
+from qat.training.monitoring.reference import References
 from qat.training.signals import Signals
-from qat.training.strategies.placing import placed
+from qat.training.strategies.placing import give_back, placing
 from qat.training.tasks import code_of
 
 if TYPE_CHECKING:
@@ -94,12 +95,16 @@ def train_student(
     if config.trainer.monitor_every is not None:
         monitor = Monitor(folder, config.trainer.monitor_every)
         callbacks += [monitor, *([Alarming(folder, config, monitor)] if parallel.first() else [])]
-    with placed(config.trainer, device_of(config.trainer), student, teacher) as (trained, its_teacher):
-        module = _module(config, trained, config.distill, optimizer, its_teacher, data)
-        try:
-            outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
-        finally:
-            module.release()
+    place = placing(config.trainer, device_of(config.trainer))
+    for callback in callbacks:
+        if isinstance(callback, References):
+            callback.place = place
+    module = _module(config, trained := place(student), config.distill, optimizer, place(teacher), data)
+    try:
+        outcome = fit(module, data, config.trainer, signals, name="QAT", folder=folder, loggers=loggers, callbacks=callbacks)
+    finally:
+        module.release()
+    give_back(trained, student)
     set_norm_blend(student, 1.0)  # also where a resumed run had no step left
     student.eval()
     return outcome
@@ -118,9 +123,10 @@ def train_control(
     }
     optim = replace(config.optim, lr=config.control.lr, **plain)
     base.requires_grad_(True)
-    with placed(config.trainer, device_of(config.trainer), base) as (trained, _):
-        module = _module(replace(config, optim=optim), trained, DistillConfig(ce=1.0, kl=0.0), optimizer, None, data)
-        outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")
+    trained = placing(config.trainer, device_of(config.trainer))(base)
+    module = _module(replace(config, optim=optim), trained, DistillConfig(ce=1.0, kl=0.0), optimizer, None, data)
+    outcome = fit(module, data, config.trainer, signals, name="control", folder=folder / "control")
+    give_back(trained, base)
     base.eval()
     return outcome
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qat import parallel
+from qat.training.strategies.sharding import is_sharded
+from qat.training.strategies.shards import local
 
 
 class NonFiniteError(ValueError):
@@ -16,8 +18,10 @@ class NonFiniteError(ValueError):
 
 
 def first_bad_weight(model: nn.Module) -> str | None:
-    """Name of the first parameter that holds NaN or infinity."""
-    return next((name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    """Name of the first parameter that holds NaN or infinity; of one in parts, on any device, each of which must ask."""
+    mine = next((name for name, p in model.named_parameters() if not bool(torch.isfinite(local(p)).all())), None)
+    found = set(parallel.gathered(mine)) if is_sharded(model) else {mine}
+    return next((name for name, _ in model.named_parameters() if name in found), None)
 
 
 def first_bad_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:

@@ -20,6 +20,8 @@ from qat.monitor.table import HEALTH
 from qat.monitor.trace import Trace
 from qat.monitor.weights import weight_sums
 from qat.training.callbacks.boundary import step_ends
+from qat.training.strategies.sharding import is_sharded
+from qat.training.strategies.shards import begins, gathered, local
 
 if TYPE_CHECKING:
     from qat.training.module import QATModule
@@ -39,6 +41,7 @@ class Monitor(pl.Callback):
     def __init__(self, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
         self._trace: dict[str, Any] = {}
+        self.trace: Trace | None = None
         self._handles: list[Any] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: QATModule) -> None:  # type: ignore[override]
@@ -49,15 +52,16 @@ class Monitor(pl.Callback):
         self.latest: dict[str, np.ndarray] = {}
         """Statistic -> value of each layer, float32 [L], at the last look."""
         self._inputs, self._sample, self._gradients = Inputs(self.layers), list[Tensor](), dict[str, Tensor]()
+        self._divided = is_sharded(module.student)
         if not self.layers:
             return
         if self._trace:
-            self.trace = Trace.of(self._trace["codes"], module.device)
+            place = torch.device("cpu") if self._divided else module.device
+            self.trace = Trace.of(self._trace["codes"], place) if parallel.first() else None
             self.scales = np.array(self._trace["scales"])
         else:
-            quantized = self._quantized()
-            self.trace = Trace.begun([codes for codes, _ in quantized.values()])
-            sums = self._of_weights(quantized)
+            codes, sums = self._seen()
+            self.trace = Trace.begun(codes) if codes else None
             self.scales = sums["scale"][0]
             self._write(trainer.global_step, layerwise(sums))
 
@@ -84,8 +88,8 @@ class Monitor(pl.Callback):
         if (trainer.global_step + 1) % self.every:
             return
         found = {name: layer.weight.grad for name, layer in self.layers.items() if layer.weight.grad is not None}
-        norms = torch._foreach_norm([*found.values()], 2, dtype=torch.float64) if found else []
-        self._gradients = {name: norm.square() for name, norm in zip(found, norms, strict=True)}
+        norms = torch._foreach_norm([local(one) for one in found.values()], 2, dtype=torch.float64) if found else []
+        self._gradients = dict(zip(found, self._over_devices([norm.square() for norm in norms]), strict=True))
         self._sample = [_sampled(layer.weight).clone() for layer in self.layers.values()]
 
     def on_train_batch_end(  # type: ignore[override]
@@ -110,20 +114,35 @@ class Monitor(pl.Callback):
 
     @torch.no_grad()
     def _look(self) -> Sums:
-        quantized = self._quantized()
-        self.trace, changes = self.trace.looked([codes for codes, _ in quantized.values()])
-        sizes = np.array([codes.numel() for codes, _ in quantized.values()], dtype=np.float64)
-        found = {name: (counts.double().cpu().numpy(), sizes) for name, counts in changes.items()}
-        own = self._of_weights(quantized)
+        codes, own = self._seen()
+        found = parallel.shared(lambda: self._changed(codes))
         drift = {"scale_drift": (own["scale"][0] - self.scales, self.scales)}
         gradients = {name: {"grad_norm": (square, square)} for name, square in self._gradients.items()}
         return {**found, **own, **drift, **_table(self.layers, self._inputs.sums), **_table(self.layers, gradients)}
 
-    def _quantized(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: layer.quantized() for name, layer in self.layers.items()}
+    def _changed(self, codes: list[Tensor]) -> Sums:
+        assert self.trace is not None
+        self.trace, changes = self.trace.looked(codes)
+        sizes = np.array([one.numel() for one in codes], dtype=np.float64)
+        return {name: (counts.double().cpu().numpy(), sizes) for name, counts in changes.items()}
 
-    def _of_weights(self, quantized: dict[str, tuple[Tensor, Tensor]]) -> Sums:
-        return _table(self.layers, {name: weight_sums(self.layers[name], *pair) for name, pair in quantized.items()})
+    def _seen(self) -> tuple[list[Tensor], Sums]:
+        """Codes of all layers, and what they and their weights say.
+
+        Of weights in parts one layer after another is whole. Rank 0 alone keeps codes, then in the CPU's memory, and traces them.
+        """
+        kept, found = list[Tensor](), dict[str, dict[str, tuple[Tensor, Tensor]]]()
+        for name, layer in self.layers.items():
+            with gathered(layer):
+                codes, scale = layer.quantized()
+                found[name] = weight_sums(layer, codes, scale)
+            if parallel.first():
+                kept.append(codes.cpu() if self._divided else codes)
+        return kept, _table(self.layers, found)
+
+    def _over_devices(self, squares: list[Tensor]) -> list[Tensor]:
+        """Sums over the parts, where weights are divided; else they are of whole weights already."""
+        return parallel.sums(squares) if self._divided else squares
 
     @torch.no_grad()
     def _update_ratio(self) -> dict[str, float]:
@@ -131,7 +150,8 @@ class Monitor(pl.Callback):
         norms = [
             torch._foreach_norm(one, 2, dtype=torch.float64) for one in (torch._foreach_sub(now, self._sample), self._sample)
         ]
-        changed, before = (torch.stack(one).norm().item() for one in norms)
+        squares = self._over_devices([torch.stack(one).square().sum() for one in norms])
+        changed, before = (square.sqrt().item() for square in squares)
         return {"optim/update_ratio": changed / before} if before else {}
 
     def _stop_listening(self) -> None:
@@ -145,7 +165,7 @@ class Monitor(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Codes as bits, and the scales of the start."""
-        return {"codes": self.trace.state(), "scales": self.scales.tolist()} if self.layers else {}
+        return {"codes": self.trace.state(), "scales": self.scales.tolist()} if self.layers and self.trace else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Until the layers are there."""
@@ -153,8 +173,9 @@ class Monitor(pl.Callback):
 
 
 def _sampled(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
-    return flat[:: -(-len(flat) // _SAMPLE)]
+    """Of a weight in parts, what of the whole one's sample lies here."""
+    step = -(-weight.numel() // _SAMPLE)
+    return local(weight.detach()).reshape(-1)[-begins(weight) % step :: step]
 
 
 def _table(layers: Any, found: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> Sums:

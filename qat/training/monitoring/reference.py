@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat.data.order import REPEATED
 from qat.losses.means import Means
+from qat.training.strategies.placing import Place
 
 if TYPE_CHECKING:
     from qat.training.module import QATModule
@@ -27,26 +28,32 @@ class References(pl.Callback):
         self.models = models
         self.found: dict[str, float] = {}
         self._sums = Means()
+        self.place: Place = lambda model: model
+        """Of a model what runs in its place."""
+        self._placed: dict[str, nn.Module] = {}
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin anew, also where a validation was cut short."""
         self._sums = Means()
+        self._placed = {} if self.found else {name: self.place(model) for name, model in self.models.items()}
 
     @torch.no_grad()
     def on_validation_batch_start(  # type: ignore[override]
         self, trainer: pl.Trainer, module: QATModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Add a batch."""
-        if self.found or REPEATED in batch:
+        if self.found:
             return
-        for name, model in self.models.items():
+        for name, model in self._placed.items():
             with trainer.precision_plugin.val_step_context():
-                self._sums.add({name: _cross_entropy(model, module, batch)})
+                found = _cross_entropy(model, module, batch)  # on every rank, as a model that is sharded needs all of them
+            if REPEATED not in batch:
+                self._sums.add({name: found})
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: QATModule) -> None:  # type: ignore[override]
         """Before the module logs its own."""
         self.found = self.found or self._sums.over_ranks().values()
-        module.references = self.found
+        module.references, self._placed = self.found, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Called by lightning when it saves."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -15,14 +15,29 @@ from qat.config import TrainerConfig
 from qat.training.strategies.divisible import divides
 from qat.training.strategies.sharding import collect, sharded
 
+Place = Callable[[Any], Any]
+"""Of a model what stands for it in a training; of None, None."""
 
-@contextmanager
-def placed(config: TrainerConfig, device: torch.device, model: Any, teacher: Any = None) -> Iterator[tuple[Any, Any]]:
-    """The model to train and its teacher, None where there is none; the model given has the trained weights afterwards."""
+
+def placing(config: TrainerConfig, device: torch.device) -> Place:
+    """The models themselves on one device and with ddp; with fsdp2 one sharded copy of each, as long as somebody uses it."""
     if not divides(config):
-        yield model, teacher
-        return
+        return lambda model: model
     mesh = init_device_mesh(device.type, (parallel.size(),))
-    parts: nn.Module = sharded(model, mesh)
-    yield parts, None if teacher is None else sharded(teacher, mesh)
-    collect(parts, model)
+    copies: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+    def place(model: Any) -> Any:
+        if model is None:
+            return None
+        found = copies.get(id(model))
+        if found is None:
+            found = copies[id(model)] = sharded(model, mesh)
+        return found
+
+    return place
+
+
+def give_back(trained: Any, model: Any) -> None:
+    """Let the model have the weights of what was trained in its place."""
+    if trained is not model:
+        collect(trained, model)
