@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat.config import TrainConfig
 from qat.models.attention import narrow_heads
+from qat.planning.choosing import state_bytes
 from qat.reporting import estimate, plan
 from qat.tasks import TASKS
 from qat.training.fit import device_of
@@ -68,7 +69,7 @@ def facts(job: Job) -> plan.Facts:
     groups = job.optimizer(parameter_groups(job.student, job.config.optim)).param_groups
     return plan.Facts(
         parameters=trained,
-        state_bytes=estimate.STATE_BYTES * trained + estimate.teacher_bytes(job.teacher),
+        state_bytes=round((8 + state_bytes(job.optimizer)) * trained) + estimate.teacher_bytes(job.teacher),
         sequence_bytes=estimate.activation_bytes(job.student, code_of(job.config).sample(job.config)),
         room_bytes=room(job.config),
         text_tokens=None if job.data is None else job.data.train_tokens,

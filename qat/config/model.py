@@ -17,6 +17,8 @@ class ModelConfig:
     """Branch, tag or commit of a hub id."""
     teacher: str = "shared"
     """`shared`: the same weights in full precision; `off`; or another model's path."""
+    teacher_dtype: str = "float32"
+    """Of the teacher's weights on the device: `float32` or `bfloat16`, half as many bytes; with `shared`, of a copy."""
     include: list[str] = field(default_factory=list)
     """Shell patterns of the linear layers to convert; empty: all but the output head and the routers."""
     exclude: list[str] = field(default_factory=list)
@@ -32,5 +34,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types("model", self, may_be_empty=("path",))
+        choose("model.teacher_dtype", self.teacher_dtype, ("float32", "bfloat16"))
         choose("model.start", self.start, ("weights", "ptq"))
         at_least("model.start_tokens", self.start_tokens, 1)

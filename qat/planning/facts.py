@@ -76,7 +76,12 @@ class Facts:
 
 
 def facts_of(
-    model: nn.Module, units: list[str], sample: Mapping[str, Any], fake: Any = nullcontext, mixed: bool = False
+    model: nn.Module,
+    units: list[str],
+    sample: Mapping[str, Any],
+    fake: Any = nullcontext,
+    mixed: bool = False,
+    only: bool | None = None,
 ) -> Facts:
     """Of a converted model in training mode.
 
@@ -85,16 +90,28 @@ def facts_of(
         sample: one sequence with its labels, int64 [1, L], as the model's arguments.
         fake: where the model runs: `qat.models.weightless.faked` for one on the meta device.
         mixed: whether matmuls are in bfloat16.
+        only: whether activation checkpointing is on, where what is saved otherwise need not be known; None: both.
     """
     root, blocks, flops, vocabulary = weights_of(model, units, int(sample["input_ids"].shape[1]))
     with fake(model), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        plain = _saved(model, sample)
-        model.activation_checkpointing_enable()  # type: ignore[operator]
-        try:
-            recomputed = _saved(model, sample)
-        finally:
-            model.activation_checkpointing_disable()  # type: ignore[operator]
-    return Facts(root, blocks, int(sample["input_ids"].shape[1]), plain, recomputed, flops, vocabulary)
+        plain = _saved(model, sample) if not only else None
+        recomputed = _recomputed(model, sample) if only is not False else None
+    saved = plain or recomputed or Saved(0, 0)
+    return Facts(root, blocks, int(sample["input_ids"].shape[1]), saved, recomputed or saved, flops, vocabulary)
+
+
+def _recomputed(model: nn.Module, sample: Mapping[str, Any]) -> Saved:
+    model.activation_checkpointing_enable()  # type: ignore[operator]
+    try:
+        return _saved(model, sample)
+    finally:
+        model.activation_checkpointing_disable()  # type: ignore[operator]
+
+
+def of_weights(model: nn.Module, length: int) -> Facts:
+    """Of a model that is not trained, a teacher."""
+    root, blocks, flops, vocabulary = weights_of(model, units_of(model), length)
+    return Facts(root, blocks, length, Saved(0, 0), Saved(0, 0), flops, vocabulary)
 
 
 def weights_of(model: nn.Module, units: list[str], length: int) -> tuple[Weights, tuple[Weights, ...], float, int]:

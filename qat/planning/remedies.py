@@ -40,7 +40,7 @@ def _ordered(choice: Choice) -> Iterator[tuple[Callable[[Choice], str], Callable
     yield lambda _: "trainer.activation_checkpointing=true", lambda one: replace(one, checkpointing=True)
     if choice.world > 1:
         yield lambda _: "trainer.strategy=fsdp2", lambda one: one if one.scheme.shards else replace(one, scheme=FSDP2)
-    yield lambda _: "optim=adamw_8bit", lambda one: replace(one, state=min(one.state, EIGHT_BITS))
+    yield lambda _: "optim=adamw_8bit", lambda one: one if one.scheme.shards else replace(one, state=min(one.state, EIGHT_BITS))
     yield lambda _: "model.teacher_dtype=bfloat16", lambda one: replace(one, teacher=min(one.teacher, 2.0))
     batch = choice.batch
     while batch > 1:

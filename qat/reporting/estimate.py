@@ -10,39 +10,59 @@ from torch import Tensor, nn
 
 from qat.config import TrainConfig
 from qat.conversion.layers import bitlinears, full_precision_bf16
+from qat.planning.choosing import choice_of, state_bytes
+from qat.planning.facts import facts_of, of_weights, units_of
+from qat.planning.memory import Student, parts
+from qat.planning.speed import bytes_sent
 from qat.quantizers.packing import get_layout
 from qat.reporting import updates
 
 MIB = 2**20
-STATE_BYTES = 16
-"""Of a trained parameter: the weight, its gradient and Adam's two moments, in float32."""
 
 
 def lines(
-    config: TrainConfig, base: nn.Module, student: nn.Module, teacher: nn.Module | None, sample: Mapping[str, Any]
+    config: TrainConfig,
+    base: nn.Module,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    sample: Mapping[str, Any],
+    optimizer: Any,
 ) -> list[str]:
     """What a person wants to know before starting.
 
     Args:
         teacher: the one that the losses ask for.
         sample: one sequence of data.sequence_length tokens with its labels, as the model's arguments.
+        optimizer: its factory of parameter groups.
     """
     parameters = sum(p.numel() for p in student.parameters())
-    taught, state = teacher_bytes(teacher), STATE_BYTES * parameters
-    activations = activation_bytes(student, sample) * config.data.batch_size
+    taught, (memory, sent) = teacher_bytes(teacher), _of_a_device(config, student, teacher, sample, state_bytes(optimizer))
     linears, packed = linear_bytes(student, config.export.layout)
-    total = (state + taught + activations) / MIB
     codes, whole = sum(layer.weight.numel() for _, layer in bitlinears(student)), full_precision_bf16(base)
     return [
         f"parameters      {parameters:,}, of which {codes:,} become codes",
         f"size            {whole / MIB:.1f} MiB in bf16; linear layers {linears / MIB:.2f} -> {packed / MIB:.2f} MiB",
-        f"memory          about {total:,.0f} MiB a device: weights, gradients and Adam {state / MIB:,.0f},"
-        f" teacher {taught / MIB:,.0f}, activations {activations / MIB:,.0f}",
+        f"memory          about {sum(memory.values()) / MIB:,.0f} MiB a device: {_parts(memory)}",
+        *([f"on the wire     {sent / MIB:,.1f} MiB sent by each device in a step"] if sent else []),
         f"updates         {updates.in_words(config)}",
         *([f"warning         {said}"] if (said := updates.warning(config)) else []),
         *annealing(config),
         *([f"teacher         {_teaching(taught)}"] if taught else []),
     ]
+
+
+def _of_a_device(
+    config: TrainConfig, student: nn.Module, teacher: nn.Module | None, sample: Mapping[str, Any], state: float
+) -> tuple[dict[str, int], int]:
+    """Memory of the fullest device, part by part, and the bytes that it sends in a step."""
+    choice, length = choice_of(config, state), int(sample["input_ids"].shape[1])
+    facts = facts_of(student, units_of(student), sample, mixed=choice.mixed, only=choice.checkpointing)
+    learned = Student(facts, None if teacher is None else of_weights(teacher, length))
+    return parts(learned, choice), bytes_sent(learned, choice)
+
+
+def _parts(memory: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size / MIB:,.0f}" for name, size in memory.items())
 
 
 def annealing(config: TrainConfig) -> list[str]:

@@ -53,10 +53,14 @@ def _tried(config: TrainConfig, key: str, dimensions: tuple[int, ...]) -> Any:
         weight.grad = torch.ones_like(weight)
     groups = [{"name": f"{weight.ndim}-D", "params": [weight], "lr": optim.lr or 1e-3, "weight_decay": 0.0} for weight in weights]
     try:
-        factory(groups).step()
+        made = factory(groups)
+        made.step()
     except Exception as error:  # whatever another's class raises at wrong arguments
         words = ", ".join(f"optim.{key}.{name}={value}" for name, value in said.items())
         raise ValueError(f"{words}: this optimizer cannot be used: {error or type(error).__name__}") from error
+    if config.trainer.strategy == "fsdp2" and not getattr(made, "shards", True):
+        target = f"optim.{key}._target_={said['_target_']}"
+        raise ValueError(f"{target} does not fit trainer.strategy=fsdp2, as its state cannot be divided; take torch.optim.AdamW")
     return factory
 
 

@@ -213,6 +213,7 @@ def tune(job: Job, book: Book, measure: Measure, signals: Signals) -> int | None
     if (signal := control(job, book, measure, signals)) is None:
         seed_everything(job.config.seed, verbose=False)  # a resume does not draw what the control's training drew
         job.student, job.record = converted(job.config, job.base, job.data)
+        job.teacher = load_teacher(job.config, job.base, job.teacher)  # a shared one is what the control has become
     return signal
 
 
@@ -293,8 +294,7 @@ def finish(job: Job, book: Book, measure: Measure, signals: Signals) -> None:
 def dry_run(job: Job) -> RunResult:
     """Print coverage, memory and tokens of the run that is not made."""
     sample = code_of(job.config).sample(job.config)
-    for line in estimate.lines(job.config, job.base, job.student, job.teacher, sample):
-        print(line)
+    print(*estimate.lines(job.config, job.base, job.student, job.teacher, sample, job.optimizer), sep="\n")
     if job.data is not None and (said := passes(job.config, job.data)):
         print(f"text            {said}")
     return assembled(Facts(job.config, job.record, status="dry run"))

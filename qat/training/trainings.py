@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,14 +49,26 @@ def check_teacher(config: TrainConfig) -> None:
             raise ValueError(f"{setting(config.distill, name)} needs a teacher, but model.teacher=off; set one of them")
 
 
-def load_teacher(config: TrainConfig, base: PreTrainedModel) -> PreTrainedModel | None:
+def load_teacher(config: TrainConfig, base: PreTrainedModel, loaded: PreTrainedModel | None = None) -> PreTrainedModel | None:
     """The model whose distribution the student learns, or None where the loss does not ask for one."""
     if not needs(config.distill, "teacher"):
         return None
+    if loaded is not None and config.model.teacher != "shared":
+        return loaded
+    narrow = config.model.teacher_dtype != "float32"
     if config.model.teacher == "shared":
-        return base
+        return _narrowed(config, copy.deepcopy(base)) if narrow else base
     with stage(f"loading the teacher {config.model.teacher}"):
-        return code_of(config).load_teacher(config, base)
+        return _narrowed(config, code_of(config).load_teacher(config, base))
+
+
+def _narrowed(config: TrainConfig, teacher: PreTrainedModel) -> PreTrainedModel:
+    """With weights of model.teacher_dtype; buffers, such as the frequencies of positions, stay as they are."""
+    dtype = getattr(torch, config.model.teacher_dtype)
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(dtype)
+    teacher.config.dtype = dtype
+    return teacher
 
 
 def check_comparable(config: TrainConfig, student: nn.Module, teacher: nn.Module | None) -> None:

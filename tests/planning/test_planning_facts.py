@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qat
-from qat.bench.clusters import state_bytes
 from qat.config import DistillConfig, OptimConfig
 from qat.models.weightless import faked
+from qat.planning.choosing import state_bytes
 from qat.planning.facts import Facts, facts_of, forward_flops, saved_bytes, units_of
 from qat.planning.memory import LOGITS, ONE, Choice, Student, parts
 from qat.training.module import QATModule, parameter_groups

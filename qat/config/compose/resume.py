@@ -47,6 +47,7 @@ REFUSED = {
 ALLOWED = {
     "model.teacher": "the loss asks the new teacher from there on",
     "model.attn_implementation": "how attention is computed from there on; values differ by rounding, as gradients' do",
+    "model.teacher_dtype": "the loss asks the new teacher from there on",
     "model.trust_remote_code": "says again that the model's code may run",
     "quant.kernels": "all kernels give the same values",
     "quant.backward": "the precision of gradients from there on",

@@ -13,6 +13,7 @@ from typing import Any
 
 KNOWN = {
     "torch.optim": "optimizers",
+    "qat.training.gradients.eight_bits": "optimizers of qat",
     "lightning.pytorch.callbacks": "callbacks",
     "lightning.pytorch.loggers": "loggers",
     "qat.training.callbacks": "callbacks of qat",
