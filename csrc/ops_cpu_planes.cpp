@@ -13,7 +13,7 @@ namespace {
 float plane_of(const float* row, const Segments& s, int8_t* words, int8_t* codes) {
   const float most = isa().absmax(row, s.length), inverse = 1.0f / (most > 1e-30f || most != most ? most : 1e-30f) * 127.0f;
   int32_t sum;
-  isa().quantize(row, s, inverse, words, &sum, codes);
+  quantize_row(isa(), row, s, inverse, words, &sum, codes);
   return 1.0f / inverse;
 }
 

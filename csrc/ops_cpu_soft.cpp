@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_rounded(const Tensor& x, double least) {
       const float most = isa().absmax(token, k), limit = static_cast<float>(least);
       const float inverse = 1.0f / (most > limit || most != most ? most : limit) * 127.0f;  // as quantize_tokens has it
       int32_t sum;
-      isa().quantize(token, segments, inverse, words.get(), &sum, code + row * k);
+      quantize_row(isa(), token, segments, inverse, words.get(), &sum, code + row * k);
       scales[row] = 1.0f / inverse;
       float* target = dtype == Dtype::f32 ? reinterpret_cast<float*>(to) + row * k : floats.get();
       isa().dequantize(code + row * k, k, scales[row], target);

@@ -61,6 +61,16 @@ std::tuple<Tensor, Tensor> cuda_quantize_activation(const Tensor& x_any, bool pe
   return {codes, scale};
 }
 
+// The same with the dividing scale between them.
+std::tuple<Tensor, Tensor, Tensor> cuda_activation_codes(const Tensor& x_any, bool per_tensor, double eps) {
+  const Device device(x_any);
+  const Tensor x = rows_in_memory(x_any);
+  Tensor codes = device.empty(with_last(x, x.size(x.dim() - 1)), ScalarType::Char);
+  Tensor divisor = device.empty(with_last(x, 1), ScalarType::Float), scale = device.empty(with_last(x, 1), ScalarType::Float);
+  quantize(device, x, per_tensor, eps, codes, &divisor, &scale);
+  return {codes, divisor, scale};
+}
+
 // y of x and 2-bit bytes; one token takes one launch. For `overlap` see cuda/kernels.h.
 Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                           int64_t k, bool per_tensor, double eps, bool overlap) {
@@ -144,6 +154,7 @@ Tensor cuda_int8_matmul(const Tensor& a, const Tensor& b) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cuda_quantize_activation(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor)");
+  m.def("cuda_activation_codes(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cuda_packed_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int k, bool per_tensor, float eps, bool overlap)"
       " -> Tensor");
@@ -154,6 +165,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qat, QAT_DEVICE, m) {
   m.impl("cuda_quantize_activation", TORCH_BOX(&cuda_quantize_activation));
+  m.impl("cuda_activation_codes", TORCH_BOX(&cuda_activation_codes));
   m.impl("cuda_packed_linear", TORCH_BOX(&cuda_packed_linear));
   m.impl("cuda_bitlinear", TORCH_BOX(&cuda_bitlinear));
   m.impl("cuda_int8_matmul", TORCH_BOX(&cuda_int8_matmul));

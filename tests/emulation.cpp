@@ -1,6 +1,7 @@
 // The CUDA kernels on the CPU, for ctypes: memory with guard pages, the launchers, and the emulation's switches.
 #include "../csrc/cuda/internal.h"
 #include "../csrc/cuda/ptx.h"
+#include "../csrc/cuda/wgmma.h"
 
 using namespace qat::cuda;
 using qat::emulation::Guarded;
@@ -11,6 +12,7 @@ namespace {
 // Kernels that are wrong on purpose: the emulation must say so.
 struct Broken {
   int kind;
+  const void* from;
 };
 void broken(const Broken p) {
   const bool odd = threadIdx.x % 2 != 0;
@@ -24,6 +26,15 @@ void broken(const Broken p) {
   }
   if (p.kind == 2 && threadIdx.x == 3) shared_memory()[16] = 0;
   if (p.kind == 3) copy_async(shared_memory(), shared_memory() + 8, true);
+  if (p.kind < 4) return;
+  // A product of copied bytes: 4 has a fence but no barrier behind it, 5 a barrier but no fence.
+  int32_t acc[16][4] = {};
+  copy_async(shared_memory(), p.from, true);
+  commit_copies();
+  wait_copies<0>();
+  if (p.kind == 4) fence_copies();
+  if (p.kind == 5) __syncthreads();
+  product_s8(acc, {0, 0, 0, 0}, shared_memory());
 }
 
 // A struct's line for tests/mirrors.py: its name and size, then each field's name, offset and size. Structured bindings do not
@@ -64,11 +75,22 @@ const char* emulation_layouts() {
   return text.c_str();
 }
 
-int run_broken(int64_t kind) { return launch(broken, {2}, 64, 16, nullptr, Broken{static_cast<int>(kind)}); }
+int run_broken(int64_t kind) {
+  alignas(16) static const unsigned char bytes[16] = {};
+  return launch(broken, {2}, kind < 4 ? 64 : kWarpgroup, kind < 4 ? 16 : 16384, nullptr, Broken{static_cast<int>(kind), bytes});
+}
 
-Guarded* emulation_allocate(int64_t bytes, bool at_end) { return new Guarded(static_cast<std::size_t>(bytes), at_end); }
+Guarded* emulation_allocate(int64_t bytes, bool at_end) {
+  auto* memory = new Guarded(static_cast<std::size_t>(bytes), at_end);
+  qat::emulation::global_memory.push_back(memory);
+  return memory;
+}
 void* emulation_data(const Guarded* memory) { return memory->get(); }
-void emulation_free(const Guarded* memory) { delete memory; }
+void emulation_free(const Guarded* memory) {
+  std::erase(qat::emulation::global_memory, memory);
+  machine.overlap.forget();
+  delete memory;
+}
 
 void emulation_order(uint64_t order) { machine.order = order; }
 void emulation_skip(const char* file, unsigned line) {
@@ -111,7 +133,7 @@ int run_packed_linear(const PackedLinear* p) { return packed_linear(*p, nullptr)
 bool run_packed_linear_fused(const PackedLinear* p) { return packed_linear_fused(*p); }
 // The path of many tokens, whatever their number.
 int run_packed_gemm(const PackedLinear* p, int64_t tile) {
-  if (const int error = quantize_interleaved(*p, nullptr)) return error;
+  if (const int error = quantize_interleaved(*p, Order::nibbles, nullptr)) return error;
   if (tile == kHopper) return hopper_serves(*p) ? hopper_packed_gemm(*p, nullptr) : 1;
   return packed_gemm(*p, static_cast<Tile>(tile), nullptr);
 }

@@ -189,6 +189,8 @@ struct Linear {
 
 void measure_tokens(const Linear& p, int64_t begin, int64_t end);  // max|x| of each token into divisor
 void quantize_tokens(const Linear& p, int64_t begin, int64_t end);
+// Isa::quantize of a whole row; one that holds Inf or NaN, whose inverse is 0 or NaN, has codes of 0, as in torch.
+void quantize_row(const Isa& isa, const float* x, const Segments& s, float inverse, int8_t* words, int32_t* sums, int8_t* codes);
 void multiply(const Linear& p, int64_t begin, int64_t end);
 struct Threads;  // threads.h
 void multiply(const Linear& p, const Threads& threads);  // all items, shared among them

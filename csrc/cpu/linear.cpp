@@ -114,6 +114,13 @@ void measure_tokens(const Linear& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) p.divisor[row] = p.isa->absmax(float_row(p, row, buffer.data()), p.k);
 }
 
+void quantize_row(const Isa& isa, const float* x, const Segments& s, float inverse, int8_t* words, int32_t* sums,
+                  int8_t* codes) {
+  if (inverse > 0.0f) return isa.quantize(x, s, inverse, words, sums, codes);
+  const std::vector<float> zeros(static_cast<std::size_t>(s.count * s.length));
+  isa.quantize(zeros.data(), s, 1.0f, words, sums, codes);
+}
+
 void quantize_tokens(const Linear& p, int64_t begin, int64_t end) {
   const Segments& s = p.segments;
   auto buffer = float_buffer(p);
@@ -123,7 +130,8 @@ void quantize_tokens(const Linear& p, int64_t begin, int64_t end) {
     const float inverse = 1.0f / most * 127.0f;  // torch computes 127 / tensor as a reciprocal and a product
     p.divisor[row] = inverse;
     if (p.x_scale) p.x_scale[row] = 1.0f / inverse;
-    p.isa->quantize(x, s, inverse, p.words + row * s.row(), p.sums + row * s.count, p.codes ? p.codes + row * p.k : nullptr);
+    quantize_row(*p.isa, x, s, inverse, p.words + row * s.row(), p.sums + row * s.count,
+                 p.codes ? p.codes + row * p.k : nullptr);
   }
 }
 

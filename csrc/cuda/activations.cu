@@ -29,18 +29,18 @@ struct Rows {
   int64_t stride;          // bytes of a row of codes
   float eps, norm_eps;
   Phase phase;
-  bool interleave;
+  Order order;
   bool wide;  // x is read by 16 bytes, and codes are written by 4 or 8
 };
 
 // One code of any row.
 template <class T>
 __device__ __forceinline__ void store_one(const Rows<T>& p, int8_t* row, int64_t at, float value, float divisor) {
-  if (p.interleave) {
+  if (p.order != Order::natural) {
     const int64_t group = at / p.length, inside = at - group * p.length;
-    at = group * (p.stride / p.groups) + inside / 16 * 16 + interleaved(static_cast<int>(inside % 16));
+    at = group * (p.stride / p.groups) + inside / 16 * 16 + interleaved(static_cast<int>(inside % 16), p.order);
   }
-  row[at] = static_cast<int8_t>(code_bits(value, divisor));
+  row[at] = static_cast<int8_t>(code_bits(value, divisor) & code_mask(divisor));
 }
 
 // The zeros between the groups of an interleaved row.
@@ -49,7 +49,8 @@ __device__ void store_padding(const Rows<T>& p, int64_t row, int thread, int thr
   const int64_t padded = p.stride / p.groups, missing = padded - p.length;
   for (int64_t i = thread; i < missing * p.groups; i += threads) {
     const int64_t inside = p.length + i % missing;
-    p.codes[row * p.stride + i / missing * padded + inside / 16 * 16 + interleaved(static_cast<int>(inside % 16))] = 0;
+    const int place = interleaved(static_cast<int>(inside % 16), p.order);
+    p.codes[row * p.stride + i / missing * padded + inside / 16 * 16 + place] = 0;
   }
 }
 
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(kBlock) quantize_rows(const Rows<T> p) {
   float* slots = reinterpret_cast<float*>(shared_memory());
   const int thread = threadIdx.x % THREADS;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / THREADS) + threadIdx.x / THREADS;
+  let_next_start();  // it fetches weights, and waits for this launch before it reads the codes
   if (row >= p.m) return;  // a whole warp, and never where the block meets
   const T* x = p.x + row * p.k;
   const auto begin_of = [&](int64_t i) { return (i * THREADS + thread) * kSize; };
@@ -129,16 +131,20 @@ __global__ void __launch_bounds__(kBlock) quantize_rows(const Rows<T> p) {
       const Chunk<T> chunk = chunk_at(i / THREADS);
       for (int j = 0; j < kSize && i * kSize + j < p.k; ++j) store_one(p, codes, i * kSize + j, chunk[j], divisor);
     }
-  } else if (p.interleave) {
+  } else if (p.order == Order::nibbles) {
 #pragma unroll
     for (int i = 0; i < LOADS; ++i)
-      if (begin_of(i) < p.k) store_interleaved(codes, begin_of(i), kept[i], divisor);
+      if (begin_of(i) < p.k) store_nibbles(codes, begin_of(i), kept[i], divisor);
+  } else if (p.order == Order::fields) {
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+      if (begin_of(i) < p.k) store_fields(codes, begin_of(i), kept[i], divisor);
   } else {
 #pragma unroll
     for (int i = 0; i < LOADS; ++i)
       if (begin_of(i) < p.k) store_natural(codes, begin_of(i), kept[i], divisor);
   }
-  if (p.interleave) store_padding(p, row, thread, THREADS);
+  if (p.order != Order::natural) store_padding(p, row, thread, THREADS);
 }
 
 template <class T, int THREADS, int LOADS, bool NORM>
@@ -170,7 +176,8 @@ __global__ void clear(const Clear p) {
 }
 
 template <class T>
-int quantize(const QuantizeActivation& a, bool interleave, int64_t groups, cudaStream_t stream) {
+int quantize(const QuantizeActivation& a, Order order, int64_t groups, cudaStream_t stream) {
+  const bool natural = order == Order::natural;
   Rows<T> p = {};
   p.x = static_cast<const T*>(a.x);
   p.norm_weight = static_cast<const T*>(a.norm_weight);
@@ -181,11 +188,11 @@ int quantize(const QuantizeActivation& a, bool interleave, int64_t groups, cudaS
   p.k = a.k;
   p.groups = groups;
   p.length = a.k / groups;
-  p.stride = interleave ? padded_width(a.k, groups) : a.k;
+  p.stride = natural ? a.k : padded_width(a.k, groups);
   p.eps = a.eps;
   p.norm_eps = a.norm_eps;
-  p.interleave = interleave;
-  p.wide = wide_rows(a.x, a.k, sizeof(T)) && aligned(a.codes, 8) && (!interleave || groups == 1 || p.length % 64 == 0);
+  p.order = order;
+  p.wide = wide_rows(a.x, a.k, sizeof(T)) && aligned(a.codes, 8) && (natural || groups == 1 || p.length % 64 == 0);
   p.phase = Phase::token;
   if (!a.per_tensor) return choose(p, stream);
   p.absmax = static_cast<uint32_t*>(a.workspace);
@@ -196,23 +203,25 @@ int quantize(const QuantizeActivation& a, bool interleave, int64_t groups, cudaS
   return choose(p, stream);
 }
 
-int quantize_any(const QuantizeActivation& p, bool interleave, int64_t groups, cudaStream_t stream) {
+int quantize_any(const QuantizeActivation& p, Order order, int64_t groups, cudaStream_t stream) {
   if (p.m == 0 || p.k == 0) return 0;
   if (p.m < 0 || p.k < 0 || p.k > kMaxWidth || groups < 1 || p.k % groups || (p.per_tensor && !p.workspace))
     return kInvalidValue;
   switch (p.dtype) {
-    case Dtype::f32: return quantize<float>(p, interleave, groups, stream);
-    case Dtype::bf16: return quantize<Bf16>(p, interleave, groups, stream);
-    case Dtype::f16: return quantize<F16>(p, interleave, groups, stream);
+    case Dtype::f32: return quantize<float>(p, order, groups, stream);
+    case Dtype::bf16: return quantize<Bf16>(p, order, groups, stream);
+    case Dtype::f16: return quantize<F16>(p, order, groups, stream);
   }
   return kInvalidValue;
 }
 
 }  // namespace
 
-int quantize_activation(const QuantizeActivation& p, cudaStream_t stream) { return quantize_any(p, false, 1, stream); }
+int quantize_activation(const QuantizeActivation& p, cudaStream_t stream) {
+  return quantize_any(p, Order::natural, 1, stream);
+}
 
-int quantize_interleaved(const PackedLinear& p, cudaStream_t stream) {
+int quantize_interleaved(const PackedLinear& p, Order order, cudaStream_t stream) {
   QuantizeActivation q = {};
   q.x = p.x;
   q.dtype = p.out.dtype;
@@ -223,7 +232,7 @@ int quantize_interleaved(const PackedLinear& p, cudaStream_t stream) {
   q.codes = p.codes;
   q.divisor = p.divisor;
   q.workspace = p.workspace;
-  return quantize_any(q, true, p.groups, stream);
+  return quantize_any(q, order, p.groups, stream);
 }
 
 }  // namespace qat::cuda

@@ -22,14 +22,22 @@ __device__ __forceinline__ uint32_t code_bits(float x, float divisor) {
   return float_to_bits(add(mul(x, divisor), 12582912.0f));
 }
 
+// All ones, or 0 for the divisor of a token that holds Inf (0) or NaN: torch's codes of it are 0.
+__device__ __forceinline__ uint32_t code_mask(float divisor) { return divisor > 0.0f ? 0xffffffffu : 0u; }
+
 // The low bytes of a, b, c, d in one word.
 __device__ __forceinline__ uint32_t gather_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return byte_permute(byte_permute(a, b, 0x0040), byte_permute(c, d, 0x0040), 0x5410);
 }
 
-// Interleaved activations, the partner of 2-bit words: of 16 elements j, words 0..3 hold j = 0 2 4 6, 8 10 12 14, 1 3 5 7 and
-// 9 11 13 15. A 2-bit word's even codes lie in separate nibbles, and so do its odd ones after a shift by 2: `expand`.
-__device__ __forceinline__ int interleaved(int j) { return ((j & 1) * 2 + (j >> 3)) * 4 + (j >> 1 & 3); }
+// How activations lie beside 2-bit words, of every 16 elements j. nibbles: words 0..3 hold j = 0 2 4 6, 8 10 12 14, 1 3 5 7 and
+// 9 11 13 15, as a 2-bit word's even codes lie in separate nibbles, and so do its odd ones after a shift by 2 (`expand_one`).
+// fields: word f holds j = f, f + 4, f + 8 and f + 12, whose codes are field f of the four bytes of a 2-bit word (decode.cu).
+enum class Order : int32_t { natural, nibbles, fields };
+
+__device__ __forceinline__ int interleaved(int j, Order order) {
+  return order == Order::nibbles ? ((j & 1) * 2 + (j >> 3)) * 4 + (j >> 1 & 3) : (j & 3) * 4 + (j >> 2);
+}
 
 template <class T>
 __device__ __forceinline__ void round_chunk(const Chunk<T>& chunk, float divisor, uint32_t (&codes)[Chunk<T>::kSize]) {
@@ -42,44 +50,54 @@ template <class T>
 __device__ __forceinline__ void store_natural(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
   uint32_t codes[Chunk<T>::kSize];
   round_chunk(chunk, divisor, codes);
-  const uint32_t low = gather_bytes(codes[0], codes[1], codes[2], codes[3]);
+  const uint32_t mask = code_mask(divisor), low = gather_bytes(codes[0], codes[1], codes[2], codes[3]) & mask;
   if constexpr (Chunk<T>::kSize == 8) {
-    const uint32_t high = gather_bytes(codes[4], codes[5], codes[6], codes[7]);
+    const uint32_t high = gather_bytes(codes[4], codes[5], codes[6], codes[7]) & mask;
     *reinterpret_cast<uint64_t*>(row + begin) = low | static_cast<uint64_t>(high) << 32;
   } else {
     *reinterpret_cast<uint32_t*>(row + begin) = low;
   }
 }
 
-// The same, interleaved: groups are whole blocks of 64, or there is one.
+// The same in the order of nibbles: groups are whole blocks of 64, or there is one.
 template <class T>
-__device__ __forceinline__ void store_interleaved(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
+__device__ __forceinline__ void store_nibbles(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
   uint32_t codes[Chunk<T>::kSize];
   round_chunk(chunk, divisor, codes);
+  const uint32_t mask = code_mask(divisor);
   int8_t* block = row + begin / 16 * 16 + begin % 16 / 8 * 4;
   if constexpr (Chunk<T>::kSize == 8) {
-    *reinterpret_cast<uint32_t*>(block) = gather_bytes(codes[0], codes[2], codes[4], codes[6]);
-    *reinterpret_cast<uint32_t*>(block + 8) = gather_bytes(codes[1], codes[3], codes[5], codes[7]);
+    *reinterpret_cast<uint32_t*>(block) = gather_bytes(codes[0], codes[2], codes[4], codes[6]) & mask;
+    *reinterpret_cast<uint32_t*>(block + 8) = gather_bytes(codes[1], codes[3], codes[5], codes[7]) & mask;
   } else {
     block += begin % 8 / 4 * 2;
-    *reinterpret_cast<uint16_t*>(block) = static_cast<uint16_t>(byte_permute(codes[0], codes[2], 0x0040));
-    *reinterpret_cast<uint16_t*>(block + 8) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040));
+    *reinterpret_cast<uint16_t*>(block) = static_cast<uint16_t>(byte_permute(codes[0], codes[2], 0x0040) & mask);
+    *reinterpret_cast<uint16_t*>(block + 8) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040) & mask);
+  }
+}
+
+// The same in the order of fields.
+template <class T>
+__device__ __forceinline__ void store_fields(int8_t* row, int64_t begin, const Chunk<T>& chunk, float divisor) {
+  uint32_t codes[Chunk<T>::kSize];
+  round_chunk(chunk, divisor, codes);
+  const uint32_t mask = code_mask(divisor);
+  int8_t* block = row + begin / 16 * 16 + begin % 16 / 4;
+#pragma unroll
+  for (int f = 0; f < 4; ++f) {
+    if constexpr (Chunk<T>::kSize == 8) {
+      const uint32_t pair = byte_permute(codes[f], codes[f + 4], 0x0040) & mask;
+      *reinterpret_cast<uint16_t*>(block + f * 4) = static_cast<uint16_t>(pair);
+    } else {
+      block[f * 4] = static_cast<int8_t>(codes[f] & mask);
+    }
   }
 }
 
 // Four codes t + 1, one in each of the low 16 bits' nibbles, to four int8 t: a table of 4 bytes looked up by prmt.
 __device__ __forceinline__ uint32_t expand_nibbles(uint32_t codes) { return byte_permute(0x000100ffu, 0x000100ffu, codes); }
 
-// 16 codes t + 1 to int8 t, in the order of interleaved activations: 9 instructions.
-__device__ __forceinline__ void expand(uint32_t word, uint32_t (&t)[4]) {
-  const uint32_t even = word & 0x33333333u, odd = word >> 2 & 0x33333333u;
-  t[0] = expand_nibbles(even);
-  t[1] = expand_nibbles(even >> 16);
-  t[2] = expand_nibbles(odd);
-  t[3] = expand_nibbles(odd >> 16);
-}
-
-// Word `q` of what `expand` gives: 3 instructions.
+// Word `q` of 16 codes t + 1 as int8 t in the order of nibbles: 3 instructions.
 __device__ __forceinline__ uint32_t expand_one(uint32_t word, int q) {
   return expand_nibbles(word >> ((q & 1) * 16 + (q >> 1) * 2) & 0x33333333u);
 }

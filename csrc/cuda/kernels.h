@@ -107,8 +107,8 @@ struct PackedLinear {
   int8_t* codes;            // scratch [M, padded_width(K, G)], 16-byte aligned; null where packed_linear_fused
   float* divisor;           // scratch [M]; null where packed_linear_fused
   void* workspace;          // needed if per_tensor and not packed_linear_fused
-  bool overlap;             // promises that the kernel right before on the stream writes none of packed, scale and bias: on
-                            // sm_90 and later weights are then fetched before that kernel has ended (programmatic launch)
+  bool overlap;             // on sm_90 and later a launch for one token may start before the kernel ahead of it on the stream
+                            // has ended (programmatic launch); it reads and writes nothing of other kernels before that
 };
 int packed_linear(const PackedLinear& p, cudaStream_t stream);
 bool packed_linear_fused(const PackedLinear& p);  // from m, n, k, groups, and the alignment of packed

@@ -23,8 +23,9 @@ int packed_linear(const PackedLinear& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return 0;
   if (packed_linear_fused(p)) return decode(p, stream);
   if (!p.codes || !p.divisor) return kInvalidValue;
-  if (const int error = quantize_interleaved(p, stream)) return error;
-  if (decode_serves(p)) return decode(p, stream);
+  const bool few = decode_serves(p);
+  if (const int error = quantize_interleaved(p, few ? Order::fields : Order::nibbles, stream)) return error;
+  if (few) return decode(p, stream);
   if (hopper_wanted(p.m, p.n) && hopper_serves(p)) return hopper_packed_gemm(p, stream);
   return packed_gemm(p, gemm_tile(p.m, p.n, p.groups), stream);
 }

@@ -11,6 +11,9 @@
 #include "../emulation/machine.h"
 #else
 #include <cuda_runtime.h>
+
+#include <atomic>
+#include <vector>
 #endif
 
 namespace qat::cuda {
@@ -38,22 +41,51 @@ __device__ inline unsigned char* shared_memory() {
   return qat_shared;
 }
 
-// Of the current device, as in sm_90.
-inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
+constexpr int kMostDevices = 64;
+
+inline int current_device() {
+  int device = 0;
   cudaGetDevice(&device);
+  return device;
+}
+
+// Of a device, as in sm_90; asked once.
+inline int compute_capability(int device = current_device()) {
+  static std::atomic<int> known[kMostDevices];
+  const bool kept = device < kMostDevices;
+  if (kept && known[device].load(std::memory_order_relaxed)) return known[device].load(std::memory_order_relaxed);
+  int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (kept) known[device].store(major * 10 + minor, std::memory_order_relaxed);
   return major * 10 + minor;
+}
+
+// Lets a kernel have so much shared memory on a device, and at least kMostShared, so that no thread lowers what another asked
+// for; once a thread.
+template <class P>
+cudaError_t allow_shared(void (*kernel)(P), std::size_t wanted, int device) {
+  struct Allowed {
+    void (*kernel)(P);
+    int device;
+    std::size_t bytes;
+  };
+  thread_local std::vector<Allowed> all;
+  const std::size_t bytes = wanted > kMostShared ? wanted : kMostShared;
+  for (const Allowed& one : all)
+    if (one.kernel == kernel && one.device == device && one.bytes >= bytes) return cudaSuccess;
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) all.insert(all.begin(), {kernel, device, bytes});
+  return error;
 }
 
 // `overlap`: the kernel may start before the one ahead of it on the stream has ended (it then calls wait_for_previous).
 template <class P>
 int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t stream, const P& parameters,
            bool overlap = false) {
+  const int device = current_device();
   if (shared_bytes > kDefaultShared) {
-    const auto limit =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const auto limit = allow_shared(kernel, shared_bytes, device);
     if (limit != cudaSuccess) return limit;
   }
   cudaLaunchAttribute attribute = {};
@@ -65,7 +97,7 @@ int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_by
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap && compute_capability() >= 90 ? 1 : 0;
+  config.numAttrs = overlap && compute_capability(device) >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 

@@ -16,7 +16,7 @@ constexpr int kPoison = 0xA5;
 // Memory that ends, or begins, at a page that cannot be touched.
 class Guarded {
  public:
-  Guarded(std::size_t bytes, bool at_end) {
+  Guarded(std::size_t bytes, bool at_end) : bytes_(bytes) {
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     const std::size_t inside = (bytes + page - 1) / page * page;
     length_ = inside + 2 * page;
@@ -29,10 +29,11 @@ class Guarded {
   Guarded(const Guarded&) = delete;
   ~Guarded() { munmap(base_, length_); }
   void* get() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
 
  private:
   char *base_, *data_;
-  std::size_t length_;
+  std::size_t length_, bytes_;
 };
 
 inline sigjmp_buf escape;  // where a fault ends

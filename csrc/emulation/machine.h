@@ -6,6 +6,8 @@
 //     a missing __syncthreads or __syncwarp     shared memory starts poisoned, and one thread or warp runs far ahead
 //     a missing wait for an asynchronous copy   its bytes arrive at the wait and never before; until then they are poison
 //     a buffer refilled too early               issuing a copy poisons its destination at once
+//     a read before the previous kernel ended   of programmatic launches, see overlap.h
+//     a copy that no fence makes a product's    bytes that copies wrote are none of a product's until fence and barrier
 //     a divergent barrier or shuffle            reported with source line and thread, as is a deadlock
 //     an access outside of memory               buffers and shared memory end (or begin) at a page that cannot be touched
 // `skip` disables one barrier or wait by its source line, so a test can remove each in turn and see the failure.
@@ -30,6 +32,7 @@
 #include <vector>
 
 #include "guarded.h"
+#include "overlap.h"
 
 #define __global__
 #define __device__
@@ -58,7 +61,9 @@ constexpr std::size_t kStack = 128 << 10;
 struct Copy {
   void* to;
   const void* from;
-  unsigned bytes, valid;  // the rest of the bytes becomes 0
+  unsigned bytes, valid;       // the rest of the bytes becomes 0
+  bool early = false;          // issued before the previous kernel had ended, with
+  unsigned char seen[16] = {}; // what could be read then
 };
 
 // A thread's part of an asynchronous matrix product (wgmma.h): its accumulators, its fragment of A, and where B lies.
@@ -69,6 +74,7 @@ struct Product {
 };
 
 enum class State { ready, block, warp, done };
+enum class Seen : uint8_t { yes, unfenced, fenced };  // fenced: but behind no barrier yet
 
 struct Fiber {
   ucontext_t start;
@@ -80,6 +86,8 @@ struct Fiber {
   void* slot = nullptr;                   // what it brings to a meeting of its warp
   std::vector<Copy> issued;               // asynchronous copies not yet in a group
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  bool waited = true;                     // for the previous kernel
+  std::vector<std::size_t> landed;        // 16 bytes of shared memory that its copies wrote since its last fence
   std::vector<Product> products;          // asynchronous products not yet in a group
   std::vector<std::vector<Product>> product_groups;
 };
@@ -90,6 +98,9 @@ struct Machine {
   unsigned threads = 0, current = 0;
   jmp_buf scheduler;
   std::unique_ptr<Guarded> shared;
+  std::vector<Seen> seen;            // by products, of each 16 bytes of shared memory
+  std::vector<std::size_t> fenced;   // those whose barrier is to come
+  Overlap overlap;
   void (*call)(void*) = nullptr;
   void* arguments = nullptr;
   std::string failure;
@@ -171,6 +182,7 @@ inline void trampoline() {
 __attribute__((noinline)) inline void resume(unsigned index) {
   Fiber& fiber = machine.fibers[index];
   machine.current = index;
+  machine.overlap.show(fiber.waited);
   threadIdx.x = index;
   if (_setjmp(machine.scheduler) != 0) return;
   if (!fiber.fresh) _longjmp(fiber.here, 1);
@@ -198,15 +210,22 @@ inline bool release() {
                                  " for threads that have ended or wait elsewhere");
   }
   for (unsigned i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
+  for (const std::size_t place : machine.fenced)
+    if (machine.seen[place] == Seen::fenced) machine.seen[place] = Seen::yes;
+  machine.fenced.clear();
   return true;
 }
 
 inline void run_block(std::size_t shared_bytes) {
   machine.shared = std::make_unique<Guarded>((shared_bytes + 15) / 16 * 16, true);
+  machine.seen.assign((shared_bytes + 15) / 16, Seen::yes);
+  machine.fenced.clear();
   for (unsigned i = 0; i < machine.threads; ++i) {
     Fiber& fiber = machine.fibers[i];
     fiber.state = State::ready;
     fiber.fresh = true;
+    fiber.waited = !machine.overlap.early;
+    fiber.landed.clear();
     fiber.issued.clear();
     fiber.groups.clear();
     fiber.products.clear();
@@ -240,8 +259,9 @@ inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {
   }
 }
 
+// `early`: the kernel may start before the one launched ahead of it has ended.
 template <class P>
-int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, const P& parameters) {
+int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, const P& parameters, bool early = false) {
   struct Call {
     void (*kernel)(P);
     const P* parameters;
@@ -252,13 +272,14 @@ int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_by
     c->kernel(*c->parameters);
   };
   machine.failure.clear();
+  machine.overlap.begin(early);
   try {
     run_grid(grid, threads, shared_bytes);
   } catch (const std::exception& error) {
     machine.failure = error.what();
-    return 999;  // cudaErrorUnknown
   }
-  return 0;
+  machine.overlap.end();
+  return machine.failure.empty() ? 0 : 999;  // cudaErrorUnknown
 }
 
 }  // namespace qat::emulation

@@ -10,8 +10,8 @@ inline unsigned char* shared_memory() { return static_cast<unsigned char*>(emula
 
 template <class P>
 int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t, const P& parameters,
-           bool = false) {
-  return emulation::launch(kernel, grid, threads, shared_bytes, parameters);
+           bool overlap = false) {
+  return emulation::launch(kernel, grid, threads, shared_bytes, parameters, overlap);
 }
 
 }  // namespace qat::cuda

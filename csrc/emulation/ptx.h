@@ -47,7 +47,10 @@ inline void copy_async(void* shared, const void* global, bool valid QAT_AT) {
   if ((reinterpret_cast<uintptr_t>(shared) | (valid ? reinterpret_cast<uintptr_t>(global) : 0)) % 16)
     fail("a misaligned copy", at);
   std::memset(shared, kPoison, 16);
-  machine.fibers[machine.current].issued.push_back({shared, global, 16, valid ? 16u : 0u});
+  Fiber& fiber = machine.fibers[machine.current];
+  Copy copy = {shared, global, 16, valid ? 16u : 0u, !fiber.waited, {}};
+  if (copy.early && valid) std::memcpy(copy.seen, global, 16);
+  fiber.issued.push_back(copy);
 }
 inline void commit_copies() {
   auto& fiber = emulation::machine.fibers[emulation::machine.current];
@@ -61,13 +64,22 @@ void wait_copies(QAT_AT_ONLY) {
   auto& groups = machine.fibers[machine.current].groups;
   while (groups.size() > PENDING) {
     for (const Copy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.from, copy.valid);
+      std::memcpy(copy.to, copy.early ? copy.seen : copy.from, copy.valid);
       std::memset(static_cast<char*>(copy.to) + copy.valid, 0, copy.bytes - copy.valid);
+      const auto place = static_cast<std::size_t>(static_cast<char*>(copy.to) - static_cast<char*>(machine.shared->get())) / 16;
+      machine.seen[place] = Seen::unfenced;
+      machine.fibers[machine.current].landed.push_back(place);
     }
     groups.erase(groups.begin());
   }
 }
-inline void wait_for_previous() {}
+inline void prefetch(const void*) {}
+inline void wait_for_previous(QAT_AT_ONLY) {
+  using namespace emulation;
+  if (machine.fibers[machine.current].waited || !in_force(at)) return;  // no site where nothing is waited for
+  machine.fibers[machine.current].waited = true;
+  machine.overlap.show(true);
+}
 inline void let_next_start() {}
 inline void atomic_max(uint32_t* to, uint32_t value) { *to = std::max(*to, value); }
 inline void atomic_add(int32_t* to, int32_t value) { *to += value; }
@@ -103,13 +115,16 @@ inline void load_matrices(uint32_t (&out)[4], const void* row QAT_AT) {
   emulation::meet(slot, act, at);
   std::memcpy(out, slot.out, 16);
 }
-inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QAT_AT) {
+// A's bytes are of type T.
+template <class T>
+void mma(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const std::source_location& at) {
   struct Slot {
     uint32_t a[4], b[2];
     int32_t c[4];
   } slot = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
   const auto act = [](Slot** slots) {
-    int8_t a_16x32[16][32], b_8x32[8][32];
+    T a_16x32[16][32];
+    int8_t b_8x32[8][32];
     for (int lane = 0; lane < kWarp; ++lane) {
       const int g = lane / 4, q = lane % 4;
       for (int half = 0; half < 2; ++half) {
@@ -128,6 +143,12 @@ inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   };
   emulation::meet(slot, act, at);
   std::memcpy(c, slot.c, 16);
+}
+inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QAT_AT) { mma<int8_t>(c, a, b, at); }
+inline void mma_u8s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] QAT_AT) { mma<uint8_t>(c, a, b, at); }
+inline int32_t add_bytes(uint32_t a, int32_t c) {
+  for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> 8 * i & 255);
+  return c;
 }
 
 // ---- conversions

@@ -1,17 +1,28 @@
 // cuda/wgmma.h in plain C++. A product takes place at the wait for its group, with what shared memory holds then, and its
-// results are not there before. The order of the two memory proxies (fence_copies) is not emulated.
+// results are not there before. It reads through another proxy than copies write: their bytes are there for it only after the
+// writer's fence_copies and a barrier behind that.
 #pragma once
 #include "ptx.h"
 
 namespace qat::cuda {
 
-inline void fence_copies() {}
+inline void fence_copies(QAT_AT_ONLY) {
+  using namespace emulation;
+  if (!in_force(at)) return;
+  auto& landed = machine.fibers[machine.current].landed;
+  for (const std::size_t place : landed) machine.seen[place] = Seen::fenced;
+  machine.fenced.insert(machine.fenced.end(), landed.begin(), landed.end());
+  landed.clear();
+}
 inline void fence_products() {}
 
 inline void product_s8(int32_t (&acc)[16][4], const uint32_t (&a)[4], const unsigned char* b QAT_AT) {
   using namespace emulation;
   const auto offset = static_cast<std::size_t>(b - shared_memory());
   if (offset % 1024 >= kSwizzleRow || offset % 32) fail("a misplaced operand of a product", at);
+  for (std::size_t row = 0; row < kWarpgroup; ++row)
+    for (std::size_t i = offset + row * kSwizzleRow; i < offset + row * kSwizzleRow + 32; i += 16)
+      if (machine.seen[(i ^ (i >> 7 & 7) << 4) / 16] != Seen::yes) fail("a product of bytes that are not fenced", at);
   machine.fibers[machine.current].products.push_back({acc, {a[0], a[1], a[2], a[3]}, offset});
 }
 

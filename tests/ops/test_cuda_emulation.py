@@ -49,14 +49,35 @@ def test_quantize_activation(gpu: Emulator, dtype: torch.dtype, per_tensor: bool
         same(scale, 1 / expected_divisor)
 
 
-def test_nan_stays_in_its_token(gpu: Emulator) -> None:
-    x = torch.randn(3, 80)
-    x[1, 70] = torch.nan
-    codes, divisor, _ = quantize_activation(gpu, x, per_tensor=False)
-    expected, expected_divisor = activations.activation_codes(x, "token", EPS)
-    assert divisor.isnan().flatten().tolist() == [False, True, False]
-    same(codes[[0, 2]], expected[[0, 2]])
-    same(divisor[[0, 2]], expected_divisor[[0, 2]])
+def alike(a: torch.Tensor, b: torch.Tensor) -> None:
+    """The same bits, but that any NaN is like any other."""
+    same(a.isnan(), b.isnan())
+    same(a.nan_to_num(nan=0.0), b.nan_to_num(nan=0.0))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [5, 80, 128, 3000, 16500])
+def test_nan_and_inf_stay_in_their_token(gpu: Emulator, k: int, dtype: torch.dtype, value: float) -> None:
+    x = torch.randn(3, k).to(dtype)
+    x[1, k - 2] = value
+    for per_tensor in (False, True):
+        codes, divisor, scale = quantize_activation(gpu, x, per_tensor)
+        expected, expected_divisor = activations.activation_codes(x, "tensor" if per_tensor else "token", EPS)
+        assert per_tensor or divisor.gt(0).flatten().tolist() == [True, False, True]
+        same(codes, expected)
+        alike(divisor, expected_divisor.contiguous())
+        alike(scale, 1 / expected_divisor)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(1, 40, 256, 1), (3, 40, 256, 1), (3, 20, 90, 1), (1, 20, 256, 2), (18, 20, 64, 1)], ids=str)
+def test_linear_of_nan_and_inf(gpu: Emulator, shape: tuple[int, int, int, int], value: float) -> None:
+    for dtype in DTYPES:
+        p = problem(*shape, dtype=dtype)
+        p.x[-1, 7] = value
+        alike(packed_linear(gpu, p), expected_linear(p))
+        alike(linear(gpu, p), expected_linear(p))
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])

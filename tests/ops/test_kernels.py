@@ -89,6 +89,19 @@ def test_extreme_values():
     assert y[2].isnan().all() and wanted[2].isnan().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("k", [5, 64, 300])
+def test_tokens_with_nan_or_inf_have_codes_of_zero(isa, k, value):
+    x, packed = tokens(4, k), ops.pack_ternary(codes(9, k))
+    x[2, k // 2] = value
+    for granularity in ("token", "tensor"):
+        found, wanted = (ops.quantize_activation(x, granularity, kernels=kernels) for kernels in ("auto", "reference"))
+        same(found[0], wanted[0])
+        assert torch.equal(found[1].nan_to_num(nan=-1.0), wanted[1].nan_to_num(nan=-1.0))
+    y = ops.packed_linear(x, packed, scales(9, k, "channel"), in_features=k)
+    assert y[2].isnan().all() and y[[0, 1, 3]].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_float(dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
