@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.ops import reference
+from qat.ops import products, reference
 from qat.ops.bits.kept import keep
 from qat.ops.build import cuda as build_cuda
 from qat.ops.build.store import BuildError
@@ -61,7 +61,29 @@ def _load(index: int) -> str:
     built = build_cuda.archs_of(library)
     if not any(build_cuda.serves(one, arch) for one in built):
         raise BuildError(f"{library} is built for {', '.join(built)}, but {name} needs {arch}; name it in QAT_CUDA_ARCHS")
-    return f"{name} (sm_{arch}){FROM}{library}; {ELSEWHERE}"
+    _probe(torch.device("cuda", index), f"{name} (sm_{arch}) does not run {library}")
+    how = "" if any(build_cuda.has_code(one, arch) for one in built) else ", made from PTX by its driver"
+    return f"{name} (sm_{arch}{how}){FROM}{library}; {ELSEWHERE}"
+
+
+def _probe(device: torch.device, failed: str) -> None:
+    """Quantize and multiply a token: an old driver, or a library without an image for the device, fails here and not later.
+
+    Raises:
+        BuildError: the kernels do not run, or give another result than the reference.
+    """
+    x, scale = torch.arange(-32.0, 32.0).reshape(1, 64), torch.ones(1, 1)
+    packed = torch.arange(64, dtype=torch.uint8).reshape(4, 16) & 0x15  # fields of 0 and 1: codes of -1 and 0
+    y = reference.packed_linear(x, packed, scale, None, 64, "2bit", 8, "token", 1e-5)
+    wanted = *reference.quantize_activation(x, "token", 1e-5), y
+    try:
+        codes, x_scale = torch.ops.qat.cuda_quantize_activation(x.to(device), False, 1e-5)
+        y = torch.ops.qat.cuda_packed_linear(x.to(device), packed.to(device), scale.to(device), None, 64, False, 1e-5, False)
+        found = codes.cpu(), x_scale.cpu(), y.cpu()
+    except RuntimeError as error:
+        raise BuildError(f"{failed}: {str(error).strip().partition(chr(10))[0]}") from error
+    if not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
+        raise BuildError(f"{failed}: a probe gave other bits than the reference")
 
 
 def status(index: int | None = None) -> Status:
@@ -190,18 +212,31 @@ def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     if o.act_bits is None or x.numel() == 0 or packed.numel() == 0 or not _serves(x, o.in_features):
         return reference.packed_linear(x, packed, scale, bias, *options)
     arguments = _linear_arguments(packed, scale, bias, o)
-    return torch.ops.qat.cuda_packed_linear(narrow(x), *arguments, False).to(x.dtype)
+    return _packed(narrow(x), *arguments, False).to(x.dtype)
+
+
+def _packed(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """`cuda_packed_linear`, for many tokens by the products that the device prefers."""
+    k, per_tensor, eps, _ = rest
+    if products.preferred(x) and x.numel() > products.FEW_TOKENS * k:
+        x_q, divisor, _ = torch.ops.qat.cuda_activation_codes(x, per_tensor, eps)
+        t = torch.ops.qat.cuda_unpack(bits, k, False, torch.full((1,), -1, dtype=torch.int64, device=x.device))
+        y = products.rescaled(x_q, divisor, t, scale, bias, x.dtype)
+        if y is not None:
+            return y
+    return torch.ops.qat.cuda_packed_linear.default(x, bits, scale, bias, *rest)
 
 
 def linear_call(packed: Tensor, scale: Tensor, bias: Tensor | None, options: PackedOptions) -> tuple[Any, ...] | None:
     """(op, its arguments after x, and those of later calls), or None where the kernels do not serve.
 
-    The first call follows the kernels that wrote the weight. A later one need not: it overlaps the kernel before it.
+    Calls overlap the kernel before them, whatever it wrote: nothing is read before that one has ended.
     """
     if packed.numel() == 0 or not _serves(packed, options.in_features):
         return None
     arguments = _linear_arguments(packed, scale, bias, options)
-    return torch.ops.qat.cuda_packed_linear.default, (*arguments, False), (*arguments, True)
+    run = _packed if products.preferred(packed) else torch.ops.qat.cuda_packed_linear.default
+    return run, (*arguments, True), (*arguments, True)
 
 
 def bitlinear(
@@ -218,7 +253,7 @@ def bitlinear(
 
 
 def _multiply(x: Tensor, t: Tensor, w_scale: Tensor, bias: Tensor | None, o: TrainingOptions) -> tuple[Tensor, Tensor, Tensor]:
-    y, x_q, x_scale = torch.ops.qat.cuda_bitlinear(
+    y, x_q, x_scale = _linear(
         components.repeat(narrow(x), o.planes), t, w_scale, float_bias(bias), o.act_granularity == "tensor", o.eps
     )
     if o.planes > 1:
@@ -237,16 +272,30 @@ def coded_bitlinear(
     return _multiply(x, unpack(codes, k), w_scale.contiguous(), bias, o)
 
 
+def _linear(
+    x: Tensor, t: Tensor, w_scale: Tensor, bias: Tensor | None, per_tensor: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cuda_bitlinear`, by the products that the device prefers."""
+    if products.preferred(x):
+        x_q, divisor, x_scale = torch.ops.qat.cuda_activation_codes(x, per_tensor, eps)
+        y = products.rescaled(x_q, divisor, t, w_scale, bias, x.dtype)
+        if y is not None:
+            return y, x_q, x_scale
+    return torch.ops.qat.cuda_bitlinear(x, t, w_scale, bias, per_tensor, eps)
+
+
 def quantized_matmul(x: Tensor, t: Tensor, eps: float) -> Tensor:
     if x.numel() == 0 or t.numel() == 0 or not _serves(x, t.shape[0]):
         return reference.quantized_matmul(x, t, eps)
     one = x.new_ones(1, 1, dtype=torch.float32)
-    return torch.ops.qat.cuda_bitlinear(narrow(x), t.t().contiguous(), one, None, False, eps)[0].to(x.dtype)
+    return _linear(narrow(x), t.t().contiguous(), one, None, False, eps)[0].to(x.dtype)
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() == 0 or b.numel() == 0 or a.shape[1] > MAX_INT8_WIDTH or not _serves(a):
         return reference.int8_matmul(a, b)
+    if products.preferred(a):
+        return products.int8_matmul(a, b)
     return torch.ops.qat.cuda_int8_matmul(a.contiguous(), b.t().contiguous())
 
 

@@ -26,30 +26,39 @@ EXACT_FLOAT32_WIDTH = 2**24 // 128
 
 
 def integer_linear(
-    x: Tensor, divisor: Tensor | None, t: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, largest: int = 1
+    x: Tensor,
+    divisor: Tensor | None,
+    t: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    largest: int = 1,
+    multiply: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(x @ t^T) / divisor * w_scale + bias in `dtype`: bias after rescaling, as every deployed format has it.
 
     x [..., K] holds int8 codes with x ~ codes / divisor (or floats, with divisor None), t int8 [N, K], w_scale [1 | N, 1 | G].
-    No code of t is beyond `largest`.
+    No code of t is beyond `largest`. `multiply` gives the exact products of int8 x and t in float32, if not this does.
     """
-    k = t.shape[1]
-    compute = torch.float32 if k * largest <= EXACT_FLOAT32_WIDTH else torch.float64
-    x, codes = x.to(compute), t.to(compute)
+    if multiply is None:
+        compute = torch.float32 if t.shape[1] * largest <= EXACT_FLOAT32_WIDTH else torch.float64
+        x, t = x.to(compute), t.to(compute)
     with torch.autocast(x.device.type, enabled=False):
-        y = _scaled_matmul(x, divisor, codes, w_scale)
+        y = _scaled_matmul(x, divisor, t, w_scale, multiply or F.linear)
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def _scaled_matmul(x: Tensor, divisor: Tensor | None, codes: Tensor, w_scale: Tensor) -> Tensor:
+def _scaled_matmul(
+    x: Tensor, divisor: Tensor | None, codes: Tensor, w_scale: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     (n, k), groups = codes.shape, w_scale.shape[1]
     if groups <= 1:
-        y, scale = F.linear(x, codes).float(), w_scale.reshape(-1)
+        y, scale = multiply(x, codes).float(), w_scale.reshape(-1)
         return y * scale if divisor is None else y / (divisor * (1 / scale))
     x_groups, t_groups = x.unflatten(-1, (groups, k // groups)), codes.unflatten(-1, (groups, k // groups))
     y = torch.zeros(*x.shape[:-1], n, dtype=torch.float32, device=x.device)
     for g in range(groups):
-        y += F.linear(x_groups[..., g, :], t_groups[:, g]).float() * w_scale[:, g]
+        y += multiply(x_groups[..., g, :], t_groups[:, g]).float() * w_scale[:, g]
     return y if divisor is None else y / divisor
 
 

@@ -31,7 +31,7 @@ from throwaway import CASES, put_in_the_table
 from torch import Tensor
 
 from qat.config import QuantConfig
-from qat.ops import cuda, initial_parameters, reference
+from qat.ops import cuda, initial_parameters, products, reference
 from qat.ops.bits import kernels as bits
 from qat.ops.options import PackedOptions, training_options, weight_options
 from qat.quantizers import activations, components, packing
@@ -268,9 +268,68 @@ def test_prepared_calls(place):
     x, scale, options = tokens(1, 64), torch.rand(1, 1), PackedOptions(64, "base3", 8, "token", EPS)
     packed = packing.pack_ternary(codes(8, 64), "base3")
     run, first, later = cuda.linear_call(packed.to(device), scale.to(device), None, options)
-    assert first[-1] is False and later[-1] is True
+    assert first[-1] is True and later[-1] is True
     for arguments in (first, later):
         same(run(x.to(device), *arguments), reference.packed_linear(x, packed, scale, None, *options))
+
+
+@pytest.fixture
+def by_bf16(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device that multiplies codes in bfloat16; widths of the products."""
+    seen: list[int] = []
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        seen.append(a.shape[1])
+        exact = a.double() @ b.double()
+        assert exact.abs().max() <= 2**24
+        return exact.float()
+
+    monkeypatch.setattr(products, "preferred", lambda x: True)
+    monkeypatch.setattr(products, "_product", product)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_multiplied_in_bfloat16_give_the_same_bits(place, by_bf16, dtype):
+    device, op = place
+    for config in (QuantConfig(), QuantConfig(granularity="channel"), QuantConfig(granularity="group", group_size=24)):
+        x, w, bias = tokens(22, 72, dtype), torch.randn(40, 72), torch.randn(40)
+        found = op("bitlinear", *(value.to(device) for value in (x, w, bias)), [], *training_options(config))
+        y, x_q, x_scale, kept, scale = (value.cpu() for value in found)
+        t = unkept(kept, w, config)
+        wanted, divisor = activations.activation_codes(x, config.act_granularity, config.eps)
+        same(x_q, wanted)
+        same(x_scale, 1 / divisor)
+        same(y, reference.integer_linear(x_q, divisor, t, scale, bias, dtype))
+    for layout in LAYOUTS:
+        packed = packing.pack_ternary(codes(9, 81), layout)
+        for m in (1, 40):
+            before = len(by_bf16)
+            check_packed_linear(place, tokens(m, 81, dtype), packed, torch.rand(9, 1) + 0.01, torch.randn(9), 81, layout, "token")
+            assert (len(by_bf16) > before) == (m > products.FEW_TOKENS)
+    grad, t = tokens(20, 33, dtype), codes(33, 48)
+    same(op("quantized_matmul", grad.to(device), t.to(device), 1e-30), reference.quantized_matmul(grad, t, 1e-30))
+
+
+def test_long_int8_sums_in_bfloat16_are_exact(place, by_bf16):
+    device, op = place
+    a, b = torch.full((3, 2500), -128, dtype=torch.int8), torch.full((2500, 2), -128, dtype=torch.int8)
+    b[7, 1] = 127
+    same(op("int8_matmul", a.to(device), b.to(device)), (a.double() @ b.double()).int())
+    assert by_bf16 == [1024, 1024, 452]
+
+
+def test_too_wide_a_layer_keeps_its_integers(by_bf16):
+    assert products.rescaled(*(torch.zeros(1),) * 2, torch.zeros(1, 2**17 + 1), *(torch.zeros(1),) * 2, torch.float32) is None
+
+
+def test_devices_whose_int8_is_slow(monkeypatch):
+    x = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=3))
+    for capability, wanted in (((9, 0), False), ((10, 0), True), ((10, 3), True), ((12, 0), False)):
+        monkeypatch.setattr(products, "_capability", lambda index, found=capability: found)
+        assert products.preferred(x) is wanted
+    assert not products.preferred(torch.zeros(1))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 
 import qat
 from qat import ops
-from qat.ops import cuda
+from qat.ops import cuda, reference
 from qat.ops.build import cpu as build_cpu
 from qat.ops.build import cuda as build_cuda
 from qat.ops.build import ptxas as resources
@@ -73,8 +73,10 @@ def test_archs():
         build_cuda.check_archs([])
     assert [build_cuda.arch_of(c) for c in ((8, 0), (8, 9), (9, 0), (12, 0))] == ["80", "89", "90a", "120"]
     assert build_cuda.serves("80", "80") and build_cuda.serves("80", "89") and build_cuda.serves("90a", "90a")
-    for built, wanted in (("89", "80"), ("80", "90a"), ("90", "90a"), ("90a", "100"), ("100", "120")):
+    for built, wanted in (("89", "80"), ("80", "90a"), ("90", "90a"), ("90a", "100"), ("90a", "120")):
         assert not build_cuda.serves(built, wanted)
+    for built, wanted in (("80", "100"), ("100", "120"), ("90", "103")):  # by PTX
+        assert build_cuda.serves(built, wanted) and not build_cuda.has_code(built, wanted)
 
 
 def test_needed_archs(monkeypatch):
@@ -89,6 +91,53 @@ def test_needed_archs(monkeypatch):
     assert build_cuda.needed_archs() == build_cuda.ARCHS
     monkeypatch.setenv("QAT_CUDA_ARCHS", "120 89")
     assert build_cuda.needed_archs() == ["89", "120"]
+
+
+def test_a_gpu_newer_than_nvcc_takes_the_newest_arch_it_knows(monkeypatch):
+    monkeypatch.delenv("QAT_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability, known, wanted in (
+        ((12, 0), ["75", "80", "89", "90"], "90"),
+        ((12, 0), ["80", "90", "100", "120", "121"], "120"),
+        ((9, 0), ["80", "90"], "90a"),
+        ((8, 6), [], "86"),
+        ((13, 0), ["80", "103", "120"], "120"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        monkeypatch.setattr(build_cuda, "known_archs", lambda known=known: known)
+        assert build_cuda.needed_archs() == [wanted]
+        assert build_cuda.serves(wanted, build_cuda.arch_of(capability))
+
+
+def test_the_newest_plain_arch_has_ptx(nvcc):
+    build_cuda.build(["90a", "80", "86"])
+    calls = nvcc.calls()[:-1]
+    assert all(call.count("code=compute_") == 1 and "-gencode=arch=compute_86,code=compute_86" in call for call in calls)
+
+
+def test_ptx_serves_where_nothing_can_be_built(nvcc, monkeypatch):
+    library = build_cuda.build(["80", "90a"])
+    assert build_cuda._place(["120"], ("nvcc", "another")) != library.parent
+    monkeypatch.setattr(build_cuda, "compiler", lambda: None)
+    assert build_cuda.build(["120"]) == library
+
+
+@pytest.mark.parametrize("wrong", ["codes", "y", "image"])
+def test_a_library_that_does_not_run_is_found_at_load(monkeypatch, wrong):
+    def quantize(x, per_tensor, eps):
+        codes, scale = reference.quantize_activation(x, "token", eps)
+        if wrong == "image":
+            raise RuntimeError("quantize_activation failed: no kernel image is available for execution on the device\nmore")
+        return codes + (wrong == "codes"), scale
+
+    def multiply(x, packed, scale, bias, k, per_tensor, eps, overlap):
+        return reference.packed_linear(x, packed, scale, bias, k, "2bit", 8, "token", eps) + (wrong == "y")
+
+    fake = SimpleNamespace(cuda_quantize_activation=quantize, cuda_packed_linear=multiply)
+    monkeypatch.setattr(torch.ops, "qat", fake)
+    message = "no kernel image is available for execution on the device$" if wrong == "image" else "other bits than the reference"
+    with pytest.raises(BuildError, match=f"a GPU does not run it: .*{message}"):
+        cuda._probe(torch.device("cpu"), "a GPU does not run it")
 
 
 def test_a_build_is_found_again_and_made_anew_when_anything_changes(nvcc):
@@ -247,10 +296,14 @@ def test_an_old_gpu_gives_one_clear_message(gpu, capsys):
 def test_a_library_without_this_gpus_code_says_so(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(build_cuda, "load", lambda archs: tmp_path / "cuda-1-2-80" / "library.so")
+    monkeypatch.setattr(cuda, "_probe", lambda device, failed: None)
     assert cuda.status().why.endswith("library.so is built for 80, but Tesla T4 needs 90a; name it in QAT_CUDA_ARCHS")
     monkeypatch.setattr(cuda, "_states", {})
     monkeypatch.setattr(build_cuda, "load", lambda archs: tmp_path / "cuda-1-2-80_90a" / "library.so")
     assert cuda.status().kernels == "compiled" and "Tesla T4 (sm_90a)" in cuda.status().why
+    monkeypatch.setattr(cuda, "_states", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))
+    assert "Tesla T4 (sm_120, made from PTX by its driver)" in cuda.status().why
 
 
 def test_environment_overrides(monkeypatch):

@@ -3,7 +3,7 @@
 python -m qat.ops.build                                 for this machine: CPU, and CUDA where torch and nvcc have it
 python -m qat.ops.build --cuda-arch native              CUDA alone, for the GPUs of this machine
 python -m qat.ops.build --cuda-arch 80 90a              CUDA alone, for these GPUs, wherever nvcc is
-python -m qat.ops.build --cuda-arch 80 90a --check      the table of registers; fails on a spill or a warning
+python -m qat.ops.build --cuda-arch 80 90a --check      registers and loops; fails on a spill, a warning or a gate
 env $(python -m qat.ops.build --sanitize) python -m pytest ...    as `make sanitize` does; with --capture=sys, or a report is lost
 """
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from qat.ops.build import cpu as build_cpu
 from qat.ops.build import cuda as build_cuda
+from qat.ops.build import gates, sass
 from qat.ops.build import ptxas as resources
 from qat.ops.build.store import BuildError
 
@@ -58,10 +60,24 @@ def _check_cuda(archs: Sequence[str]) -> None:
     print(resources.HEADER)
     for kernel in resources.kernels(log):
         print(kernel.line())
-    found = resources.complaints(log)
+    found = resources.complaints(log) + _check_code(library)
     if found:
         raise SystemExit("\n".join(["qat: the CUDA kernels compile, but:", *found]))
     print(f"no spill, no warning; {library.name} links and loads, built by {(library.parent / 'done').read_text()}")
+
+
+def _check_code(library: Path) -> list[str]:
+    """Print what the main loops execute; what is beyond the gates, in words."""
+    functions = sass.functions(library)
+    if functions is None:
+        print("machine code is not checked: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        return []
+    print(f"{'arch':8}{'bytes':>8}{'loop':>7}{'products':>10}{'each':>7}  kernel")
+    for one in functions:
+        if one.main_loop is not None:
+            loop = one.main_loop
+            print(f"{one.arch:8}{one.size:8}{len(loop.instructions):7}{loop.products:10}{loop.each:7.1f}  {one.name}")
+    return gates.complaints(functions)
 
 
 def _build_sanitized() -> None:

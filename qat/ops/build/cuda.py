@@ -64,19 +64,44 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
 
 
-def serves(built: str, wanted: str) -> bool:
-    """Whether code for the arch `built` is what an arch `wanted` should run: the same, or an earlier of its generation."""
+def has_code(built: str, wanted: str) -> bool:
+    """Whether code for the arch `built` runs on an arch `wanted` as it is: the same, or an earlier of its generation."""
     if not (built.isdigit() and wanted.isdigit()):
         return built == wanted
     return int(built) // 10 == int(wanted) // 10 and int(built) <= int(wanted)
 
 
+def serves(built: str, wanted: str) -> bool:
+    """Whether an arch `wanted` should run what was built for `built`: its code, or its PTX where that is older.
+
+    The driver makes code from PTX at the first load. Not for 9.0, which would lose its own matrix instructions.
+    """
+    return has_code(built, wanted) or (built.isdigit() and wanted.isdigit() and int(built) < int(wanted))
+
+
 def needed_archs() -> list[str]:
-    """$QAT_CUDA_ARCHS, or those of the visible GPUs that can run the kernels, or ARCHS where none is visible."""
+    """$QAT_CUDA_ARCHS, or those of the visible GPUs that can run the kernels, or ARCHS where none is visible.
+
+    Of a GPU that is newer than nvcc it is the newest that nvcc knows: its PTX serves.
+    """
     if os.environ.get("QAT_CUDA_ARCHS"):
         return check_archs(os.environ["QAT_CUDA_ARCHS"].split())
     found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return check_archs([arch_of(one) for one in found if one >= LEAST] or ARCHS)
+    known = known_archs()
+    return check_archs([_possible(arch_of(one), known) for one in found if one >= LEAST] or ARCHS)
+
+
+def known_archs() -> list[str]:
+    """The plain archs that nvcc compiles for; none where it is not there or does not say."""
+    found = compiler()
+    code, said = _run([found[0], "--list-gpu-arch"]) if found else (1, "")
+    return re.findall(r"compute_(\d+)\b", said) if code == 0 else []
+
+
+def _possible(arch: str, known: list[str]) -> str:
+    plain = arch.rstrip("af")
+    earlier = [one for one in known if LEAST[0] * 10 <= int(one) < int(plain)]
+    return arch if not known or plain in known or not earlier else max(earlier, key=int)
 
 
 def compiler() -> tuple[str, str] | None:
@@ -106,6 +131,9 @@ def _torch_folder() -> Path:
 def _compile_command(nvcc: str, source: Path, archs: Sequence[str], out: Path) -> list[str]:
     torch_headers = [f"-isystem={_torch_folder() / 'include'}"] if source.suffix == ".cpp" else []
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    plain = [arch for arch in archs if arch.isdigit()]
+    if plain:  # PTX for newer cards than any of them
+        targets.append(f"-gencode=arch=compute_{plain[-1]},code=compute_{plain[-1]}")
     return [nvcc, "-c", str(source), "-o", str(out), *_FLAGS, *_WARNINGS, *torch_headers, *targets]
 
 
@@ -145,13 +173,17 @@ def _compile(folder: Path, found: tuple[str, str], archs: list[str]) -> None:
 
 
 def _place(archs: list[str], found: tuple[str, str] | None) -> Path | None:
-    """The folder of a finished build that serves the archs, or else the one to build in; None if there is neither."""
+    """The folder of a finished build that serves the archs, or else the one to build in; None if there is neither.
+
+    PTX serves where nothing can be built.
+    """
     content = content_key(sources(), _FLAGS)
     prefix = f"cuda-{content}-{digest(*found) if found else '*'}-"
-    for folder in sorted(build_root().glob(f"{prefix}*")):
-        built = archs_of(folder / _NAME)
-        if is_done(folder) and all(any(serves(one, arch) for one in built) for arch in archs):
-            return folder
+    for fits in [has_code] if found else [has_code, serves]:
+        for folder in sorted(build_root().glob(f"{prefix}*")):
+            built = archs_of(folder / _NAME)
+            if is_done(folder) and all(any(fits(one, arch) for one in built) for arch in archs):
+                return folder
     return build_root() / f"{prefix}{'_'.join(archs)}" if found else None
 
 

@@ -36,8 +36,8 @@ _ENTRY = re.compile(
 )
 
 
-def _demangled(names: list[str]) -> list[str]:
-    """The names as the source has them, without parameters, where binutils is there."""
+def demangled(names: list[str]) -> list[str]:
+    """Names as the source has them, without parameters, where binutils is there."""
     if not names or not (tool := shutil.which("c++filt")):
         return names
     done = subprocess.run([tool, "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
@@ -47,7 +47,7 @@ def _demangled(names: list[str]) -> list[str]:
 def kernels(log: str) -> list[Kernel]:
     """Every kernel that the log of a compilation with -Xptxas=-v reports."""
     found = list(_ENTRY.finditer(log))
-    names = _demangled([entry["name"] for entry in found])
+    names = demangled([entry["name"] for entry in found])
     rows = []
     for entry, name in zip(found, names, strict=True):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
