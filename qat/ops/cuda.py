@@ -31,6 +31,7 @@ from qat.ops.choice import FROM, Status, choose, say_left
 from qat.ops.derived import Derived
 from qat.ops.operands import ELSEWHERE, FITTED, MAX_WIDTH, float_bias, multiplies, narrow
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions
+from qat.ops.products.probe import probe
 from qat.quantizers import binary, components, latent, packing, scales, ternary
 from qat.quantizers.record import Quantizer, resolve
 
@@ -61,29 +62,9 @@ def _load(index: int) -> str:
     built = build_cuda.archs_of(library)
     if not any(build_cuda.serves(one, arch) for one in built):
         raise BuildError(f"{library} is built for {', '.join(built)}, but {name} needs {arch}; name it in QAT_CUDA_ARCHS")
-    _probe(torch.device("cuda", index), f"{name} (sm_{arch}) does not run {library}")
+    probe(torch.device("cuda", index), f"{name} (sm_{arch}) does not run {library}")
     how = "" if any(build_cuda.has_code(one, arch) for one in built) else ", made from PTX by its driver"
     return f"{name} (sm_{arch}{how}){FROM}{library}; {ELSEWHERE}"
-
-
-def _probe(device: torch.device, failed: str) -> None:
-    """Quantize and multiply a token: an old driver, or a library without an image for the device, fails here and not later.
-
-    Raises:
-        BuildError: the kernels do not run, or give another result than the reference.
-    """
-    x, scale = torch.arange(-32.0, 32.0).reshape(1, 64), torch.ones(1, 1)
-    packed = torch.arange(64, dtype=torch.uint8).reshape(4, 16) & 0x15  # fields of 0 and 1: codes of -1 and 0
-    y = reference.packed_linear(x, packed, scale, None, 64, "2bit", 8, "token", 1e-5)
-    wanted = *reference.quantize_activation(x, "token", 1e-5), y
-    try:
-        codes, x_scale = torch.ops.qat.cuda_quantize_activation(x.to(device), False, 1e-5)
-        y = torch.ops.qat.cuda_packed_linear(x.to(device), packed.to(device), scale.to(device), None, 64, False, 1e-5, False)
-        found = codes.cpu(), x_scale.cpu(), y.cpu()
-    except RuntimeError as error:
-        raise BuildError(f"{failed}: {str(error).strip().partition(chr(10))[0]}") from error
-    if not all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)):
-        raise BuildError(f"{failed}: a probe gave other bits than the reference")
 
 
 def status(index: int | None = None) -> Status:

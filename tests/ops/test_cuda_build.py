@@ -21,6 +21,7 @@ from qat.ops.build import cuda as build_cuda
 from qat.ops.build import ptxas as resources
 from qat.ops.build.store import BuildError, content_key, is_done
 from qat.ops.choice import choose
+from qat.ops.products.probe import probe
 
 ROOT = Path(qat.__file__).resolve().parent.parent
 # Stands for nvcc: notes its arguments, prints what ptxas would, and writes an empty output; or fails as nvcc does.
@@ -137,7 +138,7 @@ def test_a_library_that_does_not_run_is_found_at_load(monkeypatch, wrong):
     monkeypatch.setattr(torch.ops, "qat", fake)
     message = "no kernel image is available for execution on the device$" if wrong == "image" else "other bits than the reference"
     with pytest.raises(BuildError, match=f"a GPU does not run it: .*{message}"):
-        cuda._probe(torch.device("cpu"), "a GPU does not run it")
+        probe(torch.device("cpu"), "a GPU does not run it")
 
 
 def test_a_build_is_found_again_and_made_anew_when_anything_changes(nvcc):
@@ -296,7 +297,7 @@ def test_an_old_gpu_gives_one_clear_message(gpu, capsys):
 def test_a_library_without_this_gpus_code_says_so(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(build_cuda, "load", lambda archs: tmp_path / "cuda-1-2-80" / "library.so")
-    monkeypatch.setattr(cuda, "_probe", lambda device, failed: None)
+    monkeypatch.setattr(cuda, "probe", lambda device, failed: None)
     assert cuda.status().why.endswith("library.so is built for 80, but Tesla T4 needs 90a; name it in QAT_CUDA_ARCHS")
     monkeypatch.setattr(cuda, "_states", {})
     monkeypatch.setattr(build_cuda, "load", lambda archs: tmp_path / "cuda-1-2-80_90a" / "library.so")
