@@ -43,7 +43,7 @@ class GatheredCodes(Tensor):
             return cls(one.codes, one.scale, one.shape)
         if func is _aten.zeros_like.default:  # the gradient of a weight that took no part
             return torch.zeros(args[0].shape, device=args[0].device)
-        raise RuntimeError(f"{func} needs a weight's floats, of which only codes were gathered; use trainer.gather=float32")
+        raise RuntimeError(f"{func} needs a weight's floats, of which only codes were gathered")
 
 
 class _Linear(torch.autograd.Function):

@@ -24,10 +24,15 @@ from qat.ops.shards.sums import local_sums, summed
 
 
 def gather_codes(model: nn.Module, mesh: DeviceMesh) -> dict[str, str]:
-    """Make a sharded model gather its latent weights as codes; name -> why not, of those that must travel in float32."""
+    """Make a sharded model, of which nothing was gathered yet, gather its latent weights as codes.
+
+    Returns:
+        name -> why not, of those that must travel in float32.
+    """
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     reasons = {name: _unfit(layer, users) for name, layer in bitlinears(model)}
     gathering = Gathering({name: layer for name, layer in bitlinears(model) if reasons[name] is None}, mesh.size())
+    gathering.begin()
     model.register_forward_pre_hook(gathering.begin, prepend=True)  # before FSDP2's own
     return {name: why for name, why in reasons.items() if why is not None}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from qat.losses.layers import find_layers
 from qat.training.strategies.shards import divided, whole
 
 
-def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def sharded(model: nn.Module, mesh: DeviceMesh, ready: Callable[[nn.Module], object] | None = None) -> nn.Module:
     """A model of the same structure, buffers and names, of whose parameters each device of the 1-D mesh holds its rows.
+
+    `ready` is called with it before its first gather, which settles what travels (`codes.gather_codes`).
 
     Raises:
         ValueError: a parameter has no rows to divide.
@@ -39,6 +42,8 @@ def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     parts = {id(p): nn.Parameter(divided(p, mesh), p.requires_grad) for p in model.parameters()}
     given = {name: parts[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     shell.load_state_dict(given, strict=False, assign=True)
+    if ready is not None:
+        ready(shell)
     _gather_once(shell)
     return shell.train(model.training)
 
