@@ -6,6 +6,7 @@ What does not answer in time is killed, and the next function gets new ranks: a 
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import time
@@ -78,10 +79,13 @@ class Pair:
         context, port = multiprocessing.get_context("spawn"), free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.size, port, theirs)
+            )  # no daemon: what reads chats has a process
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+        atexit.register(self.close)
         self._answers(STARTED)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qat import parallel
 from qat.config import DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
+from qat.training.module import QATModule
 from qat.training.run import run
 
 TRAINER = TrainerConfig(
@@ -46,6 +50,22 @@ def performed(config: TrainConfig) -> tuple[str, int | None]:
     """On each rank: the status and signal of the run."""
     result = run(config)
     return result.status, result.signal
+
+
+def stopped(config: TrainConfig, step: int) -> str:
+    """On each rank: the status of a run in which a signal comes to the last rank while it trains the step."""
+    original = QATModule.training_step
+
+    def step_of(self: QATModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if parallel.rank() == parallel.size() - 1 and self.global_step == step - 1 and self._trainer is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    QATModule.training_step = step_of  # type: ignore[method-assign]
+    try:
+        return run(config).status
+    finally:
+        QATModule.training_step = original  # type: ignore[method-assign]
 
 
 def both(pair: Any, config: TrainConfig) -> Path:

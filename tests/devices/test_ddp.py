@@ -11,7 +11,7 @@ import pytest
 import torch
 from devices.pair import Pair
 from labelled import ROWS, write_bert, write_table
-from several import alone, assert_equal, assert_same_training, both, performed, rows, tiny
+from several import alone, assert_equal, assert_same_training, both, rows, stopped, tiny
 from transformers import AutoTokenizer
 
 from qat import parallel
@@ -57,7 +57,7 @@ def test_text_that_the_model_writes(pair: Pair, still: Path, tmp_path: Path):
 
 
 def test_classifier(pair: Pair, tmp_path: Path):
-    write_bert(tmp_path / "bert")
+    write_bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     write_table(tmp_path / "train.tsv", ROWS[:61])
     write_table(tmp_path / "dev.tsv", ROWS[61:])
     config = tiny(tmp_path / "bert", tmp_path / "train.tsv", tmp_path / "run", max_steps=6)
@@ -104,8 +104,12 @@ def test_resume_on_other_devices(pair: Pair, still: Path, text_file: Path, tmp_p
         return
     config = tiny(still, text_file, tmp_path / "run", max_steps=12, log_every_n_steps=1)
     whole = alone(config)
-    part = replace(config, trainer=replace(config.trainer, max_steps=7))
-    folder = both(pair, part) if before == 2 else _renamed(alone(part), tmp_path / "run")
+    folder = tmp_path / "run"
+    if before == 2:
+        status = f"interrupted at step 7; continue with resume={folder}"
+        assert pair(stopped, replace(config, trainer=replace(config.trainer, devices=2)), 7, seconds=120) == [status] * 2
+    else:
+        stopped(replace(config, trainer=replace(config.trainer, accumulate_grad_batches=2)), 7)
     resumed = replace(config, resume=str(folder))
     if after == 2:
         both(pair, resumed)
@@ -117,10 +121,6 @@ def test_resume_on_other_devices(pair: Pair, still: Path, text_file: Path, tmp_p
     assert_equal(first["optimizer_states"][0]["state"], second["optimizer_states"][0]["state"])
 
 
-def _renamed(folder: Path, name: Path) -> Path:
-    return folder.rename(name)
-
-
 def _draws(config: TrainConfig) -> list[float]:
     """What a rank draws where its training ends."""
     run(config)
@@ -128,9 +128,9 @@ def _draws(config: TrainConfig) -> list[float]:
 
 
 def test_ranks_draw_other_numbers_and_go_on_with_them(pair: Pair, tiny_model: Path, text_file: Path, tmp_path: Path):
-    config = tiny(tiny_model, text_file, tmp_path / "whole", max_steps=4, checkpoint_every=2, devices=2)
+    config = tiny(tiny_model, text_file, tmp_path / "whole", max_steps=4, devices=2)
     drawn = pair(_draws, config, seconds=120)
     assert drawn[0][0] != drawn[1][0]
-    part = replace(config, trainer=replace(config.trainer, max_steps=2), run=RunConfig(dir=str(tmp_path / "part")))
-    pair(performed, part, seconds=120)
-    assert pair(_draws, replace(config, resume=str(tmp_path / "part")), seconds=120) == drawn
+    part = replace(config, run=replace(config.run, dir=str(tmp_path / "part")))
+    pair(stopped, part, 2, seconds=120)
+    assert pair(_draws, replace(part, resume=str(tmp_path / "part")), seconds=120) == drawn

@@ -31,7 +31,7 @@ def config(tiny_model: Path, text_file: Path, tmp_path: Path) -> TrainConfig:
 def test_other_configurations(pair: Pair, config: TrainConfig):
     other = replace(config, trainer=replace(config.trainer, max_steps=7))
     said = "ValueError: the processes of this run differ in trainer.max_steps: rank 0 has 6, rank 1 7"
-    assert pair.failures(_different, config, other) == [said] * 2
+    assert pair.failures(_different, config, other, seconds=200) == [said] * 2
     assert not Path(str(config.run.dir)).exists()
 
 
@@ -43,7 +43,7 @@ def test_other_folders_are_one_run(pair: Pair, config: TrainConfig, tmp_path: Pa
 
 def _other_file(config: TrainConfig, link: str, files: list[str]) -> Any:
     """Under one name, as on the disks of two machines."""
-    name = Path(link + str(parallel.rank()))
+    name = Path(f"{link}{parallel.rank()}.txt")
     name.symlink_to(files[parallel.rank()])
     original = DataConfig.__getattribute__
     DataConfig.__getattribute__ = lambda self, key: str(name) if key == "train" and _reads() else original(self, key)  # type: ignore
