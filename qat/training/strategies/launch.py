@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,6 +27,10 @@ from qat.training.strategies.environment import begun, given, nodes_and_devices,
 
 if TYPE_CHECKING:
     from qat.reporting.result import RunResult
+
+
+_PATIENCE = 25.0
+"""Seconds; the agent's ends after 30."""
 
 
 @contextmanager
@@ -160,19 +166,37 @@ def _result(outcome: Path, ended: str) -> RunResult:
 
 
 def _rank(config: TrainConfig, outcome: str, launcher: int) -> None:
-    """What each process does; rank 0 leaves its result for the launcher."""
+    """What each process does; rank 0 leaves its result for the launcher.
+
+    Where a run has ended early its processes leave at once, once that result is there: the agent, which may be ending them, would
+    have each of them wait for half a minute until somebody takes what the function returns.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from qat.training.run import run
 
+    code = 0
     try:
         found: tuple[str, Any] = "result", run(config)
+        code = 0 if found[1].signal is None else 128 + found[1].signal
     except (ValueError, OSError) as error:
         found = "refused", str(error)
     except Lost as error:
-        found = "lost", str(error)
-    except Interrupted:
-        return
+        found, code = ("lost", str(error)), 1
+    except Interrupted as signalled:
+        os._exit(128 + signalled.number)
     if os.environ["RANK"] == "0":
         partial = Path(f"{outcome}.partial")
         partial.write_bytes(pickle.dumps(found))
         partial.rename(outcome)
+    if code:
+        _leave(Path(outcome), code, wait=found[0] == "result")
+
+
+def _leave(outcome: Path, code: int, wait: bool) -> None:
+    """End this process; not before rank 0 is done, as the agent ends all others with the first."""
+    until = time.monotonic() + _PATIENCE
+    while wait and not outcome.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
