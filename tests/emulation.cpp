@@ -106,6 +106,17 @@ const char* emulation_sites() {
   return text.c_str();
 }
 
+void emulation_dry(bool dry) { machine.dry = dry; }
+// Where the kernels that were launched begin, from the beginning of this function on.
+const char* emulation_launched() {
+  static std::string text;
+  text.clear();
+  for (const void* kernel : machine.launched)
+    text += std::to_string(static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&emulation_launched)) + "\n";
+  machine.launched.clear();
+  return text.c_str();
+}
+
 int run_quantize_activation(const QuantizeActivation* p) { return quantize_activation(*p, nullptr); }
 int run_quantize_weight(const QuantizeWeight* p) { return quantize_weight(*p, nullptr); }
 int run_soften(const float* w, int64_t rows, int64_t length, const float* levels, const float* borders, int64_t m,

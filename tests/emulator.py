@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, c_bool, c_int64, c_uint64, c_void_p
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,16 @@ def compiled_ops() -> Path:
     return library
 
 
+@cache
+def kernel_names(library: str) -> dict[int, str]:
+    """Every kernel instance in the library, by where it begins; a kernel is a function of one struct of parameters."""
+    found = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split(maxsplit=2) for line in found.splitlines() if " t " in line or " T " in line]
+    origin = next(int(at, 16) for at, _, name in symbols if name == "emulation_launched")
+    plain = {int(at, 16) - origin: name.replace("qat::cuda::(anonymous namespace)::", "") for at, _, name in symbols}
+    return {at: name.removeprefix("void ").rpartition("(")[0] for at, name in plain.items()}
+
+
 def passed(argument: Any) -> Any:
     """Structures by pointer; numbers and addresses as 64 bits."""
     return ctypes.byref(argument) if isinstance(argument, Structure) else c_int64(argument or 0)
@@ -115,6 +126,7 @@ class Emulator:
         library.emulation_free.argtypes = [c_void_p]
         library.emulation_failure.restype = ctypes.c_char_p
         library.emulation_sites.restype = ctypes.c_char_p
+        library.emulation_launched.restype = ctypes.c_char_p
         library.run_packed_linear_fused.restype = c_bool
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[int, Callable[[], Tensor]]:
@@ -152,6 +164,15 @@ class Emulator:
 
     def sites(self) -> list[str]:
         return self.library.emulation_sites().decode().split()
+
+    def dry(self, on: bool) -> None:
+        """Launches are only noted."""
+        self.library.emulation_dry(c_bool(on))
+
+    def launched(self) -> set[str]:
+        """The kernels launched while it was dry, since the last call."""
+        names = kernel_names(self.library._name)
+        return {names[int(line)] for line in self.library.emulation_launched().decode().split()}
 
     def free(self) -> None:
         for buffer in self.buffers:

@@ -10,13 +10,11 @@
 //     a copy that no fence makes a product's    bytes that copies wrote are none of a product's until fence and barrier
 //     a divergent barrier or shuffle            reported with source line and thread, as is a deadlock
 //     an access outside of memory               buffers and shared memory end (or begin) at a page that cannot be touched
-// `skip` disables one barrier or wait by its source line, so a test can remove each in turn and see the failure.
+// `skip` disables one barrier or wait by its source line, so a test can remove each in turn and see the failure. With `dry`
+// nothing runs, and it is only known which kernels were launched.
 //
 // Legend: a block's threads are numbered 0.., in warps of 32.
 #pragma once
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <bit>
 #include <cstddef>
@@ -25,12 +23,12 @@
 #include <cstring>
 #include <memory>
 #include <set>
-#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "fiber.h"
 #include "guarded.h"
 #include "overlap.h"
 
@@ -55,43 +53,6 @@ inline dim3 threadIdx, blockIdx, gridDim;
 
 namespace qat::emulation {
 
-constexpr unsigned kWarp = 32;
-constexpr std::size_t kStack = 128 << 10;
-
-struct Copy {
-  void* to;
-  const void* from;
-  unsigned bytes, valid;       // the rest of the bytes becomes 0
-  bool early = false;          // issued before the previous kernel had ended, with
-  unsigned char seen[16] = {}; // what could be read then
-};
-
-// A thread's part of an asynchronous matrix product (wgmma.h): its accumulators, its fragment of A, and where B lies.
-struct Product {
-  int32_t (*acc)[4];
-  uint32_t a[4];
-  std::size_t b;  // offset in shared memory
-};
-
-enum class State { ready, block, warp, done };
-enum class Seen : uint8_t { yes, unfenced, fenced };  // fenced: but behind no barrier yet
-
-struct Fiber {
-  ucontext_t start;
-  jmp_buf here;
-  std::unique_ptr<char[]> stack{new char[kStack]};
-  State state = State::ready;
-  bool fresh = true;
-  std::source_location at;                // where it waits
-  void* slot = nullptr;                   // what it brings to a meeting of its warp
-  std::vector<Copy> issued;               // asynchronous copies not yet in a group
-  std::vector<std::vector<Copy>> groups;  // committed, oldest first
-  bool waited = true;                     // for the previous kernel
-  std::vector<std::size_t> landed;        // 16 bytes of shared memory that its copies wrote since its last fence
-  std::vector<Product> products;          // asynchronous products not yet in a group
-  std::vector<std::vector<Product>> product_groups;
-};
-
 // All state of the emulation; one launch at a time.
 struct Machine {
   std::vector<Fiber> fibers;  // reused from block to block
@@ -108,6 +69,8 @@ struct Machine {
   unsigned skip = 0;            // line, and
   std::string skip_file;        // file of the barriers that do nothing
   std::set<std::string> sites;  // every barrier and wait that was reached, as file:line
+  bool dry = false;             // launches run nothing, and
+  std::set<const void*> launched;  // are kept by their kernels
 };
 inline Machine machine;
 
@@ -262,6 +225,10 @@ inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {
 // `early`: the kernel may start before the one launched ahead of it has ended.
 template <class P>
 int launch(void (*kernel)(P), dim3 grid, unsigned threads, std::size_t shared_bytes, const P& parameters, bool early = false) {
+  if (machine.dry) {
+    machine.launched.insert(reinterpret_cast<const void*>(kernel));
+    return 0;
+  }
   struct Call {
     void (*kernel)(P);
     const P* parameters;

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from kernel_checks import DTYPES, EPS, LAYOUTS, check_packed_linear, check_weight_codes, codes, on_the_gpu, same, tokens
+from device_shapes import ACTIVATIONS, DECODE, PREFILL, TRAINING, WEIGHTS
+from kernel_checks import DTYPES, EPS, LAYOUTS, check_packed_linear, check_weight_codes, codes, on_the_gpu, same, tokens, unkept
 from torch import Tensor
 
 import qat
@@ -16,31 +19,78 @@ from qat.quantizers import activations, packing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
 
-# decode and prefill of real models, odd shapes, and enough blocks for Hopper's own matmul, at edges of its tiles
-LARGE = [(1, 2560, 6912), (2, 13824, 2560), (16, 3840, 2560), (129, 577, 1537), (512, 2560, 2560), (1100, 2601, 2560)]
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("shape", DECODE + PREFILL, ids=str)
 def test_packed_linear_large(shape, dtype):
-    m, n, k = shape
+    m, n, k, groups = shape
     place = torch.device("cuda"), on_the_gpu
-    packed = packing.pack_ternary(codes(n, k), "2bit")
-    check_packed_linear(place, tokens(m, k, dtype), packed, torch.rand(n, 1) + 0.01, torch.randn(n), k, "2bit", "token")
+    packed, scale = packing.pack_ternary(codes(n, k), "2bit"), torch.rand(n, groups) + 0.01
+    check_packed_linear(place, tokens(m, k, dtype), packed, scale, torch.randn(n), k, "2bit", "token")
 
 
-@pytest.mark.parametrize("shape", [(300, 577, 1537), (1024, 2560, 2560), (33, 6912, 2560), (1100, 2601, 2576)], ids=str)
-def test_bitlinear_large(shape):
-    m, n, k = shape
-    x, w = tokens(m, k, torch.bfloat16), torch.randn(n, k) * 0.02
-    y, x_q, _, bits, scale = (
-        v.cpu() for v in torch.ops.qat.bitlinear(x.cuda(), w.cuda(), None, [], *training_options(QuantConfig()))
-    )
-    t = packing.unpack_ternary(bits, k, "2bit")
-    check_weight_codes(w, t, scale, QuantConfig())
+@pytest.mark.parametrize("shape", TRAINING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bitlinear_large(shape, dtype):
+    m, n, k, groups = shape
+    config = QuantConfig() if groups == 1 else QuantConfig(granularity="group", group_size=k // groups)
+    x, w = tokens(m, k, dtype), torch.randn(n, k) * 0.02
+    y, x_q, _, bits, scale = (v.cpu() for v in torch.ops.qat.bitlinear(x.cuda(), w.cuda(), None, [], *training_options(config)))
+    t = unkept(bits, w, config)
+    check_weight_codes(w, t, scale, config)
     wanted, divisor = activations.activation_codes(x, "token", EPS)
     same(x_q, wanted)
     same(y, reference.integer_linear(x_q, divisor, t, scale, None, x.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizers_large(dtype):
+    for m, k in ACTIVATIONS:
+        x = tokens(m, k, dtype)
+        found, wanted = (ops.quantize_activation(one, "token") for one in (x.cuda(), x))
+        for a, b in zip(found, wanted, strict=True):
+            same(a, b)
+    for granularity, n, k, size in WEIGHTS:
+        config, w = QuantConfig(granularity=granularity, group_size=size), (torch.randn(n, k) * 0.02).to(dtype)
+        check_weight_codes(w, *(part.cpu() for part in ops.quantize_weight(w.cuda(), config)), config)
+
+
+@pytest.mark.parametrize("width", [256, 2560])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("captured", [False, True])
+def test_programmatic_launches_as_a_chain(width, groups, captured):
+    """Layers for one token, each launched before the one ahead has ended: as if each had waited."""
+    layers = [(codes(width, width, seed), torch.rand(width, groups) / width**0.5 + 1e-3) for seed in range(8)]
+    layers = [(packing.pack_ternary(t, "2bit").cuda(), scale.cuda()) for t, scale in layers]
+    x, run = torch.zeros(1, width, device="cuda"), torch.ops.qat.cuda_packed_linear
+
+    def chain(overlap: bool) -> Tensor:
+        y = x
+        for packed, scale in layers:
+            y = run(y, packed, scale, None, width, False, EPS, overlap)
+        return y
+
+    call = partial(chain, True)
+    if captured:
+        chain(True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = chain(True)
+
+        def call() -> Tensor:
+            graph.replay()
+            return kept.clone()
+
+    found, wanted = [], []
+    for seed in range(200):
+        x.copy_(tokens(4, width, seed=seed)[3:])
+        found.append(call())
+    for seed in range(200):
+        x.copy_(tokens(4, width, seed=seed)[3:])
+        wanted.append(chain(False))
+        torch.cuda.synchronize()
+    same(torch.cat(found), torch.cat(wanted))
+    assert torch.cat(wanted).abs().amax(-1).min() > 0
 
 
 def test_the_kernels_are_compiled_and_kernels_compiled_is_honoured():
