@@ -26,6 +26,8 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+}  // namespace
+
 Tensor make_tiles(const Tensor& rows, Source source, int64_t k, int64_t groups, bool base3) {
   check_width(k, groups);
   const int64_t n = rows.size(0), row_bytes = rows.size(1);
@@ -43,6 +45,8 @@ Tensor make_tiles(const Tensor& rows, Source source, int64_t k, int64_t groups, 
                               [&](int64_t begin, int64_t end) { make_tiles(plan, begin, end); });
   return tiles;
 }
+
+namespace {
 
 Tensor cpu_tile(const Tensor& packed, int64_t k, int64_t groups, bool packed_base3, bool base3) {
   return make_tiles(packed, packed_base3 ? Source::base3 : Source::bits, k, groups, base3);
@@ -62,9 +66,7 @@ void quantize(Linear& p, bool per_tensor) {
   share(torch_threads(), p.m, step, [&](int64_t begin, int64_t end) { quantize_tokens(p, begin, end); });
 }
 
-struct Result {
-  Tensor y, x_q, x_scale;
-};
+}  // namespace
 
 Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n,
            int64_t k, int64_t groups, bool base3, bool per_tensor, double eps, bool keep) {
@@ -102,6 +104,8 @@ Result run(const Tensor& x_any, const Tensor& tiles, const Tensor& scale, const 
   return result;
 }
 
+namespace {
+
 Tensor cpu_linear(const Tensor& x, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n,
                   int64_t k, int64_t groups, bool base3, bool per_tensor, double eps) {
   return run(x, tiles, scale, bias, n, k, groups, base3, per_tensor, eps, false).y;
@@ -121,101 +125,6 @@ std::tuple<Tensor, Tensor> cpu_quantize_activation(const Tensor& x, bool per_ten
   return {result.x_q, result.x_scale};
 }
 
-constexpr int64_t kSlice = 4096;  // elements that are worked on at once, so that a single long row has work for all threads
-
-int64_t slices_of(int64_t length) { return (length + kSlice - 1) / kSlice; }
-
-// The double that `sum` gives of each slice of r rows [length] of x.
-void sum_slices(const Tensor& x, int64_t r, int64_t length, double (*sum)(const float*, int64_t), double* parts) {
-  const Dtype dtype = dtype_of(x);
-  const auto* in = static_cast<const char*>(x.const_data_ptr());
-  const int64_t size = x.element_size(), slices = slices_of(length);
-  torch::stable::parallel_for(0, r * slices, grain(length < kSlice ? length : kSlice), [&](int64_t begin, int64_t end) {
-    float floats[kSlice];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % slices * kSlice, count = length - first < kSlice ? length - first : kSlice;
-      const char* from = in + (i / slices * length + first) * size;
-      if (dtype != Dtype::f32) isa().to_float(from, dtype, count, floats);
-      parts[i] = sum(dtype == Dtype::f32 ? reinterpret_cast<const float*>(from) : floats, count);
-    }
-  });
-}
-
-double total(const double* parts, int64_t count) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < count; ++i) sum += parts[i];
-  return sum;
-}
-
-// Means float32 [R, 1] of rows [R, L], or of their magnitudes, summed in double: by slices, and then over the slices in their
-// order, so that it is the same for any number of threads.
-Tensor cpu_mean(const Tensor& rows, bool magnitudes) {
-  const int64_t r = rows.size(0), length = rows.size(1), slices = slices_of(length);
-  STD_TORCH_CHECK(rows.is_contiguous() && length > 0, "rows must be contiguous and hold something");
-  const Scratch<double> parts(r * slices);
-  sum_slices(rows, r, length, magnitudes ? isa().magnitudes : isa().sum, parts.get());
-  Tensor mean = empty({r, 1}, ScalarType::Float);
-  auto* out = static_cast<float*>(mean.mutable_data_ptr());
-  for (int64_t row = 0; row < r; ++row)
-    out[row] = static_cast<float>(total(parts.get() + row * slices, slices) / static_cast<double>(length));
-  return mean;
-}
-
-// The sum in double of all squares: one call, as a small model's gradients are many and each is small.
-double cpu_square_sum(std::vector<Tensor> tensors) {
-  double sum = 0.0;
-  for (const Tensor& x : tensors) {
-    STD_TORCH_CHECK(x.is_contiguous(), "tensors must be contiguous");
-    const Scratch<double> parts(slices_of(x.numel()));
-    sum_slices(x, 1, x.numel(), isa().squares, parts.get());
-    sum += total(parts.get(), slices_of(x.numel()));
-  }
-  return sum;
-}
-
-// int8 t of float32 rows [R, L]: with scale [R], ternary; with threshold [R], binary.
-Tensor cpu_codes(const Tensor& rows, const Tensor& value, bool binary) {
-  const int64_t r = rows.size(0), length = rows.size(1);
-  const float *in = floats(rows, r * length, "rows"), *row_value = floats(value, r, "value");
-  Tensor t = empty({r, length}, ScalarType::Char);
-  auto* out = static_cast<int8_t*>(t.mutable_data_ptr());
-  const auto codes = binary ? isa().binary : isa().ternary;
-  const int64_t slices = slices_of(length);
-  torch::stable::parallel_for(0, r * slices, grain(kSlice), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / slices, first = i % slices * kSlice, count = length - first < kSlice ? length - first : kSlice;
-      codes(in + row * length + first, count, row_value[row], out + row * length + first);
-    }
-  });
-  return t;
-}
-
-// Floats codes * scale of int8 rows [R, L] with one scale a row, or one for all: float32 (0), bfloat16 (1) or float16 (2).
-Tensor cpu_dequantize(const Tensor& codes, const Tensor& scale, int64_t kind) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  const int64_t r = codes.size(0), length = codes.size(1), slice = 1024, slices = (length + slice - 1) / slice;
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.is_contiguous() && kind >= 0 && kind < 3,
-                  "wrong codes or kind");
-  const int64_t step = scale.numel() == 1 ? 0 : 1;
-  const float* row_scale = floats(scale, step ? r : 1, "scale");
-  Tensor out = empty({r, length}, kTypes[kind]);
-  const Dtype dtype = dtype_of(out);
-  const auto* in = static_cast<const int8_t*>(codes.const_data_ptr());
-  auto* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
-  torch::stable::parallel_for(0, r * slices, grain(slice), [&](int64_t begin, int64_t end) {
-    float floats[slice];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / slices, first = i % slices * slice, count = length - first < slice ? length - first : slice;
-      const int64_t at = row * length + first;
-      float* target = size == 4 ? reinterpret_cast<float*>(to) + at : floats;
-      isa().dequantize(in + at, count, row_scale[row * step], target);
-      if (size == 2) isa().from_float(floats, count, dtype, to + at * size);
-    }
-  });
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
@@ -228,10 +137,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
       "cpu_bitlinear(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, int n, int k, int groups, bool per_tensor, float eps)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("cpu_quantize_activation(Tensor x, bool per_tensor, float eps) -> (Tensor, Tensor)");
-  m.def("cpu_mean(Tensor rows, bool magnitudes) -> Tensor");
-  m.def("cpu_square_sum(Tensor[] tensors) -> float");
-  m.def("cpu_codes(Tensor rows, Tensor value, bool binary) -> Tensor");
-  m.def("cpu_dequantize(Tensor codes, Tensor scale, int kind) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
@@ -240,10 +145,6 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_bitlinear", TORCH_BOX(&cpu_bitlinear));
   m.impl("cpu_quantize_activation", TORCH_BOX(&cpu_quantize_activation));
-  m.impl("cpu_mean", TORCH_BOX(&cpu_mean));
-  m.impl("cpu_square_sum", TORCH_BOX(&cpu_square_sum));
-  m.impl("cpu_codes", TORCH_BOX(&cpu_codes));
-  m.impl("cpu_dequantize", TORCH_BOX(&cpu_dequantize));
 }
 
 }  // namespace qat::binding

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -87,5 +88,24 @@ inline Linear with_weights(const Tensor& tiles, const Tensor& scale, const Tenso
   p.absmax = -1.0f;
   return p;
 }
+
+// ops_cpu.cpp: weights as the kernels read them, of rows in memory; and a linear of x, which keeps the codes of x and their scales
+// for a backward pass if it is told to.
+Tensor make_tiles(const Tensor& rows, Source source, int64_t k, int64_t groups, bool base3);
+struct __attribute__((visibility("hidden"))) Result {
+  Tensor y, x_q, x_scale;
+};
+Result run(const Tensor& x, const Tensor& tiles, const Tensor& scale, const std::optional<Tensor>& bias, int64_t n, int64_t k,
+           int64_t groups, bool base3, bool per_tensor, double eps, bool keep);
+
+// ops_cpu_weights.cpp, of r rows [length]: means, or those of magnitudes; codes with a scale or, binary, a threshold a row; and the
+// floats [r, length] of codes, with one scale a row or, `step` 0, for all.
+void take_means(const Tensor& x, int64_t r, int64_t length, bool magnitudes, float* mean);
+void take_codes(const float* rows, int64_t r, int64_t length, const float* value, bool binary, int8_t* t);
+Tensor floats_of(const int8_t* codes, int64_t r, int64_t length, const float* scale, int64_t step, ScalarType type);
+
+// ops_cpu_bits.cpp: codes [n, k] as 2 bits each, and the floats [n, k] that those are with scales [1 | n, groups].
+Tensor cpu_pack_bits(const Tensor& t);
+Tensor cpu_dequantize_bits(const Tensor& bits, int64_t k, const Tensor& scale, int64_t kind);
 
 }  // namespace qat::binding

@@ -37,6 +37,8 @@ void pack(const int8_t* t, int64_t k, uint8_t* out) {
   *out = byte_of(last);
 }
 
+}  // namespace
+
 Tensor cpu_pack_bits(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && t.scalar_type() == ScalarType::Char && t.is_contiguous(), "t must be contiguous int8 [N, K]");
   const int64_t n = t.size(0), k = t.size(1), bytes = (k + 3) / 4;
@@ -48,6 +50,8 @@ Tensor cpu_pack_bits(const Tensor& t) {
   });
   return bits;
 }
+
+namespace {
 
 const uint8_t* rows_of_bits(const Tensor& bits, int64_t k) {
   STD_TORCH_CHECK(bits.dim() == 2 && bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() && bits.size(1) == (k + 3) / 4,
@@ -78,6 +82,8 @@ void dequantize(const int8_t* t, int64_t first, int64_t count, const float* scal
   }
 }
 
+}  // namespace
+
 // Floats codes * scale [N, K] of bits, with scale [1 | N, G]: float32 (0), bfloat16 (1) or float16 (2).
 Tensor cpu_dequantize_bits(const Tensor& bits, int64_t k, const Tensor& scale, int64_t kind) {
   constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
@@ -106,8 +112,6 @@ Tensor cpu_dequantize_bits(const Tensor& bits, int64_t k, const Tensor& scale, i
   });
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cpu_pack_bits(Tensor t) -> Tensor");

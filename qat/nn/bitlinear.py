@@ -16,6 +16,8 @@ from qat import ops
 from qat.config import QuantConfig
 from qat.nn.carried import carried, carried_share
 from qat.nn.norm import input_norm
+from qat.ops.fused.choice import fused as fused_linear
+from qat.ops.fused.linear import FusedLinear
 from qat.ops.soft.calls import soft_bitlinear, soft_quantize
 from qat.quantizers.activations import rounded_activation
 from qat.quantizers.components import sum_components
@@ -46,6 +48,8 @@ class BitLinear(nn.Linear):
 
     _of_floats: QuantConfig | None = None
     """The ops' configuration where inputs are rounded before them."""
+    _fused: FusedLinear | None = None
+    """What runs it without detours."""
 
     def __init__(
         self,
@@ -157,8 +161,12 @@ class BitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name for it, by which some models call
         """[..., in_features] -> [..., out_features]."""
-        x = self.met(input)
-        parameters, beta = self._given(), self.beta if self.training else None
+        x, beta = self.met(input), self.beta if self.training else None
+        if self.lam is None and beta is None and not torch.compiler.is_compiling():
+            weight, own = self._parameters.get("weight"), self._parameters.get("bias")
+            if weight is not None and (fused := self._current(weight)).serves(x, weight, own):
+                return fused(x, weight, own)
+        parameters = self._given()
         if self.lam is not None:
             bias = self.output_bias(self.lam)
             bias = None if bias is None else bias.to(self.weight.dtype)
@@ -167,6 +175,17 @@ class BitLinear(nn.Linear):
         if beta is not None:
             return soft_bitlinear(x, self.weight, self.output_bias(), beta, config, parameters)
         return ops.bitlinear(x, self.weight, self.output_bias(), config, parameters)
+
+    def _current(self, weight: Tensor) -> FusedLinear:
+        """Made at the first call, and again where something of it is another."""
+        found = self._fused
+        if found is None or not found.of(self.config, weight):
+            found = self._fused = fused_linear(self.config, weight)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without what was prepared for this machine."""
+        return {**self.__dict__, "_fused": None}
 
     def _mixed_weight(self, lam: Tensor, beta: Tensor | None, parameters: list[Tensor]) -> Tensor:
         if beta is not None:

@@ -79,8 +79,13 @@ def scale_shape(n: int, k: int, granularity: str, group_size: int | None, compon
 
 def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     """`scale` rounded to that dtype within its range: neither 0 (float16 ends at 6e-8) nor infinity (above 65504)."""
+    return scale.clamp(*scale_limits(scale_dtype)).to(_SCALE_DTYPES[scale_dtype]).float()
+
+
+def scale_limits(scale_dtype: str) -> tuple[float, float]:
+    """The least number above 0 and the largest finite one of a scale's dtype."""
     limits = torch.finfo(_SCALE_DTYPES[scale_dtype])
-    return scale.clamp(limits.tiny * limits.eps, limits.max).to(_SCALE_DTYPES[scale_dtype]).float()
+    return limits.tiny * limits.eps, limits.max
 
 
 def check_weight(w: Tensor) -> None:
