@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qat.monitor.bits import counts, packed, words
+from qat.monitor.bits import Bits, joined, ones, spans, totals
 
 LOOKS = 4
 OFTEN = 2
@@ -22,30 +22,38 @@ OFTEN = 2
 class Trace:
     """Bits of all layers' codes, int64 [W] each: not 0, and above 0."""
 
-    start: tuple[Tensor, Tensor]
-    last: tuple[Tensor, Tensor]
+    start: Bits
+    last: Bits
     changes: tuple[Tensor, ...] = ()
     """Those of the last looks, the newest first."""
 
     @classmethod
-    def begun(cls, codes: Sequence[Tensor]) -> Trace:
-        """That of codes int8 which have not changed yet."""
-        found = packed(codes)
+    def begun(cls, codes: Sequence[Bits]) -> Trace:
+        """That of layers' codes which have not changed yet."""
+        found = joined(codes)
         return cls(found, found)
 
-    def looked(self, codes: Sequence[Tensor]) -> tuple[Trace, dict[str, Tensor]]:
-        """The trace after another look, and of each layer how many codes, int64 [L]: changed since the last look, changed
-        their sign or their being 0 from the start, and oscillate."""
-        now, lengths = packed(codes), [words(one.numel()) for one in codes]
-        changed = (now[0] ^ self.last[0]) | (now[1] ^ self.last[1])
-        after = replace(self, last=now, changes=(changed, *self.changes)[:LOOKS])
+    def looked(self, codes: Sequence[Bits]) -> tuple[Trace, dict[str, Tensor]]:
+        """The trace after another look at layers' codes, and of each layer how many, int64 [L]: changed since the last look,
+        changed their sign or their being 0 from the start, and oscillate."""
+        now, lengths = joined(codes), [len(kept) for kept, _ in codes]
+        changed, counted = zip(*(self._compared(now, at) for at in spans(now[0])), strict=True)
+        after = replace(self, last=now, changes=(torch.cat(changed), *self.changes)[:LOOKS])
+        return after, {name: totals(torch.cat([one[name] for one in counted]), lengths) for name in counted[0]}
+
+    def _compared(self, now: Bits, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of some words: the bits that changed since the last look, and how many of each word's codes did what."""
+        (kept, above), (last_kept, last_above), (start_kept, start_above) = (
+            (one[0][at], one[1][at]) for one in (now, self.last, self.start)
+        )
+        changed = (kept ^ last_kept) | (above ^ last_above)
         found = {
             "flip_rate": changed,
-            "sign_flips": now[0] & self.start[0] & (now[1] ^ self.start[1]),
-            "mask_changes": now[0] ^ self.start[0],
-            "oscillating": _twice(after.changes),
+            "sign_flips": kept & start_kept & (above ^ start_above),
+            "mask_changes": kept ^ start_kept,
+            "oscillating": _twice([changed, *(one[at] for one in self.changes[: LOOKS - 1])]),
         }
-        return after, {name: counts(bits, lengths) for name, bits in found.items()}
+        return changed, {name: ones(bits) for name, bits in found.items()}
 
     def state(self) -> dict[str, list[Tensor]]:
         """For a checkpoint."""

@@ -6,27 +6,32 @@ import pytest
 import torch
 
 from qat.conversion.families import families
-from qat.monitor.bits import counts, packed, words
+from qat.monitor import bits
+from qat.monitor.bits import joined, ones, packed, spans, totals
 from qat.monitor.trace import Trace
 
 
-def test_bits_are_counted_layer_by_layer() -> None:
+def test_bits_are_counted_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "SPAN", 3)  # several parts
     codes = [torch.randint(-1, 2, shape, dtype=torch.int8) for shape in ((1, 1), (8, 8), (3, 43), (5, 100), (0, 4), (7, 7))]
     codes[1].fill_(-1)
-    lengths = [words(one.numel()) for one in codes]
-    kept, above = packed(codes)
-    assert kept.dtype == torch.int64 and len(kept) == sum(lengths)
-    assert counts(kept, lengths).tolist()[:4] == [int((one != 0).sum()) for one in codes[:4]]
-    assert counts(above, lengths).tolist()[:4] == [int((one > 0).sum()) for one in codes[:4]]
-    assert counts(kept ^ kept, lengths).sum() == 0 and counts(torch.full((2,), -1), [1, 1]).tolist() == [64, 64]
+    layers = [packed(one) for one in codes]
+    lengths = [len(kept) for kept, _ in layers]
+    assert lengths == [1, 1, 3, 8, 0, 1]
+    kept, above = joined(layers)
+    assert kept.dtype == torch.int64 and len(kept) == sum(lengths) and len(spans(kept)) == 5
+    assert totals(ones(kept), lengths).tolist() == [int((one != 0).sum()) for one in codes]
+    assert totals(ones(above), lengths).tolist() == [int((one > 0).sum()) for one in codes]
+    assert ones(kept ^ kept).sum() == 0 and ones(torch.full((2,), -1)).tolist() == [64, 64]
 
 
-def test_changes_over_looks() -> None:
+def test_changes_over_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "SPAN", 2)
     looks = [torch.randint(-1, 2, (9, 23), dtype=torch.int8) for _ in range(8)]
-    trace = Trace.begun([looks[0]])
+    trace = Trace.begun([packed(looks[0])])
     for i, now in enumerate(looks[1:], 1):
         trace = Trace.of(trace.state(), torch.device("cpu"))
-        trace, found = trace.looked([now])
+        trace, found = trace.looked([packed(now)])
         flips = torch.stack([looks[j] != looks[j - 1] for j in range(max(1, i - 3), i + 1)])
         expected = {
             "flip_rate": now != looks[i - 1],

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 from tiny_run import TRAINER, killed_and_resumed
 
 from qat.config import DistillConfig, QuantConfig, TrainConfig
@@ -18,6 +19,7 @@ from qat.conversion.layers import bitlinears
 from qat.monitor.layers import read_layers
 from qat.monitor.table import SECTIONS, find, result_metrics
 from qat.train import run
+from qat.training.monitoring.looks import _norms
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
@@ -60,6 +62,11 @@ def test_a_killed_run_s_rows_and_looks_are_those_of_an_undisturbed_one(config: T
     assert 0 < last["quant/flip_rate"] < 0.5 and 0 < last["quant/oscillating"] <= 1
     assert last["quant/sign_flips"] + last["quant/mask_changes"] > last["quant/flip_rate"] / 2
     assert [row["optim/lambda"] for row in rows_of(whole) if "optim/lambda" in row] == pytest.approx([2 / 3, 1, 1, 1])
+
+
+def test_a_gradient_s_norm_is_0_only_of_zeros() -> None:
+    tiny, zeros, plain = torch.full((3, 3), 1e-30), torch.zeros(2, 2), torch.full((4, 4), 0.5)
+    assert [float(norm) for norm in _norms([tiny, zeros, plain])] == pytest.approx([3e-30, 0, 2]) and _norms([]) == []
 
 
 def test_numbers_of_looks_are_those_of_the_model(config: TrainConfig) -> None:
