@@ -17,6 +17,7 @@ from qat.ops import cpu, cuda, reference
 from qat.ops.bits import kernels as bits_kernels
 from qat.ops.bits import reference as bits
 from qat.ops.bits.kept import keep
+from qat.ops.build.caches import keep_apart
 from qat.ops.gradients import GRADIENTS, with_gradient
 from qat.ops.options import PackedOptions, TrainingOptions, WeightOptions, schema, weight_options
 from qat.ops.soft import kernels as soft_kernels
@@ -194,3 +195,4 @@ for _name, (_schema, _reference, _fake) in _OPS.items():
 for _name, _gradient in {**GRADIENTS, **SOFT_GRADIENTS}.items():
     for _twin in (_name, f"{_name}_reference"):
         _LIBRARY.impl(_twin, with_gradient(getattr(torch.ops.qat, _twin).default, *_gradient), "Autograd")
+keep_apart()
