@@ -48,7 +48,9 @@ _AXES = {
     "tokens": _row("", "tokens", "none", "Tokens of training read so far, padding included, resumed parts too."),
 }
 _TRAIN = {
-    "train/loss": _row("train", "", "down", "Weighted sum of the losses."),
+    "train/loss": _row(
+        "train", "", "down", "Weighted sum of the losses; this and its terms are means over the tokens since the last row."
+    ),
     "train/ce": _row("train", "nats", "down", "Cross-entropy with the text or the labels, a mean over the predicted tokens."),
     "train/kl": _row("train", "nats", "down", "KL divergence from the teacher's distribution."),
     "train/epoch": _row("train", "passes", "none", "Passes over the training sequences so far."),

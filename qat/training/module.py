@@ -38,6 +38,8 @@ from qat.training.strategies.optimizer_names import named, numbered
 
 LARGEST = 80.0
 """Of cross-entropies: its exponential is a float32."""
+SINCE = "losses_since_row"
+"""Key of checkpoints: the batches since the last row, of all ranks in turn."""
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -46,7 +48,7 @@ class QATModule(pl.LightningModule):
     """Trains `student` on batches of input_ids, labels and optionally attention_mask, each int64 [B, L].
 
     The teacher is frozen and is no part of checkpoints. Latent weights, gradients and optimizer state are float32 in
-    every precision. `train/<loss>` are means over the tokens of an optimizer step, `val/<loss>` over all of the validation.
+    every precision. `train/<loss>` are means over the tokens since the last row, `val/<loss>` over all of the validation.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class QATModule(pl.LightningModule):
         """Gradient norms before clipping, of the steps since somebody emptied it."""
         self.references: dict[str, float] = {}
         """Cross-entropies of other models on the text of the validations: `full_precision`, `teacher`."""
-        self._step, self._held_out = Means(), Means()
+        self._since, self._held_out = Means(), Means()
         self._taps = Taps(student, teacher, [what for what in TAPS if needs(self.distill, what)], self.distill)
 
     def release(self) -> None:
@@ -152,21 +154,21 @@ class QATModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """This batch's share of the step's loss, times the batches of a step and the ranks, by which it will be divided."""
-        accumulate = self.trainer.accumulate_grad_batches
-        if batch_idx % accumulate == 0:
-            self._step = Means()
         pairs = self.pairs(batch)
-        self._step.add(pairs)
-        self._log_step(step_ends(self.trainer, batch_idx))
         share = self.loss({name: total for name, (total, _) in pairs.items()}, batch[STEP_TOKENS])
-        divided = accumulate * parallel.size()
+        self._since.add({"loss": (share * batch[STEP_TOKENS], max(count for _, count in pairs.values())), **pairs})
+        if step_ends(self.trainer, batch_idx) and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_row()
+        divided = self.trainer.accumulate_grad_batches * parallel.size()
         return share if divided == 1 else share * divided
 
-    def _log_step(self, ends: bool) -> None:
-        """Rows are written at a step's last batch, when the means hold all of it, on all ranks; step 1 is the first."""
-        row = ends and (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        found = self._means(self._step.over_ranks() if row else self._step)
-        unmeasured = dict.fromkeys(measured(self.distill), float("nan"))  # which lightning would repeat from an earlier step
+    def _log_row(self) -> None:
+        """Means since the last row, at a step's last batch, on all ranks; step 1 is the first.
+
+        Nothing is logged of other steps: it would cost a small model a tenth of their time, and a GPU would be waited for.
+        """
+        found, self._since = self._since.over_ranks().values(), Means()
+        unmeasured = dict.fromkeys(measured(self.distill), float("nan"))  # which lightning would repeat from an earlier row
         self.log_dict({f"train/{name}": value for name, value in {**unmeasured, **found}.items()}, batch_size=1)
         if self.distill.balance is not None:
             self.log_dict({f"train/weight/{name}": weight for name, weight in self.weights().items()}, batch_size=1)
@@ -206,7 +208,8 @@ class QATModule(pl.LightningModule):
         """Nothing: `student` came as it is trained, also in parts on several devices."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The optimizer's state by names, so that a run which groups or shards otherwise can go on from it."""
+        """The optimizer's state by names, for runs that group or shard otherwise; the row that is begun."""
+        checkpoint[SINCE] = self._since.over_ranks().state()
         if (states := checkpoint.get("optimizer_states")) is not None:  # a ModelCheckpoint may save weights alone
             checkpoint["optimizer_states"] = [named(one, self._groups()) for one in states]
 
@@ -216,6 +219,7 @@ class QATModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count batches from the step, as the number of batches a step may have changed since."""
+        self._since = Means.of_this_rank(checkpoint.get(SINCE, []))
         checkpoint["optimizer_states"] = [numbered(one, self._groups()) for one in checkpoint["optimizer_states"]]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches

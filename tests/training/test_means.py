@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import killed_and_resumed, losses
 from transformers import AutoTokenizer
 
 from qat.config import DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
@@ -88,3 +89,15 @@ def test_text_in_whole_batches_is_the_plain_mean(chats: TrainConfig, text_file: 
     _, again = trained(chats, tmp_path / "2x4", 2, 4)
     assert again["train/loss"] == pytest.approx(values["train/loss"], rel=1e-6)
     assert again["train/ce"] == pytest.approx(values["train/ce"], rel=1e-6)
+
+
+def test_a_row_is_the_mean_since_the_last_one(config: TrainConfig, tmp_path: Path) -> None:
+    """To the bit also where the run died between two rows and went on from a checkpoint there; steps of text count equally."""
+    each = losses(Path(run(config).folder))
+    config.trainer = replace(config.trainer, log_every_n_steps=5)
+    config.run = RunConfig(name="tiny", dir=str(tmp_path / "rows"))
+    rows = losses(Path(run(config).folder))
+    assert list(rows) == [5, 10]
+    for row, value in rows.items():
+        assert float(value) == pytest.approx(sum(float(each[row - i]) for i in range(5)) / 5, rel=1e-6)
+    assert losses(killed_and_resumed(config, tmp_path / "parts", step=9, checkpoint_every=7)) == rows
