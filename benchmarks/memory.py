@@ -22,7 +22,8 @@ from qat.models.hub import load_model, load_tokenizer
 from qat.planning.choosing import state_bytes
 from qat.planning.facts import saved_bytes
 from qat.training.gradients.clipping import clip
-from qat.training.module import QATModule, parameter_groups
+from qat.training.gradients.groups import parameter_groups
+from qat.training.module import QATModule
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from qat.reporting import estimate, plan
 from qat.tasks import TASKS
 from qat.training.fit import device_of
 from qat.training.gradients.clipping import clip
-from qat.training.module import QATModule, parameter_groups
+from qat.training.gradients.groups import parameter_groups
+from qat.training.module import QATModule
 from qat.training.plugins import has_betas
 from qat.training.run import Job, prepare
 from qat.training.tasks import code_of

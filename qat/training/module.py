@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +21,6 @@ from torchmetrics import MetricCollection
 
 from qat import parallel
 from qat.config import DistillConfig, OptimConfig
-from qat.conversion.layers import bitlinears
 from qat.data.order import REPEATED, STEP_TOKENS
 from qat.losses import active, measured, needs, weight_at
 from qat.losses.means import Means
@@ -33,6 +32,7 @@ from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.callbacks.boundary import step_ends
 from qat.training.gradients.clipping import clip
+from qat.training.gradients.groups import parameter_groups
 from qat.training.gradients.split import LATENT
 from qat.training.strategies.optimizer_names import named, numbered
 
@@ -277,26 +277,3 @@ class QATModule(pl.LightningModule):
 
     def _decay_factor(self, step: int) -> float:
         return schedule.weight_decay_factor(step, self.total_steps, self.optim.schedule, self.optim.weight_decay_until)
-
-
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Latent weights at lr * latent_lr_multiplier; other matrices at lr; norms and biases without weight decay, and so the
-    parameters of quantizers (learned scales), in a group of their own."""
-    latent = {id(layer.weight) for _, layer in bitlinears(model)}
-    own = {id(p) for _, layer in bitlinears(model) for p in layer.quantizer_parameters().values()}
-    everything = [p for p in model.parameters() if p.requires_grad]
-    trained = [p for p in everything if id(p) not in own]
-    latents = [p for p in trained if id(p) in latent]
-    matrices = [p for p in trained if id(p) not in latent and p.ndim >= 2]
-    vectors = [p for p in trained if id(p) not in latent and p.ndim < 2]
-    groups = [
-        _group(LATENT, latents, optim.peak * optim.latent_lr_multiplier, optim.weight_decay),
-        _group("matrices", matrices, optim.peak, optim.weight_decay),
-        _group("vectors", vectors, optim.peak, 0.0),
-        _group("quantizers", [p for p in everything if id(p) in own], optim.peak, 0.0),
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _group(name: str, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
-    return {"name": name, "params": list(params), "lr": lr, "weight_decay": weight_decay}

@@ -22,7 +22,7 @@ from qat.conversion.layers import bitlinears, set_beta, set_lambda
 from qat.parallel import rank, size
 from qat.quantizers import QUANTIZERS
 from qat.training.gradients.clipping import clip
-from qat.training.module import parameter_groups
+from qat.training.gradients.groups import parameter_groups
 from qat.training.plugins import any_rows
 from qat.training.strategies.sharding import collect, sharded, units
 from qat.training.strategies.shards import local

@@ -16,7 +16,8 @@ from qat.models.weightless import faked
 from qat.planning.choosing import state_bytes
 from qat.planning.facts import Facts, facts_of, forward_flops, saved_bytes, units_of
 from qat.planning.memory import LOGITS, ONE, Choice, Student, parts
-from qat.training.module import QATModule, parameter_groups
+from qat.training.gradients.groups import parameter_groups
+from qat.training.module import QATModule
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

@@ -16,7 +16,7 @@ from qat.config import OptimConfig
 from qat.conversion.record import Conversion
 from qat.formats.packed import folder as packed
 from qat.quantizers import components
-from qat.training.module import parameter_groups
+from qat.training.gradients.groups import parameter_groups
 
 GRANULARITIES = [("tensor", None), ("channel", None), ("group", 32)]
 

@@ -27,7 +27,7 @@ from qat.ops import choice, cpu
 from qat.quantizers import QUANTIZERS
 from qat.quantizers.record import Parameter, Quantizer, WeightOptions
 from qat.train import run
-from qat.training.module import parameter_groups
+from qat.training.gradients.groups import parameter_groups
 
 
 def initial(rows: Tensor, options: WeightOptions) -> Tensor:
