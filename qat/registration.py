@@ -10,7 +10,8 @@ without it. So where transformers is not there yet, the call waits until that on
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -19,6 +20,7 @@ from typing import Any
 
 _TABLE = "transformers.quantizers.auto"
 _OURS = "qat.formats.packed.quantizer"
+_OF_TORCHAO = "torchao.prototype.safetensors.safetensors_support"
 
 
 def register() -> None:
@@ -51,6 +53,35 @@ class _ThenRegister(Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.usual
-        self.usual.exec_module(module)
+        with _torchao_later():
+            self.usual.exec_module(module)
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _TableFinder)]
         import_module(_OURS)
+
+
+@contextmanager
+def _torchao_later() -> Iterator[None]:
+    """Its import by transformers' table waits until the one function that is taken of it is called.
+
+    Where torchao is installed, each program that loads a model would otherwise begin with its notes about kernels that do not
+    load, and wait two seconds for what it does not use.
+    """
+    if _OF_TORCHAO in sys.modules:
+        yield
+        return
+    sys.modules[_OF_TORCHAO] = stand_in = ModuleType(_OF_TORCHAO)
+    stand_in.__getattr__ = _later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        sys.modules.pop(_OF_TORCHAO, None)
+
+
+def _later(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return getattr(import_module(_OF_TORCHAO), name)(*arguments, **named)
+
+    return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import importlib
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from qat.training.checkpoints import read_step
 from qat.training.plugins import optimizer_factory
 from qat.training.trainings import load_teacher
 
+ROOT = Path(__file__).resolve().parents[2]
 NODE = {"_target_": "qat.training.gradients.eight_bits.AdamW8bit", "betas": [0.9, 0.95]}
 
 
@@ -79,6 +81,21 @@ def test_a_run_with_it_and_a_teacher_in_half_resumes_to_the_same_losses(config: 
     stop_after(replace(config, trainer=replace(config.trainer, checkpoint_every=3)), 8)
     assert read_step(folder / "checkpoints/last.ckpt") == 6
     assert run(load_config(str(folder))).status == "done" and losses(folder) == losses(tmp_path / "whole")
+
+
+def test_torchao_is_imported_where_it_is_asked_for_and_silently() -> None:
+    """transformers would import it for a function that it takes of it, which is still the one that is called."""
+    pytest.importorskip("torchao")
+    code = """
+import sys, qat, transformers.modeling_utils
+from transformers.quantizers.quantizer_torchao import flatten_tensor_state_dict as flatten
+print("torchao" in sys.modules)
+import qat.training.gradients.eight_bits, torch
+print("imported", file=sys.stderr)
+print("torchao" in sys.modules, flatten({"a": torch.ones(1)})[1]["tensor_names"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == 'False\nTrue ["a"]\n' and done.stderr.startswith("imported\n"), done.stderr
 
 
 def test_without_torchao_it_says_what_to_install(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

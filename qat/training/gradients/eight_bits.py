@@ -7,15 +7,37 @@ longer than a small run. Moments are rounded in blocks of 256, which do not end 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+_NOTES = {"torchao": "Failed to load ", "torch.utils._pytree": "register_constant() on Enum subclasses"}
+"""Logger -> what it says while torchao is imported: of kernels for matrix products, and of torch's own future."""
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    found = {logging.getLogger(name): _other_than(words) for name, words in _NOTES.items()}
+    for logger, keep in found.items():
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger, keep in found.items():
+            logger.removeFilter(keep)
+
+
+def _other_than(words: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: words not in record.getMessage()
+
+
 try:
-    from torchao.optim import AdamW8bit as _AdamW8bit
-    from torchao.optim.subclass_8bit import OptimState8bit
+    with _without_notes():
+        from torchao.optim import AdamW8bit as _AdamW8bit
+        from torchao.optim.subclass_8bit import OptimState8bit
 except ImportError as error:
     raise ImportError("AdamW8bit needs torchao: pip install qat-bitlinear[torchao]") from error
 
