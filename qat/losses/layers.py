@@ -7,6 +7,7 @@ whose last one is after the final norm in most architectures and before it in ot
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,19 @@ class _Call:
 def first(output: Any) -> Any:
     """A layer's hidden states, whether it gives them alone or before others, in a tuple or as transformers' ModelOutput."""
     return output if isinstance(output, Tensor) or not hasattr(output, "__getitem__") else output[0]
+
+
+def with_first(output: Any, state: Tensor) -> Any:
+    """The same as a layer gives it, with other hidden states."""
+    if isinstance(output, Tensor):
+        return state
+    if isinstance(output, tuple | list):
+        return type(output)([state, *output[1:]])
+    if not hasattr(output, "keys"):
+        return output
+    found = copy.copy(output)
+    found[next(iter(found.keys()))] = state
+    return found
 
 
 def find_layers(model: nn.Module) -> Layers:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.config import DistillConfig
-from qat.losses.layers import find_layers, first
+from qat.losses.layers import find_layers, first, with_first
 from qat.losses.projections import find_projections
 
 Tapped = tuple[list[nn.Module], bool]
@@ -33,10 +33,14 @@ class Tap:
         self._listens = False
         self._handles = [module.register_forward_hook(self._keep) for module in modules]
 
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listens:
-            state = first(output)
-            self._states.append(state.clone() if self.copies else state)
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """What follows gets the state through a node of its own, where its gradients meet before the loss's joins them: else the
+        order of a sum of three would hang on what wraps the next layer, as FSDP2 does, and the last bit with it."""
+        if not self._listens:
+            return None
+        state = first(output)
+        self._states.append(state.clone() if self.copies else state)
+        return with_first(output, state.view_as(state))
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:

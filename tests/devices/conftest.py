@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from labelled import ROWS, write_bert, write_table
+from several import tiny
 from tiny import write_model
+
+from qat.config import DataConfig, DistillConfig, TrainConfig
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,16 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_model` without dropout."""
     sizes = {"hidden_size": 32, "intermediate_size": 43, "num_hidden_layers": 2}
     return write_model(tmp_path_factory.mktemp("models") / "still", **sizes, dropout=0.0)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> TrainConfig:
+    """A classifier that learns from 61 sentences."""
+    write_bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    write_table(tmp_path / "train.tsv", ROWS[:61])
+    write_table(tmp_path / "dev.tsv", ROWS[61:])
+    config = tiny(tmp_path / "bert", tmp_path / "train.tsv", tmp_path / "run", max_steps=6)
+    config.data = DataConfig(
+        train=str(tmp_path / "train.tsv"), valid=str(tmp_path / "dev.tsv"), sequence_length=16, batch_size=4, bucket=0
+    )
+    return replace(config, task="classification", distill=DistillConfig(ce=1.0, kl=0.0))

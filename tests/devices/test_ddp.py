@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from devices.pair import Pair
-from labelled import ROWS, write_bert, write_table
 from several import alone, assert_equal, assert_same_training, both, rows, stopped, tiny
 from transformers import AutoTokenizer
 
@@ -56,16 +55,8 @@ def test_text_that_the_model_writes(pair: Pair, still: Path, tmp_path: Path):
     assert_same_training(one, two)
 
 
-def test_classifier(pair: Pair, tmp_path: Path):
-    write_bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    write_table(tmp_path / "train.tsv", ROWS[:61])
-    write_table(tmp_path / "dev.tsv", ROWS[61:])
-    config = tiny(tmp_path / "bert", tmp_path / "train.tsv", tmp_path / "run", max_steps=6)
-    config = replace(config, task="classification", distill=DistillConfig(ce=1.0, kl=0.0))
-    config.data = DataConfig(
-        train=str(tmp_path / "train.tsv"), valid=str(tmp_path / "dev.tsv"), sequence_length=16, batch_size=4, bucket=0
-    )
-    assert_same_training(alone(config), both(pair, config))
+def test_classifier(pair: Pair, bert: TrainConfig):
+    assert_same_training(alone(bert), both(pair, bert))
 
 
 @pytest.fixture

@@ -55,9 +55,10 @@ class TermGradients(pl.Callback):
         scale = scaler.get_scale() if scaler is not None else 1.0
         with trainer.precision_plugin.train_step_context():
             terms = module.terms(batch)
+        whole = torch.stack([total for total, _ in terms.values()]).sum()
         for name, (total, _) in terms.items():
             share = total * (scale / max(batch[STEP_TOKENS], 1))
-            found = _gradients(share, latents, module)
+            found = _gradients(share, whole, latents, module)
             self._sums[name] = [
                 old + new / scale for old, new in zip(self._sums.get(name, [0.0] * len(found)), found, strict=True)
             ]
@@ -88,14 +89,18 @@ class TermGradients(pl.Callback):
         self.factors.update(state_dict["factors"])
 
 
-def _gradients(share: Tensor, latents: list[Any], module: QATModule) -> Sequence[Tensor]:
-    """Of a rank's share of the term on latent weights; of weights in parts, all ranks' on the rows that are here."""
+def _gradients(share: Tensor, whole: Tensor, latents: list[Any], module: QATModule) -> Sequence[Tensor]:
+    """Of a rank's share of the term on latent weights; of weights in parts, all ranks' on the rows that are here.
+
+    Those are gathered where a gradient comes to what their block gave. That of a term which looks inside of a block does not, so
+    nothing times the `whole` loss goes with it.
+    """
     if not is_sharded(module.student):
         return torch.autograd.grad(share, latents, retain_graph=True, materialize_grads=True)
     parameters = list(module.student.parameters())
     before = [parameter.grad for parameter in parameters]
     _set(parameters, [None] * len(before))
-    (share * parallel.size()).backward(retain_graph=True)  # type: ignore[no-untyped-call]  # FSDP2 takes means over ranks
+    (share * parallel.size() + 0 * whole).backward(retain_graph=True)  # type: ignore[no-untyped-call]  # FSDP2 takes means over ranks
     found = [torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for p in latents]
     _set(parameters, before)
     return found
