@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutput
 
-from qat.losses.layers import find_layers
+from qat.losses.layers import find_layers, with_first
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 4}
 GPT2 = {"vocab_size": 32, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -105,3 +106,12 @@ def test_random_numbers_are_left_as_they_were(tiny_model: Any) -> None:
     before = torch.get_rng_state()
     find_layers(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_states_in_what_a_layer_gives() -> None:
+    states, other, rest = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
+    assert with_first(states, other) is other and with_first((states, rest), other) == (other, rest)
+    given = BaseModelOutput(last_hidden_state=states, hidden_states=(rest,))
+    found = with_first(given, other)
+    assert type(found) is BaseModelOutput and found[0] is found.last_hidden_state is other and found.hidden_states == (rest,)
+    assert given[0] is given.last_hidden_state is states
