@@ -27,6 +27,8 @@ class TrainerConfig:
     """Nodes."""
     strategy: str = "auto"
     """How several devices share the work: `ddp`, each holds the model; `fsdp2`, each holds a shard of it; `auto`: ddp."""
+    gather: str = "auto"
+    """How latent weights travel with fsdp2: `codes` of 2 bits, equal to the bit; `float32`; `auto`: codes, where layers can."""
     precision: str = "32-true"
     """`32-true`, `bf16-mixed` or `16-mixed` (CUDA only). Latent weights and optimizer state are float32 in each."""
     accumulate_grad_batches: int = 1
@@ -59,6 +61,12 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_types("trainer", self)
         _check_strategy(self.strategy)
+        choose("trainer.gather", self.gather, ("auto", "float32", "codes"))
+        if self.gather != "auto" and self.strategy != "fsdp2":
+            raise ValueError(
+                f"trainer.gather={self.gather} needs trainer.strategy=fsdp2, not {self.strategy}: nothing else gathers weights;"
+                " use trainer.gather=auto"
+            )
         choose("trainer.accelerator", self.accelerator, ("cpu", "gpu", "auto"))
         if self.precision in ("bf16-true", "16-true"):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -9,11 +10,27 @@ from torch import Tensor, nn
 
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
+from qat.ops.options import WeightOptions, weight_options
+from qat.ops.shards.serving import unfit
 
 
 def bitlinears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
     """(name, layer) of every BitLinear, each once."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, BitLinear))
+
+
+def unfit_layers(model: nn.Module) -> dict[str, str | None]:
+    """name -> why its weight cannot travel between devices as codes, None where it can, of every BitLinear."""
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {name: _unfit(layer, users) for name, layer in bitlinears(model)}
+
+
+def _unfit(layer: BitLinear, users: Counter[int]) -> str | None:
+    if users[id(layer.weight)] > 1:
+        return "the weight is another module's, too"
+    if layer.weight.dtype != torch.float32:
+        return f"the weight is {layer.weight.dtype}"
+    return unfit(WeightOptions(*weight_options(layer.config)))
 
 
 def set_lambda(model: nn.Module, value: float) -> None:

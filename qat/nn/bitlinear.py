@@ -159,6 +159,11 @@ class BitLinear(nn.Linear):
             x = rotate(x)
         return x
 
+    @property
+    def hard(self) -> bool:
+        """Whether `forward`, as it would run now, takes no more of the weight than its codes and scales."""
+        return self.lam is None and (self.beta is None or not self.training)
+
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name for it, by which some models call
         """[..., in_features] -> [..., out_features]."""
         x, beta = self.met(input), self.beta if self.training else None

@@ -51,6 +51,7 @@ from qat.training.release.best import check_best, chosen
 from qat.training.release.hub import check_push, publish
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
+from qat.training.strategies.codes import check_gather
 from qat.training.strategies.divisible import check_divisible
 from qat.training.strategies.launch import started
 from qat.training.strategies.sameness import same_data, same_model, same_texts, use_threads
@@ -148,8 +149,7 @@ def prepare(config: TrainConfig) -> Job:
     check_push(config)
     use_threads(config.trainer)
     seed_everything(config.seed, verbose=False)
-    tokenizer = models.load_tokenizer(config.model)
-    code = code_of(config)
+    tokenizer, code = models.load_tokenizer(config.model), code_of(config)
     with parallel.before_others():
         data = code.open_data(config, tokenizer, total_batches(config.trainer))
     same_data(data)
@@ -166,6 +166,7 @@ def prepare(config: TrainConfig) -> Job:
         print(rates.in_words(config, parameters), flush=True)
     teacher = load_teacher(config, base)
     check_comparable(config, student, teacher)
+    check_gather(config.trainer, student)
     return Job(config, base, student, record, tokenizer, optimizer, asked, teacher, data)
 
 
@@ -246,8 +247,7 @@ def train(job: Job, book: Book, measure: Measure, signals: Signals, trackers: Tr
     parallel.shared(lambda: map_damage(job, measure, Path(book.facts.folder)))
     mix_components(job.config, measure.place(job.base), job.student, job.record, job.data, Path(book.facts.folder))
     job.base.cpu()
-    device = device_of(job.config.trainer)
-    book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device))
+    book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device_of(job.config.trainer)))
     measured(job, book, measure, "converted", job.student)
     folder = Path(book.facts.folder)
     if parallel.first() and newest(folder / "checkpoints") is None:

@@ -33,6 +33,8 @@ class Place:
     config: QuantConfig
     shape: torch.Size
     devices: int
+    coded: bool = True
+    """Whether the layer needs no more than codes now; else the rows travel as they are."""
     mine: Tensor | None = None
     """`local_sums` of the rows here, where the weight has one scale; and what they and the other devices' make:"""
     whole: Pooled | None = None
@@ -43,7 +45,7 @@ class Place:
 
     @property
     def pooled(self) -> bool:
-        """Whether its scale is of all devices' rows."""
+        """Whether its codes are of a scale of all devices' rows."""
         return self.config.granularity == "tensor"
 
     @property
@@ -72,6 +74,8 @@ class ShardedLatent(Tensor):
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What this device sends, and the scale that all know."""
         rows, place = self.detach(), self.place
+        if not place.coded:
+            return (_padded(rows, place.rows),), None
         codes, scale = pooled_codes(rows, place) if place.pooled else own_codes(rows, place)
         sent = (codes,) if place.pooled else (codes, scale)
         return tuple([_padded(one, place.rows) for one in sent]), scale if place.pooled else None
@@ -80,11 +84,13 @@ class ShardedLatent(Tensor):
         self, outputs: tuple[Tensor, ...], metadata: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The weight of all devices' rows. Where it was made before, its memory has been filled again."""
+        n = self.place.shape[0]
+        if not self.place.coded:
+            return (outputs[0][:n], ()) if out is None else None
         if out is not None:
             assert isinstance(out, GatheredCodes)
             out.scale = out.scale if metadata is None else metadata
             return None
-        n = self.place.shape[0]
         scale = outputs[1][:n] if metadata is None else metadata
         return GatheredCodes(outputs[0][:n], scale, self.place.shape), ()
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qat import parallel
 from qat.config import TrainerConfig
+from qat.training.strategies.codes import gathering
 from qat.training.strategies.divisible import divides
 from qat.training.strategies.sharding import collect, sharded
 
@@ -31,7 +32,7 @@ def placing(config: TrainerConfig, device: torch.device) -> Place:
             return None
         found = copies.get(id(model))
         if found is None:
-            found = copies[id(model)] = sharded(model, mesh)
+            found = copies[id(model)] = sharded(model, mesh, gathering(config, mesh))
         return found
 
     return place

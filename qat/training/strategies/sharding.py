@@ -17,10 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from qat.losses.layers import find_layers
+from qat.training.strategies.buffers import gather_once
 from qat.training.strategies.shards import divided, whole
 
 
@@ -44,16 +45,8 @@ def sharded(model: nn.Module, mesh: DeviceMesh, ready: Callable[[nn.Module], obj
     shell.load_state_dict(given, strict=False, assign=True)
     if ready is not None:
         ready(shell)
-    _gather_once(shell)
+    gather_once(shell)
     return shell.train(model.training)
-
-
-def _gather_once(shell: nn.Module) -> None:
-    """FSDP2 keeps the tensors that it first gathers into; made in inference mode, as in a validation, none could train."""
-    for module in shell.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            module.reshard()
 
 
 def without_weights(model: nn.Module) -> nn.Module:
