@@ -11,14 +11,15 @@ from torch.utils._pytree import tree_leaves
 
 from qat.config import TrainConfig
 from qat.losses import needs
-from qat.planning.memory import DDP, FSDP2, ONE, Choice
+from qat.planning.memory import CODES, DDP, FSDP2, ONE, Choice
 
 
 def choice_of(config: TrainConfig, state: float) -> Choice:
     """What of a configuration memory and time depend on."""
     trainer = config.trainer
     world = trainer.devices * trainer.num_nodes
-    scheme = ONE if world == 1 else FSDP2 if trainer.strategy == "fsdp2" else DDP
+    sharded = FSDP2 if trainer.gather == "float32" else CODES
+    scheme = ONE if world == 1 else sharded if trainer.strategy == "fsdp2" else DDP
     return Choice(
         scheme,
         trainer.devices,
@@ -29,7 +30,14 @@ def choice_of(config: TrainConfig, state: float) -> Choice:
         state,
         getattr(torch, config.model.teacher_dtype).itemsize if needs(config.distill, "teacher") else 0,
         trainer.precision != "32-true",
+        _floats(config),
     )
+
+
+def _floats(config: TrainConfig) -> float:
+    """The share of steps whose codes are soft, or blended in."""
+    soft = config.optim.anneal_share if config.optim.annealed else 0.0
+    return max(soft, min(1.0, config.optim.lambda_steps / config.trainer.max_steps))
 
 
 def state_bytes(factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> float:

@@ -9,12 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qat.conversion.layers import bitlinears
+from qat.conversion.layers import bitlinears, unfit_layers
+from qat.ops.shards.serving import row_bytes, sum_bytes
+
+
+class Coded(NamedTuple):
+    """A latent matrix as it travels with `trainer.gather=codes`."""
+
+    rows: int
+    row: int
+    """Bytes of a row: codes and scales; floats where its quantizer allows nothing else."""
+    sums: int = 0
+    """Bytes that are added up over devices before."""
+    floats: bool = False
+    """Whether it travels as it is."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all rows."""
+        return self.rows * self.row
 
 
 @dataclass(frozen=True)
@@ -23,11 +41,18 @@ class Weights:
 
     latent: tuple[tuple[int, int], ...]
     other: tuple[tuple[int, int], ...]
+    coded: tuple[Coded, ...] = ()
+    """Of each latent one."""
 
     @property
     def count(self) -> int:
         """Parameters."""
         return sum(rows * columns for rows, columns in self.latent + self.other)
+
+    @property
+    def sent(self) -> int:
+        """Bytes, gathered as codes."""
+        return sum(one.bytes for one in self.coded) + 4 * sum(rows * columns for rows, columns in self.other)
 
     def part(self, devices: int) -> int:
         """Parameters on the first of so many devices, the fullest: ceil(rows / devices) of each matrix."""
@@ -116,17 +141,27 @@ def of_weights(model: nn.Module, length: int) -> Facts:
 
 def weights_of(model: nn.Module, units: list[str], length: int) -> tuple[Weights, tuple[Weights, ...], float, int]:
     """(root, blocks, FLOPs of a token's forward pass, vocabulary)."""
-    latent, seen = {id(layer.weight) for _, layer in bitlinears(model)}, set[int]()
+    latent, seen = _coded(model), set[int]()
 
     def of(module: nn.Module) -> Weights:
         mine = [p for p in module.parameters() if id(p) not in seen]
         seen.update(id(p) for p in mine)
-        shapes = [(id(p) in latent, _shape(p)) for p in mine]
-        return Weights(tuple(s for is_latent, s in shapes if is_latent), tuple(s for is_latent, s in shapes if not is_latent))
+        latents, others = ([p for p in mine if (id(p) in latent) is wanted] for wanted in (True, False))
+        return Weights(tuple(map(_shape, latents)), tuple(map(_shape, others)), tuple(latent[id(p)] for p in latents))
 
     blocks = tuple(of(model.get_submodule(name)) for name in units)
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     return of(model), blocks, forward_flops(model, length), vocabulary
+
+
+def _coded(model: nn.Module) -> dict[int, Coded]:
+    """Latent weight, by its id -> how it travels as codes."""
+    reasons, found = unfit_layers(model), {}
+    for name, layer in bitlinears(model):
+        (n, k), config = layer.weight.shape, layer.config
+        plain = reasons[name] is not None
+        found[id(layer.weight)] = Coded(n, 4 * k, floats=True) if plain else Coded(n, row_bytes(config, k), sum_bytes(config))
+    return found
 
 
 def _shape(parameter: Tensor) -> tuple[int, int]:

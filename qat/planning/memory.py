@@ -2,8 +2,9 @@
 
 Latent weights, gradients and optimizer state are float32 (the state's bytes a parameter are measured on the run's own optimizer).
 Under FSDP2 each is a part of 1 / devices; at their widest a pass holds two blocks gathered, the one that computes and the next,
-and one block's gradient before it is reduced. Codes for the backward pass are whole on every device. Left out: the allocator's
-fragments and the context of CUDA, about a tenth, for which `ROOM` leaves space.
+and one block's gradient before it is reduced. Codes for the backward pass are whole on every device, but where they are what is
+gathered: then the backward pass gathers them again. Left out: the allocator's fragments and the context of CUDA, about a tenth,
+for which `ROOM` leaves space.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Choice:
     """Bytes of a teacher's parameter; 0: there is none, or it is the student's own copy of codes."""
     mixed: bool = False
     """Whether matmuls are in 16 bits."""
+    floats: float = 0.0
+    """The share of steps in which layers need more of weights than codes, so that floats are gathered."""
 
     @property
     def world(self) -> int:
@@ -95,7 +98,7 @@ def parts(student: Student, choice: Choice) -> dict[str, int]:
         "gradients": 4 * mine,
         "optimizer": round(choice.state * mine),
         "teacher": round(choice.teacher * teacher.part(share)) if teacher else 0,
-        "codes for backward": saved.fixed,
+        "codes for backward": saved.fixed - _gathered_again(facts, choice, saved.fixed),
         "activations": choice.batch * (saved.sequence + logits),
         "gathered": _gathered(facts, choice) + (_whole(teacher, choice.teacher) if teacher and choice.scheme.shards else 0),
     }
@@ -116,7 +119,17 @@ def _gathered(facts: Facts, choice: Choice) -> int:
     if not choice.scheme.shards:
         return 0
     widest = max((block.count for block in facts.blocks), default=0)
-    return _whole(facts, 4.0) + 4 * max(widest, facts.root.count)
+    codes = choice.scheme.codes and not choice.floats
+    weights = 2 * max((block.sent for block in facts.blocks), default=0) + facts.root.sent if codes else _whole(facts, 4.0)
+    return weights + 4 * max(widest, facts.root.count)
+
+
+def _gathered_again(facts: Facts, choice: Choice, fixed: int) -> int:
+    """Of the bytes that a forward pass leaves whatever the batch, those that are no copy of what was gathered."""
+    if not choice.scheme.codes or choice.floats or not facts.saved.fixed:
+        return 0
+    codes = sum(one.bytes for module in (facts.root, *facts.blocks) for one in module.coded if not one.floats)
+    return min(fixed, round(fixed * codes / facts.saved.fixed))
 
 
 def _whole(facts: Facts, each: float) -> int:

@@ -13,10 +13,6 @@ from qat.planning.devices import Device
 from qat.planning.facts import Facts
 from qat.planning.memory import Choice, Student
 
-CODE_BITS = 2.0
-SCALE = 4
-"""Bytes of a scale, of which a gathered latent matrix has at least one."""
-
 
 @dataclass(frozen=True)
 class Speed:
@@ -59,24 +55,32 @@ def speed(student: Student, choice: Choice, device: Device) -> Speed:
 
 
 def bytes_sent(student: Student, choice: Choice) -> int:
-    """By one device in a step: with ddp gradients once; with fsdp2 for each batch weights twice, gradients and teacher once."""
+    """By one device in a step: with ddp gradients once; with fsdp2 for each batch weights twice, gradients and teacher once.
+
+    Of codes it is the mean of a run's steps, some of which need floats. What validations and looks send is not in it.
+    """
     facts, world = student.facts, choice.world
     if world == 1:
         return 0
     if not choice.scheme.shards:
         return all_reduce(4 * facts.parameters, world)
-    shapes = [shape for one in (facts.root, *facts.blocks) for shape in one.latent + one.other]
-    batch = 2 * _gathered(facts, choice) + reduce_scatter(shapes, world)
+    batch = _weights(facts, choice) + reduce_scatter(_shapes(facts), world)
     if student.teacher is not None and choice.teacher:
         batch += all_gather(_shapes(student.teacher), world, 8 * choice.teacher)
     return choice.accumulate * batch
 
 
-def _gathered(facts: Facts, choice: Choice) -> int:
-    latent = [shape for one in (facts.root, *facts.blocks) for shape in one.latent]
-    other = [shape for one in (facts.root, *facts.blocks) for shape in one.other]
-    bits, scales = (CODE_BITS, SCALE * len(latent) * (choice.world - 1)) if choice.scheme.codes else (32.0, 0)
-    return all_gather(latent, choice.world, bits) + all_gather(other, choice.world, 32) + scales
+def _weights(facts: Facts, choice: Choice) -> int:
+    """Of the student's weights, for a forward and a backward pass."""
+    floats = 2 * all_gather(_shapes(facts), choice.world, 32)
+    if not choice.scheme.codes:
+        return floats
+    modules, world = (facts.root, *facts.blocks), choice.world
+    coded = [one for module in modules for one in module.coded]
+    other = [shape for module in modules for shape in module.other]
+    passes = 2 * (all_gather([(one.rows, one.row) for one in coded], world, 8) + all_gather(other, world, 32))
+    codes = passes + all_reduce(sum(one.sums for one in coded), world)
+    return round(choice.floats * floats + (1 - choice.floats) * codes)
 
 
 def _shapes(facts: Facts) -> list[tuple[int, int]]:

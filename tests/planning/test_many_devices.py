@@ -10,12 +10,13 @@ import pytest
 
 from qat import plan
 from qat.planning.devices import DEVICES, GIB, device
-from qat.planning.facts import Facts, Saved, Weights
+from qat.planning.facts import Coded, Facts, Saved, Weights
 from qat.planning.memory import CODES, DDP, FSDP2, ONE, Choice, Student, fits, parts, schemes
 from qat.planning.remedies import EIGHT_BITS, remedies
 from qat.planning.speed import bytes_sent, speed
 
-BLOCK = Weights(latent=((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),), other=((4096, 1), (4096, 1)))
+LATENTS = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+BLOCK = Weights(LATENTS, ((4096, 1), (4096, 1)), tuple(Coded(n, k // 4, 16) for n, k in LATENTS))
 ROOT = Weights(latent=(), other=((32000, 4096), (32000, 4096), (4096, 1)))
 SEVEN = Facts(ROOT, (BLOCK,) * 32, 4096, Saved(1_700_000_000, 38 * GIB), Saved(20, 2 * GIB), 13.9e9, 32000)
 LATENT, OTHER = SEVEN.latents, SEVEN.parameters - SEVEN.latents
@@ -37,6 +38,20 @@ def test_bytes_sent_are_those_of_the_rings(world: int) -> None:
     assert bytes_sent(TAUGHT, replace(CHOICE, devices=world, teacher=2.0)) - sent[FSDP2] == pytest.approx(
         2 * SEVEN.parameters * share, rel=2e-3
     )
+
+
+def test_steps_that_need_floats_gather_floats() -> None:
+    codes, floats, half = (
+        bytes_sent(PLAIN, replace(CHOICE, scheme=scheme, floats=share))
+        for scheme, share in ((CODES, 0), (FSDP2, 0), (CODES, 0.5))
+    )
+    assert half == pytest.approx((codes + floats) / 2, abs=1)
+    plain, coded, mixed = (
+        parts(PLAIN, replace(CHOICE, scheme=one, floats=share)) for one, share in ((FSDP2, 0), (CODES, 0), (CODES, 0.5))
+    )
+    assert mixed == plain and "codes for backward" in plain
+    assert coded["codes for backward"] == SEVEN.saved.fixed - LATENT // 4
+    assert plain["gathered"] - coded["gathered"] == 2 * (4 * 4 - 1) * sum(n * k for n, k in LATENTS) // 4
 
 
 def test_rows_that_do_not_divide_are_padded() -> None:

@@ -1,7 +1,9 @@
-"""Which weights can travel as codes: a fact of their quantizer's record."""
+"""Which weights can travel as codes, a fact of their quantizer's record, and how many bytes they are then."""
 
 from __future__ import annotations
 
+from qat.config import QuantConfig
+from qat.ops.bits.kept import in_bits
 from qat.ops.options import WeightOptions
 from qat.quantizers.latent import record_of
 
@@ -24,3 +26,15 @@ def unfit(o: WeightOptions) -> str | None:
     if record.part is None or not record.statistical:
         return "it has one scale, which its quantizer takes of the whole weight"
     return None if o.scale == "absmean" else f"it has one scale, and {o.scale} is no sum over its parts"
+
+
+def row_bytes(config: QuantConfig, k: int) -> int:
+    """Bytes of a row [k] of such a weight: codes as they are kept, and scales, where a row has some of its own."""
+    width = config.planes * k
+    groups = {"tensor": 0, "channel": 1, "group": k // (config.group_size or k)}[config.granularity]
+    return (-(-width // 4) if in_bits(config.quantizer) else width) + 4 * config.planes * groups
+
+
+def sum_bytes(config: QuantConfig) -> int:
+    """Bytes that all devices add up for it before: two sums in float64 for a weight of one scale."""
+    return 16 if config.granularity == "tensor" else 0
