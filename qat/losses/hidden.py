@@ -42,11 +42,10 @@ def _mean(terms: Any, seen: Seen) -> Tensor:
 
 def _rows(seen: Seen) -> list[tuple[Tensor, Tensor]]:
     """Of each layer the states [P, H] that predict; where all tokens do, views [B, L - 1, H]."""
-    width = seen.predicts.shape[1]
-    kept = [(mine[:, :width], theirs[:, :width]) for mine, theirs in seen.residuals]
     if seen.shares is None and seen.targets.numel() == seen.predicts.numel():
-        return kept
-    return [(mine[seen.predicts], theirs[seen.predicts]) for mine, theirs in kept]
+        width = seen.predicts.shape[1]
+        return [(mine[:, :width], theirs[:, :width]) for mine, theirs in seen.residuals]
+    return [(seen.take(mine), seen.take(theirs)) for mine, theirs in seen.residuals]
 
 
 class _Relative(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.config import DistillConfig
+from qat.losses.positions import positions
 from qat.losses.record import Pair, Seen
 
 IGNORE = -100
@@ -22,12 +23,20 @@ def predicting(labels: Tensor) -> Tensor:
 
 def predicted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [P, V] in float32 and the tokens [P] they predict, of logits [B, L, V] and labels int64 [B, L]."""
-    targets = labels[:, 1:].reshape(-1)
+    index = positions(predicting(labels))
+    return predicting_rows(logits, index), target_tokens(labels, index)
+
+
+def predicting_rows(logits: Tensor, index: Tensor | None) -> Tensor:
+    """The first of `predicted`, for those `positions`."""
     rows = logits[:, :-1].reshape(-1, logits.shape[-1])
-    keep = predicting(labels).reshape(-1)
-    if not bool(keep.all()):
-        rows, targets = rows[keep], targets[keep]
-    return rows.float(), targets
+    return (rows if index is None else rows[index]).float()
+
+
+def target_tokens(labels: Tensor, index: Tensor | None) -> Tensor:
+    """The second."""
+    targets = labels[:, 1:].reshape(-1)
+    return targets if index is None else targets[index]
 
 
 def cross_entropy(seen: Seen, distill: DistillConfig) -> Pair:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat.config import DistillConfig
 from qat.losses.chunked import cross_entropy_and_kl
+from qat.losses.positions import positions
 
 Pair = tuple[Tensor, int]
 """A sum over the predicted tokens, in nats or the loss's own unit, scalar float32, and their number: means are made of sums
@@ -44,7 +45,19 @@ class Seen:
     """bool [B, L]: which positions are no padding; None where none is."""
     shares: Tensor | None = None
     """What each state that `predicts` picks counts, float32; None: 1. Of a classifier an example's states count 1 together."""
+    picked: tuple[Tensor | None] | None = None
+    """`positions` of `predicts`, where that is known; losses ask `index`."""
     _chunked: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """Which positions predict, int64 [P] in the flat order of `predicts`; None: all of them do."""
+        return positions(self.predicts) if self.picked is None else self.picked[0]
+
+    def take(self, states: Tensor) -> Tensor:
+        """Those states [P, ...] of [B, L or more, ...] that `predicts` picks."""
+        flat = states[:, : self.predicts.shape[1]].flatten(0, 1)
+        return flat if self.index is None else flat[self.index]
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -55,13 +68,20 @@ class Seen:
     def chunked(self, distill: DistillConfig) -> tuple[Tensor, Tensor]:
         """Cross-entropy and divergence of `distill.kl_chunk` tokens at a time, computed at once and once."""
         if self._chunked is None:
-            index = F.pad(self.predicts, (0, 1)).flatten().nonzero()[:, 0]
+            index = self._among_all()
             with torch.set_grad_enabled(self.student.logits.requires_grad):
                 mine = self.student.logits.flatten(0, 1)
                 theirs = None if self.teacher is None else self.teacher.logits.flatten(0, 1)
                 rest = distill.temperature, distill.kl_chunk or max(len(index), 1)
                 self._chunked = cross_entropy_and_kl(mine, theirs, index, self.targets, *rest)
         return self._chunked
+
+    def _among_all(self) -> Tensor:
+        """`index` in the flat order of logits [B, L, V], which have a position more a row."""
+        index = self.index
+        if index is None:
+            index = torch.arange(self.predicts.numel(), device=self.predicts.device)
+        return index + index // max(self.predicts.shape[1], 1)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ def relation(seen: Seen, distill: DistillConfig) -> Pair:
 
 
 def _divergence(mine: Tensor, theirs: Tensor, heads: int, seen: Seen) -> Tensor:
-    width = seen.predicts.shape[1]
-    student, teacher = (relations(one, heads, seen.attended)[:, :width][seen.predicts] for one in (mine, theirs))
+    student, teacher = (seen.take(relations(one, heads, seen.attended)) for one in (mine, theirs))
     if seen.shares is None:
         return F.kl_div(student, teacher, reduction="sum", log_target=True) / heads
     rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum((-1, -2))

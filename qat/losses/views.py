@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.losses.logits import predicted, predicting
+from qat.losses.logits import predicting, predicting_rows, target_tokens
+from qat.losses.positions import positions
 
 Batch = Mapping[str, Any]
+PICKED, UNPADDED = "picked", "unpadded"
+"""Keys that `View.known` adds: `positions` of what is compared, and whether no position of the attention mask is padding."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,22 @@ class View:
     targets: Callable[[Batch], Tensor]
     """What they predict, int64 [P]."""
     predicts: Callable[[Batch], Tensor]
-    """bool: which positions' states make the rows, as `qat.losses.record.Seen` has it."""
+    """bool: which positions' states make the rows, as `qat.losses.record.Seen` has it; a batch that `known` went through knows
+    them as an index."""
     shares: Callable[[Batch], Tensor | None]
     """What each of these positions counts in losses on states, float32 [P]; None: each counts 1."""
     words: bool = True
     """Whether tokens are predicted, so that the exponential of a cross-entropy is a perplexity."""
+
+    def known(self, batch: Batch) -> dict[str, Any]:
+        """The batch with what a step would have to ask a GPU for: looked at while it is on the CPU."""
+        mask = batch.get("attention_mask")
+        unpadded = {} if mask is None else {UNPADDED: bool(mask.all())}
+        return {**batch, PICKED: positions(self.predicts(batch)), **unpadded}
+
+    def index(self, batch: Batch) -> Tensor | None:
+        """`positions` of what `predicts` says."""
+        return batch[PICKED] if PICKED in batch else positions(self.predicts(batch))
 
 
 def arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -51,7 +65,7 @@ def _names(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def _text_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    inputs = {key: value for key, value in batch.items() if key != "labels" and isinstance(value, Tensor)}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", PICKED) and isinstance(value, Tensor)}
     return {**inputs, "use_cache": False}
 
 
@@ -63,14 +77,25 @@ def _attended(batch: Batch) -> Tensor:
 def _shares(batch: Batch) -> Tensor:
     """An example counts 1 however long its text is, as it does in every other loss."""
     mask = _attended(batch)
-    return (mask / mask.sum(1, keepdim=True))[mask]
+    shares, index = (mask / mask.sum(1, keepdim=True)).flatten(), LABELS.index(batch)
+    return shares if index is None else shares[index]
 
 
-TEXT = View(
+def _text_rows(logits: Tensor, batch: Batch) -> Tensor:
+    return predicting_rows(logits, TEXT.index(batch))
+
+
+def _text_targets(batch: Batch) -> Tensor:
+    return target_tokens(batch["labels"], TEXT.index(batch))
+
+
+TEXT: View = View(
     _text_inputs,
-    lambda logits, batch: predicted(logits, batch["labels"])[0],
-    lambda batch: batch["labels"][:, 1:][predicting(batch["labels"])],
+    _text_rows,
+    _text_targets,
     lambda batch: predicting(batch["labels"]),
     lambda batch: None,
 )
-LABELS = View(arguments, lambda logits, batch: logits.float(), lambda batch: batch["labels"], _attended, _shares, words=False)
+LABELS: View = View(
+    arguments, lambda logits, batch: logits.float(), lambda batch: batch["labels"], _attended, _shares, words=False
+)

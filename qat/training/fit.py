@@ -186,6 +186,7 @@ _NOISE = (
     "`isinstance",
     "Checkpoint directory",
     "smaller than the logging interval",
+    "You have overridden `on_before_batch_transfer`",
     "sync_dist=True",
 )
 

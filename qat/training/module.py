@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +28,8 @@ from qat.losses.means import Means
 from qat.losses.record import Loss, Pair, Seen
 from qat.losses.relation import settled
 from qat.losses.taps import TAPS, Taps
-from qat.losses.views import TEXT, View
+from qat.losses.views import TEXT, UNPADDED, View
+from qat.models.masks import known_masks
 from qat.nn.apart import Apart
 from qat.training import schedule
 from qat.training.callbacks.boundary import step_ends
@@ -76,6 +78,8 @@ class QATModule(pl.LightningModule):
         """Loss -> what balancing multiplies its weight by; 1 where it says nothing."""
         self.row: dict[str, float] = {}
         """What callbacks measured of this step, for metrics.csv and loggers."""
+        self.shown: dict[str, float] = {}
+        """What progress shows: `loss` and `tok/s`."""
         self.clipped_norms: list[Tensor] = []
         """Gradient norms before clipping, of the steps since somebody emptied it."""
         self.references: dict[str, float] = {}
@@ -97,6 +101,10 @@ class QATModule(pl.LightningModule):
             name: weight_at(self.distill, name, step, self.total_steps) * self.factors.get(name, 1.0)
             for name in active(self.distill)
         }
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """While it is on the CPU: what a step would have to wait for a GPU to tell."""
+        return self.view.known(batch)
 
     def on_fit_start(self) -> None:
         """Move the teacher, which lightning does not know of."""
@@ -134,7 +142,8 @@ class QATModule(pl.LightningModule):
     def _seen(self, batch: dict[str, Tensor], rows: dict[str, Loss], forward: nn.Module) -> Seen:
         inputs, teacher, view = self.view.inputs(self.student, batch), None, self.view
         asked = {what for what in TAPS if any(getattr(row, what) for row in rows.values())}
-        with self._taps.listening(asked) as pairs:
+        answers = nullcontext() if self.compiled else known_masks(inputs, batch.get(UNPADDED))  # type: ignore[arg-type]
+        with self._taps.listening(asked) as pairs, answers:
             student = forward(**inputs, **self._asked)
             if self._teacher is not None and any(row.teacher for row in rows.values()):
                 with torch.no_grad():
@@ -145,7 +154,8 @@ class QATModule(pl.LightningModule):
             teacher_rows = None if teacher is None else view.rows(teacher.logits, batch)
         attended = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
         targets, chosen, shares = view.targets(batch), view.predicts(batch), view.shares(batch)
-        return Seen(student_rows, targets, chosen, teacher_rows, student, teacher, **pairs, attended=attended, shares=shares)
+        known = {"attended": attended, "shares": shares, "picked": (view.index(batch),)}
+        return Seen(student_rows, targets, chosen, teacher_rows, student, teacher, **pairs, **known)  # type: ignore[arg-type]
 
     def loss(self, sums: dict[str, Tensor], count: float) -> Tensor:
         """The weighted sum of the losses, each `sums[name] / count`."""
@@ -172,8 +182,14 @@ class QATModule(pl.LightningModule):
         self.log_dict({f"train/{name}": value for name, value in {**unmeasured, **found}.items()}, batch_size=1)
         if self.distill.balance is not None:
             self.log_dict({f"train/weight/{name}": weight for name, weight in self.weights().items()}, batch_size=1)
-        self.log("loss", found["loss"], prog_bar=True, logger=False, batch_size=1)
+        self.show("loss", found["loss"])
         self.log("step", float(self.global_step + 1), batch_size=1)
+
+    def show(self, name: str, value: float) -> None:
+        """For whoever shows progress. What lightning shows it reads on the device after each batch, so it hears of it only where
+        a progress bar of its own is there."""
+        self.shown[name] = value
+        self.log(name, value, prog_bar=self.trainer.progress_bar_callback is not None, logger=False, batch_size=1)
 
     def _means(self, means: Means) -> dict[str, float]:
         found = means.values()

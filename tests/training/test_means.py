@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import killed_and_resumed, losses
-from transformers import AutoTokenizer
 
-from qat.config import DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
+from qat.config import DataConfig, DistillConfig, RunConfig, TrainConfig
 from qat.train import run
-
-TEMPLATE = "{% for m in messages %}{{ m.role + m.content + '$' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
-
-
-@pytest.fixture
-def chats(tiny_model: Path, tmp_path: Path) -> TrainConfig:
-    """Chats of very different lengths, one step of plain gradient descent, so that the weights tell the gradient."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "model")
-    for file in tiny_model.iterdir():
-        if not (tmp_path / "model" / file.name).exists():
-            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
-    answers = ["yes." * (1 if i % 4 else 10) for i in range(20)]
-    rows = [[{"role": "user", "content": "say"}, {"role": "assistant", "content": answer}] for answer in answers]
-    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
-    return TrainConfig(
-        model=ModelConfig(path=str(tmp_path / "model")),
-        data=DataConfig(kind="chat", train=str(tmp_path / "chats.jsonl"), sequence_length=60, valid_fraction=0.4),
-        distill=DistillConfig(ce=0.5, kl=0.5),
-        optim=OptimConfig(lr=0.02, optimizer={"_target_": "torch.optim.SGD"}),
-        trainer=TrainerConfig(max_steps=1, accelerator="cpu", progress=False, threads=1, val_every=1, gradient_clip_val=0.5),
-        export=ExportConfig(formats=[]),
-        run=RunConfig(name="chats"),
-    )
 
 
 def trained(config: TrainConfig, folder: Path, batch: int, accumulate: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

@@ -13,7 +13,8 @@ from qat.training.callbacks.progress import Bar, numbers, progress
 
 
 def trainer(step: int, **found: float) -> Any:
-    return SimpleNamespace(max_steps=20, global_step=step, accumulate_grad_batches=4, progress_bar_metrics=found)
+    module = SimpleNamespace(shown=found)
+    return SimpleNamespace(max_steps=20, global_step=step, accumulate_grad_batches=4, lightning_module=module)
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])

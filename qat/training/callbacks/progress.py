@@ -21,7 +21,8 @@ def progress(name: str) -> pl.Callback:
 
 def numbers(trainer: pl.Trainer) -> str:
     """`loss 2.514, 1,761 tokens/s`, as far as they are known."""
-    found = trainer.progress_bar_metrics
+    module: Any = trainer.lightning_module
+    found = module.shown
     words = [f"loss {found['loss']:.3f}"] if "loss" in found else []
     return ", ".join(words + ([f"{found['tok/s']:,.0f} tokens/s"] if "tok/s" in found else []))
 

@@ -44,8 +44,9 @@ class Throughput(pl.Callback):
         if due:
             self.settle()
         rate = self._rate()
-        module.log("tok/s", float(round(rate)), prog_bar=True, logger=False)
+        module.shown["tok/s"] = float(round(rate))  # type: ignore[index,operator]
         if due:
+            module.show("tok/s", float(round(rate)))  # type: ignore[operator]
             self.row |= {"tokens": self.tokens, "speed/tokens_per_second": rate}
             self._window = (self.tokens, self.seconds)
 

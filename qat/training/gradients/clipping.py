@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qat.ops import cpu
+from qat.parallel import waiting
 from qat.training.strategies.shards import local
 
 _LEAST = 1e-6
@@ -49,8 +50,9 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> Tensor | None:
     if not gradients:
         return None
     norm = gradient_norm(gradients)
-    gradients = [local(gradient) for gradient in gradients]
     factor = (most / (norm + _LEAST)).clamp(max=1.0).float()
-    if not norm.is_cpu or factor.item() != 1.0:  # NaN too; asking a GPU for the value would wait for it
-        torch._foreach_mul_(gradients, factor)  # a tensor: as a number it would be rounded to bfloat16 with such gradients
+    if waiting.waits(norm) or factor.item() != 1.0:  # NaN too
+        torch._foreach_mul_(
+            [local(gradient) for gradient in gradients], factor
+        )  # a tensor: a number would be rounded to bfloat16
     return norm
