@@ -7,7 +7,7 @@ tokens (arXiv:2507.07101, which finds no use in gradient accumulation either).
 
 from __future__ import annotations
 
-from qat.config import TrainConfig
+from qat.config import TrainConfig, TrainerConfig
 from qat.tasks import TASKS
 
 FEW = 1000
@@ -54,6 +54,28 @@ def in_words(config: TrainConfig) -> str:
     updates, each = config.trainer.max_steps, tokens_per_update(config)
     most = "" if TASKS[config.task].whole else "at most "
     return f"{updates:,} updates of {most}{each:,} tokens, {most}{tokens_in_words(updates * each)}"
+
+
+def lines(config: TrainConfig) -> list[str]:
+    """All that is said of them where a run begins."""
+    said = warning(config)
+    return [in_words(config), *([f"warning: {said}"] if said else []), *order(config.trainer)]
+
+
+def order(trainer: TrainerConfig) -> list[str]:
+    """In which order the gradients of an update are added, where several devices have several batches each.
+
+    fsdp2 sums a batch's over devices at once, so that they stay in parts; ddp waits for its last batch, which sends less.
+    """
+    batches, devices = trainer.accumulate_grad_batches, trainer.devices * trainer.num_nodes
+    if batches == 1 or devices == 1:
+        return []
+    how = (
+        f"those of a batch over {devices} devices, then {batches} batches'"
+        if trainer.strategy == "fsdp2"
+        else f"{batches} batches' on each of {devices} devices, then over devices"
+    )
+    return [f"gradients are added {how}; one process adds {batches * devices} in turn: equal up to rounding, not to the bit"]
 
 
 def warning(config: TrainConfig) -> str | None:

@@ -182,9 +182,7 @@ def converted(config: TrainConfig, base: PreTrainedModel, data: QATData | None) 
 
 def start(job: Job, book: Book) -> Measure:
     """Sample the data where the model writes it, and measure the model as it came."""
-    print(updates.in_words(job.config), flush=True)
-    if said := updates.warning(job.config):
-        print(f"warning: {said}", flush=True)
+    print(*updates.lines(job.config), sep="\n", flush=True)
     if validated_once(job.config.trainer):
         print(f"trainer.val_every={job.config.trainer.val_every} is above trainer.max_steps: one validation, at the end")
     if job.data is None:

@@ -98,7 +98,7 @@ def test_resume_on_other_devices(pair: Pair, still: Path, text_file: Path, tmp_p
     folder = tmp_path / "run"
     if before == 2:
         status = f"interrupted at step 7; continue with resume={folder}"
-        assert pair(stopped, replace(config, trainer=replace(config.trainer, devices=2)), 7, seconds=120) == [status] * 2
+        assert pair(stopped, replace(config, trainer=replace(config.trainer, devices=2)), 7, seconds=300) == [status] * 2
     else:
         stopped(replace(config, trainer=replace(config.trainer, accumulate_grad_batches=2)), 7)
     resumed = replace(config, resume=str(folder))
@@ -120,8 +120,8 @@ def _draws(config: TrainConfig) -> list[float]:
 
 def test_ranks_draw_other_numbers_and_go_on_with_them(pair: Pair, tiny_model: Path, text_file: Path, tmp_path: Path):
     config = tiny(tiny_model, text_file, tmp_path / "whole", max_steps=4, devices=2)
-    drawn = pair(_draws, config, seconds=120)
+    drawn = pair(_draws, config, seconds=300)
     assert drawn[0][0] != drawn[1][0]
     part = replace(config, run=replace(config.run, dir=str(tmp_path / "part")))
-    pair(stopped, part, 2, seconds=120)
-    assert pair(_draws, replace(part, resume=str(tmp_path / "part")), seconds=120) == drawn
+    pair(stopped, part, 2, seconds=300)
+    assert pair(_draws, replace(part, resume=str(tmp_path / "part")), seconds=300) == drawn

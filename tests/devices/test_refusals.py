@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -15,8 +16,10 @@ from several import performed, tiny
 
 from qat import parallel
 from qat.config import DataConfig, TrainConfig
-from qat.training.callbacks import NonFiniteGuard
 from qat.training.module import QATModule
+
+ENDED = 300.0
+"""Seconds for a run of a few steps, on a machine that is busy."""
 
 
 def _different(config: TrainConfig, other: TrainConfig) -> Any:
@@ -31,13 +34,13 @@ def config(tiny_model: Path, text_file: Path, tmp_path: Path) -> TrainConfig:
 def test_other_configurations(pair: Pair, config: TrainConfig):
     other = replace(config, trainer=replace(config.trainer, max_steps=7))
     said = "ValueError: the processes of this run differ in trainer.max_steps: rank 0 has 6, rank 1 7"
-    assert pair.failures(_different, config, other, seconds=200) == [said] * 2
+    assert pair.failures(_different, config, other, seconds=ENDED) == [said] * 2
     assert not Path(str(config.run.dir)).exists()
 
 
 def test_other_folders_are_one_run(pair: Pair, config: TrainConfig, tmp_path: Path):
     other = replace(config, run=replace(config.run, dir=str(tmp_path / "late")))
-    assert pair(_different, config, other, seconds=120) == [("done", None)] * 2
+    assert pair(_different, config, other, seconds=ENDED) == [("done", None)] * 2
     assert (tmp_path / "run/result.json").exists() and not (tmp_path / "late").exists()
 
 
@@ -62,40 +65,48 @@ def _reads() -> bool:
 def test_other_texts(pair: Pair, config: TrainConfig, text_file: Path, tmp_path: Path):
     longer = tmp_path / "longer.txt"
     longer.write_text(text_file.read_text().replace("cat", "dog"))
-    found = pair.failures(_other_file, config, str(tmp_path / "text"), [str(text_file), str(longer)], seconds=120)
+    found = pair.failures(_other_file, config, str(tmp_path / "text"), [str(text_file), str(longer)], seconds=ENDED)
     assert found[0] == found[1] and "have different training or validation texts" in str(found[0])
 
 
 def test_a_file_that_one_rank_lacks(pair: Pair, config: TrainConfig, text_file: Path, tmp_path: Path):
-    found = pair.failures(_other_file, config, str(tmp_path / "text"), [str(text_file), str(tmp_path / "no")], seconds=120)
+    found = pair.failures(_other_file, config, str(tmp_path / "text"), [str(text_file), str(tmp_path / "no")], seconds=ENDED)
     assert "no such file or data set" in str(found[1]) or "does not exist" in str(found[1]) or "text1" in str(found[1])
     assert str(found[0]).startswith("ValueError: rank 1 of 2: ")
 
 
+LAYER = "model.layers.1.mlp.down_proj"
+
+
 def _not_finite(config: TrainConfig, where: int, step: int) -> Any:
-    """The loss of one rank becomes NaN at a step, by an output of one of its layers."""
-    original = QATModule.training_step
+    """A layer of one rank gives NaN at a step."""
+    original = QATModule.on_train_start
 
-    def step_of(self: QATModule, batch: Any, batch_idx: int) -> torch.Tensor:
-        loss = original(self, batch, batch_idx)
-        return loss * float("nan") if parallel.rank() == where and self.global_step == step - 1 else loss
+    def on_train_start(self: QATModule) -> None:
+        original(self)
+        self.student.get_submodule(LAYER).register_forward_hook(
+            lambda module, args, output: output * float("nan") if self.global_step == step - 1 else None
+        )
 
-    QATModule.training_step = step_of  # type: ignore[method-assign]
+    if parallel.rank() == where:
+        QATModule.on_train_start = on_train_start  # type: ignore[method-assign]
     try:
         return performed(config)
     finally:
-        QATModule.training_step = original  # type: ignore[method-assign]
+        QATModule.on_train_start = original  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("where", [0, 1])
-def test_nan_on_one_rank(pair: Pair, config: TrainConfig, where: int):
-    config.trainer = replace(config.trainer, checkpoint_every=2)
-    found = pair.failures(_not_finite, config, where, 4, seconds=120)
+def test_nan_on_one_rank(pair: Pair, config: TrainConfig, where: int, strategy: str):
+    config.trainer = replace(config.trainer, checkpoint_every=2, strategy=strategy)
+    found = pair.failures(_not_finite, config, where, 4, seconds=ENDED)
     assert found[0] == found[1]
-    assert str(found[0]).startswith(f"NonFiniteError: the loss is nan at step 4 on rank {where}; first bad output: the loss.")
+    assert str(found[0]).startswith(f"NonFiniteError: the loss is nan at step 4 on rank {where}; first bad output: {LAYER}.")
     kept = torch.load(Path(str(config.run.dir)) / "checkpoints/last.ckpt", weights_only=True)
     assert kept["global_step"] == 2
-    assert NonFiniteGuard is not None
+    status = json.loads((Path(str(config.run.dir)) / "result.json").read_text())["status"]
+    assert status.startswith(f"failed: the loss is nan at step 4 on rank {where}")
 
 
 def _signalled(config: TrainConfig, where: int, number: int) -> Any:
@@ -114,9 +125,18 @@ def _signalled(config: TrainConfig, where: int, number: int) -> Any:
         QATModule.training_step = original  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", [0, 1])
-def test_a_signal_to_one_rank_stops_all_at_one_step(pair: Pair, config: TrainConfig, where: int, number: int):
-    found = pair(_signalled, config, where, int(number), seconds=120)
+@pytest.mark.parametrize(
+    ("strategy", "where", "number"),
+    [
+        ("ddp", 0, signal.SIGINT),
+        ("ddp", 1, signal.SIGTERM),
+        ("ddp", 1, signal.SIGINT),
+        ("fsdp2", 0, signal.SIGTERM),
+        ("fsdp2", 1, signal.SIGINT),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_at_one_step(pair: Pair, config: TrainConfig, strategy: str, where: int, number: int):
+    config.trainer = replace(config.trainer, strategy=strategy)
+    found = pair(_signalled, config, where, int(number), seconds=ENDED)
     assert found == [(f"interrupted at step 3; continue with resume={config.run.dir}", number)] * 2
     assert torch.load(Path(str(config.run.dir)) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3

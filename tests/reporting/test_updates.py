@@ -53,3 +53,20 @@ def test_beta2_keeps_its_half_life() -> None:
     assert updates.beta2(4096, 55_352) == pytest.approx(0.95, abs=1e-4)
     assert updates.beta2(512, 55_352) == pytest.approx(0.9936, abs=1e-4)
     assert updates.beta2(512, 55_352) ** 8 == pytest.approx(updates.beta2(4096, 55_352))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "how"),
+    [
+        ("auto", "4 batches' on each of 16 devices, then over devices"),
+        ("ddp", "4 batches' on each of 16 devices, then over devices"),
+        ("fsdp2", "those of a batch over 16 devices, then 4 batches'"),
+    ],
+)
+def test_the_order_of_sums_is_said_where_it_is_not_one_devices(strategy: str, how: str) -> None:
+    config = of(3120, 1, 4)
+    config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes = strategy, 8, 2
+    said = f"gradients are added {how}; one process adds 64 in turn: equal up to rounding, not to the bit"
+    assert updates.lines(config) == [updates.in_words(config), said]
+    config.trainer.accumulate_grad_batches = 1
+    assert updates.lines(config) == [updates.in_words(config)] and len(updates.lines(of(3120, 1, 4))) == 1
