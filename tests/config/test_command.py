@@ -29,7 +29,7 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TrainConfig]:
         signal, status = (2, "interrupted at step 1; continue with resume=x") if config.seed == 15 else (None, "done")
         return RunResult(perplexity=Perplexity("text", 1, 1, 1, {"trained": float(config.seed)}), status=status, signal=signal)
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "_perform", run)
     monkeypatch.setattr("qat.reporting.table.print_table", lambda result: None)
     monkeypatch.chdir(tmp_path)
     return found
