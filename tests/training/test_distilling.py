@@ -178,7 +178,7 @@ def test_terms_are_measured_and_weighed_by_their_gradients(parts: int, tiny_mode
     convert(made.student, QuantConfig())
     expected = gradient_norms(made, given)
     made.student.zero_grad()
-    trainer: Any = SimpleNamespace(global_step=0, accumulate_grad_batches=parts, precision_plugin=Precision())
+    trainer: Any = SimpleNamespace(global_step=0, max_steps=9, accumulate_grad_batches=parts, precision_plugin=Precision())
     terms, random = TermGradients(5, None), torch.get_rng_state()
     terms.on_train_start(trainer, made)
     for i in range(parts):
@@ -214,8 +214,9 @@ def test_a_balanced_run_resumes_exactly_and_logs_norms(config: TrainConfig, tmp_
     config.callbacks, config.resume = {}, str(parts)
     run(config)
     assert losses(parts) == losses(whole)
-    (held_out,) = [row for row in rows(whole) if "val/loss" in row]
-    assert all(held_out[f"optim/grad_norm/{name}"] > 0 for name in ("ce", "kl", "hidden"))
+    held_out = [row for row in rows(whole) if "val/loss" in row]
+    assert [row["step"] for row in held_out] == [5, 6]  # val_every, and the end
+    assert all(row[f"optim/grad_norm/{name}"] > 0 for row in held_out for name in ("ce", "kl", "hidden"))
     weights = [row["train/weight/hidden"] for row in rows(parts) if "train/loss" in row]
     assert weights[0] == 0.5 and weights[1] == weights[2] != weights[3] == weights[4] != 0.5
     assert weights == [row["train/weight/hidden"] for row in rows(whole) if "train/loss" in row]
