@@ -42,7 +42,7 @@ quickstart: $(READY)
 	$(BIN)/python -m qat.train recipe=quickstart
 
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Two processes that talk over the loopback; no GPU
 test-devices: $(READY)

@@ -18,6 +18,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+LONG = ("training", "devices", "faults", "formats", "serving", "test_")
+"""Rooms of tests, and files, that take longest; what is left for the end is short, and all workers end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long ones first; files stay together (`--no-loadscope-reorder`, or xdist would take the files with most tests first)."""
+    here = Path(__file__).parent
+
+    def turn(item: pytest.Item) -> int:
+        room = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        return next((n for n, long in enumerate(LONG) if room.startswith(long)), len(LONG))
+
+    items.sort(key=turn)
+
+
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.manual_seed(0)
