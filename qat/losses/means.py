@@ -24,10 +24,10 @@ class Means:
     @property
     def batches(self) -> list[dict[str, tuple[float, int]]]:
         """Name -> sum and count of each batch; all that wait are fetched at once."""
-        if self._waiting:
-            fetched = iter(torch.stack([total.double() for one in self._waiting for total, _ in one.values()]).tolist())
-            self._batches += [{name: (next(fetched), count) for name, (_, count) in one.items()} for one in self._waiting]
-            self._waiting = []
+        waiting, self._waiting = self._waiting, []
+        totals = [total.double() for one in waiting for total, _ in one.values()]
+        fetched = iter(torch.stack(totals).tolist() if totals else [])
+        self._batches += [{name: (next(fetched), count) for name, (_, count) in one.items()} for one in waiting]
         return self._batches
 
     def over_ranks(self) -> Means:
