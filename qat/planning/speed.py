@@ -57,13 +57,14 @@ def speed(student: Student, choice: Choice, device: Device) -> Speed:
 def bytes_sent(student: Student, choice: Choice) -> int:
     """By one device in a step: with ddp gradients once; with fsdp2 for each batch weights twice, gradients and teacher once.
 
-    Of codes it is the mean of a run's steps, some of which need floats. What validations and looks send is not in it.
+    ddp adds a number for each parameter, by which it finds those that no rank used. Of codes it is the mean of a run's steps,
+    some of which need floats. What validations and looks send is not in it.
     """
     facts, world = student.facts, choice.world
     if world == 1:
         return 0
     if not choice.scheme.shards:
-        return all_reduce(4 * facts.parameters, world)
+        return all_reduce(4 * (facts.parameters + len(_shapes(facts))), world)
     batch = _weights(facts, choice) + reduce_scatter(_shapes(facts), world)
     if student.teacher is not None and choice.teacher:
         batch += all_gather(_shapes(student.teacher), world, 8 * choice.teacher)
