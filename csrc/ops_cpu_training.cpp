@@ -1,10 +1,10 @@
 // The training linear as one op each way, for small layers, whose time is that of calls: what qat/ops/cpu.py and
 // qat/ops/gradients.py put together of the other ops, in their order and from the same kernels, so that every bit is theirs.
 // qat/ops/fused says which layers come here.
-#include <array>
 #include <tuple>
 
 #include "ops_cpu.h"
+#include "ops_gradients.h"
 
 namespace qat::binding {
 namespace {
@@ -77,56 +77,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_linear(const Tensor
   return {y.y, y.x_q, y.x_scale, cpu_pack_bits(weight.codes), weight.scale};
 }
 
-Tensor times(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor in(const Tensor& x, ScalarType dtype) { return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype); }
-
-Tensor rows_of(const Tensor& x) { return x.dim() == 2 ? x : torch::stable::reshape(x, {-1, x.size(x.dim() - 1)}); }
-
-int64_t kind_of(ScalarType dtype) { return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2; }
-
-// `qat.ops.gradients`: _input_gradient and _bf16_gradient.
-Tensor input_gradient(const Tensor& grad, const Tensor& bits, const Tensor& scale, int64_t k, bool bf16) {
-  const auto values = [&](const Tensor& by, ScalarType dtype) { return cpu_dequantize_bits(bits, k, by, kind_of(dtype)); };
-  if (!bf16) return torch::stable::matmul(grad, values(scale, grad.scalar_type()));
-  constexpr ScalarType kHalf = ScalarType::BFloat16;
-  if (scale.size(1) > 1) return torch::stable::matmul(in(grad, kHalf), values(scale, kHalf));
-  const Tensor one = torch::stable::full({1, 1}, 1.0, ScalarType::Float);
-  if (scale.size(0) > 1)
-    return torch::stable::matmul(in(times(grad, torch::stable::transpose(scale, 0, 1)), kHalf), values(one, kHalf));
-  return times(torch::stable::matmul(in(grad, kHalf), values(one, kHalf)), torch::stable::reshape(scale, {}));
-}
-
-// `qat.ops.gradients`: input_weight_gradient and _bf16_weight_gradient.
-Tensor weight_gradient(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, bool bf16) {
-  const Tensor rows = rows_of(bf16 ? in(times(grad, x_scale), ScalarType::BFloat16) : grad);
-  const int64_t k = x_q.size(x_q.dim() - 1), m = x_q.numel() / k;
-  const auto* scales = static_cast<const float*>(x_scale.const_data_ptr());
-  const auto* codes = static_cast<const int8_t*>(x_q.const_data_ptr());
-  const Tensor values = bf16 ? rows_of(in(x_q, ScalarType::BFloat16)) : floats_of(codes, m, k, scales, 1, grad.scalar_type());
-  return torch::stable::matmul(torch::stable::transpose(rows, 0, 1), values);
-}
-
 // Gradients of x, w and the bias, each in the dtype of what it is of, where it is needed; else nothing.
-std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> cpu_fused_gradients(
-    const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& bits, const Tensor& scale, int64_t k, bool bf16,
-    std::optional<ScalarType> of_x, bool of_w, std::optional<ScalarType> of_bias) {
-  STD_TORCH_CHECK(x_q.is_contiguous() && x_q.scalar_type() == ScalarType::Char && x_scale.is_contiguous() &&
-                      x_scale.scalar_type() == ScalarType::Float && x_q.size(x_q.dim() - 1) == k &&
-                      x_scale.numel() * k == x_q.numel(),
-                  "these are no codes and scales of a token each");
-  std::optional<Tensor> x, w, bias;
-  if (of_x) x = in(input_gradient(grad, bits, scale, k, bf16), *of_x);
-  if (of_w) w = in(weight_gradient(grad, x_q, x_scale, bf16), ScalarType::Float);
-  if (of_bias) {
-    const std::array<int64_t, 1> first{0};
-    bias = in(torch::stable::sum(rows_of(grad), torch::headeronly::IntHeaderOnlyArrayRef(first), false, ScalarType::Float), *of_bias);
-  }
-  return {x, w, bias};
+gradients::Gradients cpu_fused_gradients(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& bits,
+                                         const Tensor& scale, int64_t k, bool bf16, std::optional<ScalarType> of_x, bool of_w,
+                                         std::optional<ScalarType> of_bias) {
+  STD_TORCH_CHECK(x_q.is_contiguous() && x_q.scalar_type() == ScalarType::Char && x_q.size(x_q.dim() - 1) == k,
+                  "x_q must be contiguous int8 [..., ", k, "]");
+  const int64_t m = x_q.numel() / k;
+  const auto* codes = static_cast<const int8_t*>(x_q.const_data_ptr());
+  const float* scales = floats(x_scale, m, "x_scale");
+  const auto kind = [](ScalarType dtype) { return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2; };
+  const auto values = [&](const Tensor* by, ScalarType dtype) {
+    return cpu_dequantize_bits(bits, k, by ? *by : torch::stable::full({1, 1}, 1.0, ScalarType::Float), kind(dtype));
+  };
+  const auto x_values = [&](ScalarType dtype) { return floats_of(codes, m, k, scales, 1, dtype); };
+  return gradients::all(grad, x_q, x_scale, scale, bf16, of_x, of_w, of_bias, values, x_values);
 }
 
 }  // namespace

@@ -104,6 +104,8 @@ Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tenso
   return result.y;
 }
 
+}  // namespace
+
 // y of x and int8 codes t [N, K]; and the codes and scale of x, for the backward pass.
 std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Tensor& t, const Tensor& scale,
                                                   const std::optional<Tensor>& bias, bool per_tensor, double eps) {
@@ -128,6 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Ten
   done(linear(p, device.stream), "linear");
   return {result.y, codes, x_scale};
 }
+
+namespace {
 
 // int32 [M, N] of int8 a [M, K] and b [N, K]: a . b^T
 Tensor cuda_int8_matmul(const Tensor& a, const Tensor& b) {

@@ -10,6 +10,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -119,5 +121,10 @@ inline const uint8_t* bytes_of(const Device& device, const Tensor& packed, int64
   STD_TORCH_CHECK(packed.dim() == 2 && packed.size(1) == (k + per_byte - 1) / per_byte, "packed does not fit K = ", k);
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
+
+// ops_cuda.cpp: y of x and int8 codes t [N, K]; and the codes and scale of x. ops_cuda_weights.cpp: int8 codes of packed ones.
+std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x, const Tensor& t, const Tensor& scale,
+                                                  const std::optional<Tensor>& bias, bool per_tensor, double eps);
+Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad);
 
 }  // namespace qat::cuda::binding

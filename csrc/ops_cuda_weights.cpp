@@ -83,6 +83,8 @@ Tensor cuda_pack(const Tensor& t, bool base3, Tensor bad) {
   return packed;
 }
 
+}  // namespace
+
 Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad) {
   const Device device(packed);
   const uint8_t* bytes = bytes_of(device, packed, k, base3 ? 5 : 4);
@@ -92,6 +94,8 @@ Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad) {
        "unpack");
   return t;
 }
+
+namespace {
 
 Tensor cuda_repack(const Tensor& base3, int64_t k) {
   const Device device(base3);

@@ -84,7 +84,7 @@ def load_kernels() -> ctypes.CDLL:
 def compiled_ops() -> Path:
     """csrc/ops_cuda* for the emulation, linked with the emulated kernels; kept beside them."""
     kernels, sources, torch_folder = compiled_kernels(), csrc("ops_cuda*.cpp"), Path(torch.__file__).parent
-    headers = csrc("ops_cuda*.h", "cuda/kernels.h", "emulation/stream.h")
+    headers = csrc("ops_cuda*.h", "ops_gradients.h", "cuda/kernels.h", "emulation/stream.h")
     key = digest(torch.__version__, *(file.read_bytes() for file in [*sources, *headers]))
     library = kernels.parent / f"ops-{key}.so"
     if not library.exists():

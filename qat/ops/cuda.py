@@ -152,12 +152,18 @@ def _statistic(rows: Tensor, options: WeightOptions, **parameters: Tensor) -> Te
 SCALES: latent.Kernels = {scales.statistic: _statistic}
 
 
+def reduction_of(o: WeightOptions) -> int | None:
+    """The kernel's own, which gives the scale; None where the scale is given to it."""
+    own = resolve(latent.record_of(o).scale) is scales.statistic and o.scale_multiplier == 1
+    return _REDUCTIONS.get(o.scale) if own else None
+
+
 def weight_arguments(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] = ()) -> tuple[Any, ...]:
     """What `cuda_quantize_weight` takes after w; its last argument tells codes from 2-bit bytes."""
     scales.check_group_size(w.shape[1], o.group_size)
     record, given = latent.record_of(o), None
-    own = resolve(record.scale) is scales.statistic and o.scale_multiplier == 1
-    reduction = _REDUCTIONS.get(o.scale, _GIVEN) if own else _GIVEN
+    own = reduction_of(o)
+    reduction = _GIVEN if own is None else own
     shape = latent.shape_of(w, o)
     if reduction == _GIVEN:
         given = latent.weight_scale(w, o, parameters, SCALES)[1].reshape(shape).contiguous()

@@ -47,7 +47,7 @@ def _flags() -> list[str]:
 
 def sources() -> list[Path]:
     """What is compiled, headers included."""
-    return matching(source_folder(), "ops_cpu*.cpp", "ops_cpu*.h", "cpu/*.cpp", "cpu/*.h")
+    return matching(source_folder(), "ops_cpu*.cpp", "ops_cpu*.h", "ops_gradients.h", "cpu/*.cpp", "cpu/*.h")
 
 
 def compiler() -> tuple[str, str] | None:

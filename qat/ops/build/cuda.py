@@ -121,7 +121,7 @@ def archs_of(library: Path) -> list[str]:
 
 def sources() -> list[Path]:
     """What is compiled, headers included."""
-    return matching(source_folder(), "ops_cuda*.cpp", "ops_cuda*.h", "cuda/*.cu", "cuda/*.h")
+    return matching(source_folder(), "ops_cuda*.cpp", "ops_cuda*.h", "ops_gradients.h", "cuda/*.cu", "cuda/*.h")
 
 
 def _torch_folder() -> Path:

@@ -17,9 +17,9 @@ that takes a large layer no longer, and spares it in evaluation and between the 
 _ROUNDED = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
-def ops_for(config: QuantConfig, n: int, k: int) -> Ops | None:
-    """The ops of a layer [n, k]; None where others serve it."""
-    record = config.quantizer
+def ops_for(config: QuantConfig, weight: torch.Tensor) -> Ops | None:
+    """The ops of a layer; None where others serve it."""
+    (n, k), record = weight.shape, config.quantizer
     binary = cpu._CODES.get(resolve(record.codes))
     if binary is None or not fits(config, record) or config.scale != "absmean":
         return None

@@ -91,21 +91,28 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: FusedLinear, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert call.forward is not None
-        y, *kept = call.forward(x, weight, bias, dtype, *call.arguments)
-        ctx.save_for_backward(*kept)
-        ctx.call, ctx.of_x, ctx.of_bias = call, x.dtype, None if bias is None else bias.dtype
+        y, x_q, x_scale, codes, scale = call.forward(x, weight, bias, dtype, *call.arguments)
+        ctx.save_for_backward(x_q, x_scale, codes, scale)
+        ctx.made_for = call, x.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        _, _, x, weight, bias = ctx.needs_input_grad
-        call = ctx.call
-        asked = ctx.of_x if x else None, weight, ctx.of_bias if bias else None
-        return None, None, *call.backward(grad, *ctx.saved_tensors, call.k, call.bf16, *asked)
+        return _differentiated(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    _, _, x, weight, bias = ctx.needs_input_grad
+    call, of_x, of_bias = ctx.made_for
+    asked = of_x if x else None, weight, of_bias if bias else None
+    return None, None, *call.backward(grad, *ctx.saved_tensors, call.k, call.bf16, *asked)
+
+
+_differentiated = once_differentiable(_backward)  # type: ignore[no-untyped-call]
+"""Where a graph of the backward pass is asked for; wrapping each call would cost as much as one of torch's ops."""
 
 
 def fits(config: QuantConfig, record: Quantizer) -> bool:
