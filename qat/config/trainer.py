@@ -53,6 +53,8 @@ class TrainerConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the student."""
+    graph: bool = False
+    """Replay steps that write nothing as one CUDA graph: a GPU then waits for no Python. Batches of one shape, one device."""
     threads: int | None = None
     """torch's CPU threads; null: torch decides."""
     progress: bool = True

@@ -36,10 +36,9 @@ from qat.reporting.result import RunResult, read_result
 from qat.reporting.settling import passes, settled, validated_once, with_data
 from qat.storage import write_text
 from qat.terminal.stage import quietly, stage
-from qat.training import fit
+from qat.training import fit, graph
 from qat.training.checkpoints import newest
 from qat.training.exports import export_all, save_packed
-from qat.training.fit import device_of
 from qat.training.folder import check_target, locked, opened
 from qat.training.loggers import Trackers, tracked
 from qat.training.loggers.identity import about
@@ -146,6 +145,7 @@ def prepare(config: TrainConfig) -> Job:
     check_divisible(config, optimizer)
     check_plugins(config)
     check_best(config, asked := callbacks(config))
+    graph.check_graph(config, fit.device_of(config.trainer), asked)
     check_push(config)
     use_threads(config.trainer)
     seed_everything(config.seed, verbose=False)
@@ -172,7 +172,7 @@ def prepare(config: TrainConfig) -> Job:
 
 def converted(config: TrainConfig, base: PreTrainedModel, data: QATData | None) -> tuple[PreTrainedModel, Conversion]:
     """A converted copy of a model, and what was converted."""
-    student = copy.deepcopy(base).to(device_of(config.trainer))  # type: ignore[arg-type]  # where the probe tries it
+    student = copy.deepcopy(base).to(fit.device_of(config.trainer))  # type: ignore[arg-type]  # where the probe tries it
     include, exclude = config.model.include or None, config.model.exclude or None
     probe = code_of(config).probe(data, base)
     with stage("converting"):
@@ -245,7 +245,7 @@ def train(job: Job, book: Book, measure: Measure, signals: Signals, trackers: Tr
     parallel.shared(lambda: map_damage(job, measure, Path(book.facts.folder)))
     mix_components(job.config, measure.place(job.base), job.student, job.record, job.data, Path(book.facts.folder))
     job.base.cpu()
-    book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, device_of(job.config.trainer)))
+    book.add(calibration=calibrated(job.config, job.base, job.student, job.data.train, fit.device_of(job.config.trainer)))
     measured(job, book, measure, "converted", job.student)
     folder = Path(book.facts.folder)
     if parallel.first() and newest(folder / "checkpoints") is None:

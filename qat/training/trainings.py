@@ -23,6 +23,7 @@ from qat.terminal.stage import stage
 from qat.training.callbacks import Anneal, LambdaWarmup, NormWarmup, Oscillation, Samples
 from qat.training.fit import FitResult, device_of, fit
 from qat.training.gradients.terms import TermGradients
+from qat.training.graph.module import ReplayedModule
 from qat.training.module import OptimizerFactory, QATModule
 from qat.training.monitoring.alarming import Alarming
 from qat.training.monitoring.looks import Monitor
@@ -157,7 +158,11 @@ def _module(
         model.activation_checkpointing_enable()
     code, steps = code_of(config), config.trainer.max_steps
     more = {"compile": config.trainer.compile, "view": code.view, "scores": code.scores(data)}
-    return QATModule(model, distill, config.optim, optimizer, steps, teacher, **more)  # type: ignore[arg-type]
+    if not config.trainer.graph:
+        return QATModule(model, distill, config.optim, optimizer, steps, teacher, **more)  # type: ignore[arg-type]
+    module = ReplayedModule(model, distill, config.optim, optimizer, steps, teacher, **more)  # type: ignore[arg-type]
+    module.looks = config.trainer.monitor_every
+    return module
 
 
 def prompts(config: TrainConfig, data: QATData) -> torch.Tensor:
