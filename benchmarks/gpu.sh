@@ -10,7 +10,7 @@
 # What is printed goes to $OUT/gpu.txt too, the tables' numbers to $OUT/PART.json; $OUT is benchmarks/results if not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-parts=(build test test-wgmma memcheck racecheck operations operations-wgmma step)
+parts=(build test operations step test-wgmma operations-wgmma memcheck racecheck)
 [ $# -gt 0 ] || set -- "${parts[@]}"
 for name in "$@"; do
   [[ " ${parts[*]} " == *" $name "* ]] || { echo "unknown part $name: choose from ${parts[*]}"; exit 2; }

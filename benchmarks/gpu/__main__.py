@@ -1,6 +1,7 @@
-"""`python -m benchmarks.gpu`: the tables of benchmarks/gpu.sh, printed and written as JSON.
+"""`python -m benchmarks.gpu`: the tables of benchmarks/gpu.sh, printed and written as JSON after each section.
 
 python -m benchmarks.gpu --parts operations step --json gpu.json
+python -m benchmarks.gpu --sections decode prefill
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import operations, step
-from benchmarks.gpu.llama import SIZES
-from benchmarks.gpu.rows import Bench, say
+from benchmarks.gpu.rows import Bench
+from benchmarks.gpu.sections import STEPS, measured, sections
 from benchmarks.gpu.timing import Ceilings
 from qat import ops
 from qat.ops.build import cuda as build_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = {"SmolLM2-135M": (16, 512), "SmolLM2-360M": (16, 512), "Llama-3.2-1B": (8, 1024)}
+PEERS = ("transformers", "triton", "torchao", "vllm", "sgl-kernel", "bitblas")
 
 
 def _said(*command: str) -> str:
@@ -36,6 +37,13 @@ def _said(*command: str) -> str:
     return (done.stdout or done.stderr or "nothing").strip().splitlines()[0]
 
 
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     about = {
@@ -43,6 +51,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": os.environ.get("QAT_COMMIT") or _said("git", "describe", "--always", "--dirty"),
         "cpu cores": os.cpu_count(),
+        "peers": ", ".join(f"{name} {_version(name)}" for name in PEERS),
     }
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
@@ -58,6 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=main.__doc__)
     parser.add_argument("--parts", nargs="+", default=["operations", "step"], choices=["operations", "step"])
     parser.add_argument("--models", nargs="+", default=list(STEPS), choices=list(STEPS), help="of the step")
+    names = [section.name for section in sections(list(STEPS))]
+    parser.add_argument("--sections", nargs="+", default=names, choices=names, help="of these parts, in their own order")
     parser.add_argument("--seconds", type=float, default=0.2, help="least time a row")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
@@ -69,18 +80,13 @@ def main() -> None:
     ceilings = Ceilings.measure(device, 1.0)
     print(f"ceilings: {ceilings.line()}", flush=True)
     bench = Bench(device, ceilings, arguments.seconds, about["L2 bytes"])
-    rows = []
-    try:
-        if "operations" in arguments.parts:
-            rows += operations.everything(bench)
-        if "step" in arguments.parts:
-            say("training step: speed against the plain model")
-            for name in arguments.models:
-                rows += step.steps(bench, name, SIZES[name], *STEPS[name])
-    finally:
+    asked = [one for one in sections(arguments.models) if one.part in arguments.parts and one.name in arguments.sections]
+    rows: list[Any] = []
+    for found in measured(bench, asked):
+        rows += [asdict(row) for row in found]
         if arguments.json:
-            found = {"environment": about, "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            result = {"environment": about, "ceilings": asdict(ceilings), "rows": rows}
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

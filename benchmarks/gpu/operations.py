@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu import peers
-from benchmarks.gpu.rows import Bench, Peer, Row, say, shape_of
+from benchmarks.gpu.rows import Bench, Peer, Row, shape_of
 from benchmarks.gpu.timing import Call
 from qat import BitLinear, PackedBitLinear, QuantConfig, ops
 from qat.ops import cuda
@@ -190,15 +190,3 @@ def training(bench: Bench, shapes: Sequence[tuple[int, int]], m: int) -> list[Ro
         }
         rows += bench.table("training", shape_of(n, k), m, made, BASELINE)
     return rows
-
-
-def everything(bench: Bench) -> list[Row]:
-    """The tables at full size."""
-    say("decode and prefill: speed against cuBLAS bf16; share of the copy bandwidth or matmul rate, by each row's own bytes")
-    rows = linears(bench, BITNET_2B, [1, 4, 16, 512, 2048])
-    say("all linears of BitNet-2B for one token")
-    rows += stack(bench, BITNET_2B, 30)
-    say("quantizers: speed against torch.compile")
-    rows += activations(bench, ACTIVATION_SHAPES) + weights(bench, *WEIGHT_SHAPE)
-    say("training layer, forward + backward: speed against a bf16 nn.Linear; share of the bf16 rate")
-    return rows + training(bench, TRAINING_SHAPES, 8192)

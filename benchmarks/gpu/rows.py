@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -37,12 +38,14 @@ class Peer:
 
 @dataclass(frozen=True)
 class Bench:
-    """The device, its ceilings, and the least time a row is measured for."""
+    """The device, its ceilings, the least time a row is measured for, the clock's time from which none is begun, and the rows."""
 
     device: torch.device
     ceilings: Ceilings
     seconds: float
     l2_bytes: int
+    until: float = float("inf")
+    done: list[Row] = field(default_factory=list)
 
     def copies(self, bytes_each: float) -> int:
         """So many copies of the data that a round over them is four times the cache, and at most 256."""
@@ -51,6 +54,9 @@ class Bench:
     def row(self, table: str, shape: str, tokens: int, what: str, peer: Peer, in_graph: int = GRAPH_CALLS) -> Row:
         """One peer, measured; one that is not installed or fails is a row that says so."""
         row = Row(table, shape, tokens, what)
+        if time.perf_counter() > self.until:
+            row.note = "left out: the section's time is over"
+            return row
         try:
             timing = measure(peer.make(), self.device, self.seconds, in_graph)
         except ImportError as error:
@@ -58,7 +64,7 @@ class Bench:
         except Exception as error:  # a peer's failure is a result
             row.note = f"failed: {str(error).strip().partition(chr(10))[0][:120] or type(error).__name__}"
         else:
-            row.microseconds, row.mode = timing.microseconds, timing.mode
+            row.microseconds, row.mode, row.note = timing.microseconds, timing.mode, timing.why
             if peer.moved or peer.operations:
                 row.share = self.ceilings.floor(peer.moved, peer.operations, peer.integer) / timing.microseconds
         if self.device.type == "cuda":
@@ -76,13 +82,15 @@ class Bench:
         rate: bool = False,
     ) -> list[Row]:
         """All peers at one shape, the speed of each against the baseline's, printed; `rate` notes tokens a second."""
+        torch.compiler.reset()  # else the ninth shape of a function is no longer compiled, and flatters whom it is beside
         rows = [self.row(table, shape, tokens, what, peer, in_graph) for what, peer in peers.items()]
         base = next((row.microseconds for row in rows if row.what == baseline), None)
         for row in rows:
             if row.microseconds is not None:
                 row.speedup = base / row.microseconds if base else None
-                row.note = f"{tokens / row.microseconds * 1e6:,.0f} tokens/s" if rate else ""
+                row.note = f"{f'{tokens / row.microseconds * 1e6:,.0f} tokens/s ' if rate else ''}{row.note}".strip()
             print(line(row), flush=True)
+        self.done.extend(rows)
         return rows
 
 

@@ -6,7 +6,7 @@ Every variant is the same model from the same seed on the same batch under bf16 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -80,11 +80,12 @@ def step(size: Size, change: Callable[[nn.Module], nn.Module], ids: Tensor, comp
     return [run]
 
 
-def steps(bench: Bench, name: str, size: Size, batch: int, context: int) -> list[Row]:
-    """The variants on one model, run in each way; speed against the plain model that runs the same way."""
+def steps(bench: Bench, name: str, size: Size, batch: int, context: int, ways: Sequence[str] = tuple(WAYS)) -> list[Row]:
+    """The variants on one model, run in each of these ways; speed against the plain model that runs the same way."""
     ids = torch.randint(size.vocabulary, (batch, context), device=bench.device)
     rows = []
-    for way, (compile, in_graph) in WAYS.items():
+    for way in ways:
+        compile, in_graph = WAYS[way]
         made = {f"{variant}, {way}": Peer(partial(step, size, change, ids, compile)) for variant, change in VARIANTS.items()}
         rows += bench.table("step", name, batch * context, made, f"{PLAIN}, {way}", in_graph, rate=True)
     return rows

@@ -21,10 +21,11 @@ GRAPH_CALLS = 20  # least number of calls in a graph, so that the launch of the 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median microseconds of a call, and how it ran: `graph`, `eager` or `clock`."""
+    """Median microseconds of a call, how it ran: `graph`, `eager` or `clock`; and why it was not captured, where it should be."""
 
     microseconds: float
     mode: str
+    why: str = ""
 
 
 def measure(calls: Sequence[Call], device: torch.device, seconds: float, in_graph: int = GRAPH_CALLS) -> Timing:
@@ -37,12 +38,14 @@ def measure(calls: Sequence[Call], device: torch.device, seconds: float, in_grap
     for call in calls:  # compiles, loads and allocates
         call(), call()
     torch.cuda.synchronize(device)
+    why = ""
     if in_graph:
         try:
             return Timing(_replays(calls, seconds, in_graph), "graph")
-        except RuntimeError:  # what waits for the device or asks for memory of its own cannot be captured
+        except RuntimeError as error:  # what waits for the device or asks for memory of its own cannot be captured
             torch.cuda.synchronize(device)
-    return Timing(_loop(calls, seconds), "eager")
+            why = f"not captured: {str(error).strip().partition(chr(10))[0][:80]}"
+    return Timing(_loop(calls, seconds), "eager", why)
 
 
 def _clock(calls: Sequence[Call], seconds: float) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import llama, operations, peers, rows, step, timing
+from benchmarks.gpu import llama, operations, peers, rows, sections, step, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -98,6 +98,34 @@ def test_a_peer_that_is_missing_or_fails_is_a_row(bench, capsys):
     out = capsys.readouterr().out
     assert "not installed: nowhere" in out and "failed: first line" in out
     assert bench.table("table", "1x1", 1, made, "a")[2].speedup is None
+
+
+def test_sections_end_in_time_and_one_that_fails_hides_no_other(bench, capsys):
+    def failing(bench: rows.Bench) -> list[rows.Row]:
+        bench.table("table", "1x1", 1, {"a": rows.Peer(lambda: [lambda: None])}, "a")
+        raise RuntimeError("no memory\nat all")
+
+    def late(bench: rows.Bench) -> list[rows.Row]:
+        return bench.table("table", "2x2", 1, {"b": rows.Peer(lambda: [lambda: None])}, "b")
+
+    chosen = [
+        sections.Section("first", "operations", "first of all", 60.0, failing),
+        sections.Section("second", "operations", "then", -1.0, late),
+        sections.Section("third", "operations", "at last", 60.0, late),
+    ]
+    first, second, third = sections.measured(bench, chosen)
+    assert [row.what for row in first] == ["a", "first"] and first[0].microseconds is not None
+    assert first[1].note == "failed: no memory" and second[0].note == "left out: the section's time is over"
+    assert third[0].microseconds is not None
+    assert "first of all" in capsys.readouterr().out
+
+
+def test_facts_come_before_what_takes_a_minute_to_compile():
+    found = sections.sections(list(sections.STEPS))
+    assert [section.name for section in found][:3] == ["decode", "prefill", "training"]
+    compiled = ["torch.compile" in section.words and section.part == "step" for section in found]
+    assert compiled == sorted(compiled) and any(compiled)
+    assert sum(section.seconds for section in found if not compiled[found.index(section)]) <= 8 * 60
 
 
 def test_the_script_and_its_module_say_what_they_need():

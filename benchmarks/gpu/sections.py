@@ -1,0 +1,84 @@
+"""The tables as sections in the order of what is needed first, each with a budget of seconds: a GPU may be there for minutes.
+
+What the kernels are is said before what others do beside them, and what torch compiles for a minute comes last. A section that is
+over its budget names the rows that it leaves out; one that fails is a row that says so, and the next begins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.gpu import operations, step
+from benchmarks.gpu.llama import SIZES
+from benchmarks.gpu.operations import ACTIVATION_SHAPES, BITNET_2B, TRAINING_SHAPES, WEIGHT_SHAPE
+from benchmarks.gpu.rows import Bench, Row, line, say
+
+STEPS = {"SmolLM2-135M": (16, 512), "SmolLM2-360M": (16, 512), "Llama-3.2-1B": (8, 1024)}
+"""Model -> sequences and tokens of a batch."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Tables that are measured within `seconds`, and belong to `part` of the command line."""
+
+    name: str
+    part: str
+    words: str
+    seconds: float
+    rows: Callable[[Bench], Sequence[Row]]
+
+
+def sections(models: Sequence[str]) -> list[Section]:
+    """All of them, at full size, the step on these models."""
+    share = "share of the copy bandwidth or matmul rate that was measured here, by each row's own bytes and operations"
+
+    def linears(*tokens: int) -> Callable[[Bench], Sequence[Row]]:
+        return lambda bench: operations.linears(bench, BITNET_2B, tokens)
+
+    return [
+        Section("decode", "operations", f"decode: speed against cuBLAS bf16; {share}", 60, linears(1, 4, 16)),
+        Section("prefill", "operations", "prefill: the same", 60, linears(512, 2048)),
+        Section("training", "operations", "training layer, forward + backward: speed against a bf16 nn.Linear", 60, _training),
+        Section("stack", "operations", "all linears of BitNet-2B for one token", 30, _stack),
+        Section("quantizers", "operations", "quantizers: speed against torch.compile", 45, _quantizers),
+        *(_step(name, False, 60) for name in models),
+        *(_step(name, True, 120) for name in models),
+    ]
+
+
+def _training(bench: Bench) -> list[Row]:
+    return operations.training(bench, TRAINING_SHAPES, 8192)
+
+
+def _stack(bench: Bench) -> list[Row]:
+    return operations.stack(bench, BITNET_2B, 30)
+
+
+def _quantizers(bench: Bench) -> list[Row]:
+    return operations.activations(bench, ACTIVATION_SHAPES) + operations.weights(bench, *WEIGHT_SHAPE)
+
+
+def _step(model: str, compiled: bool, seconds: float) -> Section:
+    ways = [way for way, (compile, _) in step.WAYS.items() if compile == compiled]
+    words = f"training step of {model}, {', '.join(ways)}: speed against the plain model"
+    name = f"step {model}{', torch.compile' if compiled else ''}"
+    return Section(name, "step", words, seconds, lambda bench: step.steps(bench, model, SIZES[model], *STEPS[model], ways))
+
+
+def measured(bench: Bench, chosen: Sequence[Section]) -> Iterator[list[Row]]:
+    """The rows of each section when it is over."""
+    for section in chosen:
+        say(section.words)
+        begun = time.perf_counter()
+        rows: list[Row] = []
+        own = replace(bench, until=begun + section.seconds, done=rows)
+        try:
+            section.rows(own)
+        except Exception as error:  # what is no row's: a layer that cannot be made, memory that is not there
+            why = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+            rows.append(Row(section.name, "", 0, section.name, note=f"failed: {why}"))
+            print(line(rows[-1]), flush=True)
+        print(f"{section.name}: {time.perf_counter() - begun:.0f} of {section.seconds:.0f} s", flush=True)
+        yield rows
