@@ -17,6 +17,8 @@ from qat.nn.bitlinear import BitLinear
 
 OUTLIER = 6
 """Times the root mean square of its token: beyond it an input is an outlier."""
+ALONE = 256.0
+"""Times the root mean square of the others at which a token's largest input is counted: they are then 0 of 8 bits' codes."""
 
 Pair = tuple[Tensor, Tensor]
 
@@ -92,14 +94,15 @@ def _joined(name: str, one: Pair, other: Pair) -> Pair:
 
 def input_sums(x: Tensor, bits: int | None) -> dict[str, Pair]:
     """Statistic -> sum and count of inputs [..., K] that are quantized token by token to that many bits; None: they are not."""
-    magnitude = x.reshape(-1, x.shape[-1]).float().abs()
+    magnitude, width = x.reshape(-1, x.shape[-1]).float().abs(), x.shape[-1]
     peak = magnitude.amax(-1, keepdim=True)
-    rms = torch.linalg.vector_norm(magnitude, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+    length = torch.linalg.vector_norm(magnitude, dim=-1, keepdim=True)
+    rms, others = length / width**0.5, (length.square() - peak.square()).clamp_min(0).sqrt() / max(width - 1, 1) ** 0.5
     count = torch.tensor(float(magnitude.numel()), dtype=torch.float64, device=x.device)
     tokens = torch.tensor(float(len(magnitude)), dtype=torch.float64, device=x.device)
     found = {
         "act_absmax": (peak.max().double(), torch.ones_like(count)),
-        "act_peak": ((peak / rms.clamp_min(1e-30)).sum(dtype=torch.float64), tokens),
+        "act_peak": ((peak / others.maximum(peak / ALONE).clamp_min(1e-30)).sum(dtype=torch.float64), tokens),
         "act_outliers": ((magnitude > OUTLIER * rms).count_nonzero().double(), count),
     }
     if bits is None:

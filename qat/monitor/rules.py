@@ -25,6 +25,8 @@ class Facts:
     held: float = float("inf")
     """The step from which codes do not change because the configuration says so."""
     lr: float = 1e-3
+    usual: float = float("inf")
+    """The rate that is right for most models of its size."""
     latent_lr_multiplier: float = 1.0
     weight_decay: float = 0.0
     clip: float | None = 1.0
@@ -35,6 +37,11 @@ class Facts:
     scale: str = "absmean"
     weights: Callable[[int], Mapping[str, float]] = lambda step: {}
     """Step -> weight of each loss."""
+
+    @property
+    def slower(self) -> str:
+        """A rate to try where this one is too high."""
+        return f"optim.lr={min(self.lr / 3, self.usual):.1g}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class Finding:
 FEW, RISE = 5, 1.0
 """Rows of a median; nats by which it may rise."""
 EMPTY, SHRUNK, PEAK, SWINGING, DROWNED = 0.95, -0.9, 64.0, 0.25, 0.98
-"""Limits: zero fraction, drift of the scale, peak of inputs over their root mean square, oscillating share, share of one term."""
+"""Limits: zero fraction, drift of the scale, peak of inputs over the root mean square of the others, oscillating share, share of
+one term."""
 STILL = 1e-6
 """A flip rate below it is none."""
 PASSES = 16.0
@@ -98,7 +106,7 @@ def divergence(h: History) -> Iterator[Finding]:
         text = (
             f"cross-entropy is {now:.2f} and had been {best:.2f}: training diverges, most likely as the learning rate is too high"
         )
-        yield Finding(text, f"optim.lr={h.facts.lr / 3:.1g}")
+        yield Finding(text, h.facts.slower)
 
 
 def no_gradient(h: History) -> Iterator[Finding]:
@@ -154,7 +162,7 @@ def oscillation(h: History) -> Iterator[Finding]:
 
 def scale_collapse(h: History) -> Iterator[Finding]:
     """A family's scale has shrunk to a tenth."""
-    key = "optim.weight_decay=0" if h.facts.weight_decay else f"optim.lr={h.facts.lr / 3:.1g}"
+    key = "optim.weight_decay=0" if h.facts.weight_decay else h.facts.slower
     for family, drift in h.latest("scale_drift").items():
         if drift < SHRUNK:
             text = (
@@ -168,7 +176,9 @@ def act_outliers(h: History) -> Iterator[Finding]:
     key = "quant.act_hadamard=true" if not h.facts.rotated else "quant.act_bits=null"
     for family, peak in h.latest("act_peak").items() if h.facts.act_bits else ():
         if peak > PEAK:
-            text = f"inputs of {family} peak at {peak:.0f} times their root mean square: outliers leave the others few codes"
+            text = (
+                f"inputs of {family} peak at {peak:.0f} times the root mean square of the others: outliers leave those few codes"
+            )
             yield Finding(text, key, family)
 
 
@@ -219,7 +229,9 @@ def data_repeated(h: History) -> Iterator[Finding]:
 def plateau(h: History) -> Iterator[Finding]:
     """The loss is flat far above full precision while codes still change: the S-curve's middle."""
     gaps, looks, steps = h.having("val/gap"), h.having("quant/flip_rate"), h.facts.steps
-    window = [row["train/ce"] for row in h.having("train/ce") if row["step"] > max(h.step - 0.15 * steps, h.facts.settled)]
+    settled = [row for row in h.having("train/ce") if row["step"] > h.facts.settled]
+    late_rows = sum(row["step"] > h.step - 0.15 * steps for row in settled)
+    window = [row["train/ce"] for row in settled[-max(late_rows, 2 * FEW) :]]  # a run of few rows: a longer part of it
     inside = 0.15 * steps + h.facts.settled <= h.step <= 0.7 * steps
     if not inside or len(window) < 2 * FEW or not gaps or not looks or gaps[-1]["val/gap"] < 0.3:
         return
@@ -263,6 +275,8 @@ RULES: dict[str, Callable[[History], Iterator[Finding]]] = {
     )
 }
 """Kind of alarm -> its rule."""
+LASTING = ("divergence", "loss_spikes", "data_repeated", "teacher_mismatch")
+"""What is said of a run that diverges: other rules would name what follows from it, and hide the cause."""
 
 
 def findings(history: History) -> dict[tuple[str, str], Finding]:

@@ -96,7 +96,11 @@ HEALTH = {
     "scale_drift": ("share", "none", "Mean scale over that at the start, minus 1."),
     "error": ("share", "down", "Norm of latent minus quantized weights over the norm of the latent ones."),
     "act_absmax": ("", "none", "Largest magnitude of the inputs that are quantized."),
-    "act_peak": ("", "down", "Largest magnitude of a token's inputs over their root mean square, a mean over tokens."),
+    "act_peak": (
+        "",
+        "down",
+        "Largest magnitude of a token's inputs over the root mean square of its others, a mean over tokens.",
+    ),
     "act_outliers": ("share", "down", "Inputs above 6 times the root mean square of their token."),
     "act_clipped": ("share", "down", "Inputs at the outermost code; absmax scales put at least one of each token there."),
 }

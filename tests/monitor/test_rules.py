@@ -92,6 +92,18 @@ def test_layers_and_families_without_gradient() -> None:
     assert (found.where, found.key) == ("q", "model.exclude=[*q_proj]") and "no gradient reaches the q layers" in found.text
 
 
+def test_a_flat_loss_in_a_run_of_few_rows() -> None:
+    rows = [*series("train/ce", NOISE[:12], every=30), look(360), {**HELD_OUT, "step": 360, "val/gap": 0.9}]
+    [found] = raised("plateau", rows)  # 15 % of the run hold five of them
+    falling = [2.5 - 0.05 * i for i in range(12)]
+    assert "so wait" in found.text and not raised("plateau", [*series("train/ce", falling, every=30), *rows[12:]])
+
+
+def test_a_rate_to_try() -> None:
+    assert Facts(steps=1, lr=3e-3).slower == "optim.lr=0.001"
+    assert Facts(steps=1, lr=2.0, usual=3e-3).slower == "optim.lr=0.003"
+
+
 def test_data_read_too_often() -> None:
     [found] = raised("data_repeated", [look(50)], Facts(steps=1000, passes=40))
     assert (

@@ -32,7 +32,7 @@ def test_sums_over_parts_are_those_of_the_whole(options: dict[str, Any], part: i
     monkeypatch.setattr(weights, "PART", part)
     torch.manual_seed(0)
     layer = BitLinear(96, 53, False, QuantConfig(**options))
-    codes, scale = layer.quantized()
+    codes, scale = (one.detach() for one in layer.quantized())
     found = {name: (float(a), float(b)) for name, (a, b) in weight_sums(layer, codes, scale).items()}
     latent = layer.weight.detach().double()
     rest = latent - sum_components(dequantize_weight(codes, scale), layer.config.planes)

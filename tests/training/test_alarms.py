@@ -77,6 +77,18 @@ class Harm(pl.Callback):
             weight[0, 0] = 1000
 
 
+class CutsLate(Harm):
+    """Cuts the gradient off once the model is blown up."""
+
+    def __init__(self) -> None:
+        super().__init__("cuts")
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        if trainer.global_step >= 10:
+            super().on_before_optimizer_step(trainer, module, optimizer)
+
+
 class Far(pl.Callback):
     """Puts the student far from the model in full precision before it trains."""
 
@@ -141,6 +153,14 @@ def test_inputs_with_an_outlier(config: TrainConfig, tmp_path: Path) -> None:
     config.trainer, config.optim = replace(QUIET, max_steps=4), replace(config.optim, lr=1e-5)
     [alarm] = [one for one in alarms_of(config) if one.kind == "act_outliers"]
     assert (alarm.step, alarm.where, alarm.key) == (2, "down", "quant.act_hadamard=true")
+
+
+def test_what_follows_from_a_divergence_is_not_said(config: TrainConfig) -> None:
+    """Without gradients too, from its first step on, as a softmax that is saturated has none."""
+    config = harmed(config, "blows_up", at=[7])
+    config.trainer = replace(QUIET, log_every_n_steps=1, monitor_every=6)
+    config.callbacks["cut"] = {"_target_": "test_alarms.CutsLate"}
+    assert [one.kind for one in alarms_of(config)] == ["divergence"]
 
 
 def test_a_flat_loss_while_codes_change(config: TrainConfig, tmp_path: Path) -> None:

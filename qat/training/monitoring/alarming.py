@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 
+from qat.conversion.layers import parameter_count
 from qat.monitor.alarms import Alarm, AlarmsFile, read_alarms
 from qat.monitor.layers import read_layers
-from qat.monitor.rules import Facts, Finding, History, findings
+from qat.monitor.rules import LASTING, Facts, Finding, History, findings
+from qat.reporting.rates import fine_tuning_rate
 from qat.training.callbacks.boundary import step_ends
 from qat.training.callbacks.guard import NonFiniteError
 from qat.training.callbacks.metrics_file import read_rows, trained
@@ -34,6 +36,7 @@ def facts_of(config: TrainConfig, passes: float, module: QATModule) -> Facts:
         settled=max(optim.lambda_steps, optim.rms_norm_steps, optim.warmup(trainer.max_steps)),
         held=optim.held_from(trainer.max_steps),
         lr=optim.peak,
+        usual=optim.lr_multiple * fine_tuning_rate(parameter_count(module.student)),
         latent_lr_multiplier=optim.latent_lr_multiplier,
         weight_decay=optim.weight_decay,
         clip=trainer.gradient_clip_val,
@@ -91,8 +94,9 @@ class Alarming(pl.Callback):
         found = findings(History(self.rows, self.facts, gradients, self.monitor.families))
         for place in [one for one in self.active if one not in found]:
             self.file.cleared(self.active.pop(place), step)
+        diverged = any(kind == "divergence" for kind, _ in found)
         for place, finding in found.items():
-            if place not in self.active:
+            if place not in self.active and (place[0] in LASTING or not diverged):
                 self._raise(trainer, module, place[0], finding)
 
     def _raise(self, trainer: pl.Trainer, module: pl.LightningModule, kind: str, found: Finding) -> None:
@@ -106,4 +110,4 @@ class Alarming(pl.Callback):
         """What is not finite ends a run, and is its last alarm."""
         if isinstance(exception, NonFiniteError) and hasattr(self, "file"):
             text = f"{exception}".partition(". ")[0]
-            self._raise(trainer, module, "divergence", Finding(text, f"optim.lr={self.facts.lr / 3:.1g}"))
+            self._raise(trainer, module, "divergence", Finding(text, self.facts.slower))
