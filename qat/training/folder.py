@@ -18,6 +18,7 @@ from qat.config import TrainConfig
 from qat.config.compose.resume import record
 from qat.config.compose.saved import save_config
 from qat.reporting.origin import note_start
+from qat.reporting.page.reading import LOCK
 from qat.storage.names import sweep_folder
 from qat.training.checkpoints import newest
 
@@ -26,7 +27,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"
 _TIME = "%Y-%m-%d_%H-%M-%S"
 _IS_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 

@@ -19,6 +19,7 @@ from qat.config import TrainConfig
 from qat.conversion.record import Conversion
 from qat.reporting.page.render import write_report
 from qat.reporting.result import Perplexity, RunResult, Stages
+from qat.reporting.table import REPORT
 from qat.tasks import TASKS
 from qat.training.checkpoints import newest
 from qat.training.exports import Exported
@@ -180,6 +181,14 @@ def recording(facts: Facts) -> Iterator[Book]:
         book.add(seconds=time.perf_counter() - start)
         if parallel.first():
             write_page(Path(facts.folder))
+            _say_where(book.facts)
+
+
+def _say_where(facts: Facts) -> None:
+    """The page of a run that failed while it trained: there is no table that would name it."""
+    page = Path(facts.folder) / REPORT
+    if facts.status.startswith("failed") and page.is_file() and (page.parent / "metrics.csv").is_file():
+        print(f"report     {page}", flush=True)
 
 
 def write_page(folder: Path) -> None:

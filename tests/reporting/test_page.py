@@ -19,13 +19,14 @@ import pytest
 from run_folders import RESULT, ROWS, with_trained, write_run
 
 from qat import report as verb
+from qat.monitor.alarms import Alarm, AlarmsFile
 from qat.reporting.following import following
 from qat.reporting.page.charts import MOST_POINTS, loss_figure, thinned
 from qat.reporting.page.compare import comparison
 from qat.reporting.page.heat import MOST_ROWS, heat_figure
 from qat.reporting.page.phases import phases, resumes
 from qat.reporting.page.reading import Series, read_metrics, read_run
-from qat.reporting.page.render import report, write_report
+from qat.reporting.page.render import breakable, report, write_report
 from qat.reporting.page.reproduce import command, differences, next_commands
 from qat.reporting.page.verdict import verdict
 
@@ -87,6 +88,53 @@ def test_verdicts_of_other_ends(tmp_path: Path, result: dict[str, Any] | None, t
     said = verdict(read_run(write_run(tmp_path, result)))
     assert expected in said.sentence and said.tone == tone
     assert expected in words(report(read_run(tmp_path))).replace("&#39;", "'")
+
+
+def test_the_verdict_of_a_failed_run_names_its_divergence(tmp_path: Path) -> None:
+    write_run(tmp_path, {**RESULT, "status": "failed: perplexity is not finite"})
+    assert verdict(read_run(tmp_path)).sentence == "The run failed after step 100: perplexity is not finite."
+    AlarmsFile(tmp_path).raised(Alarm(50, "divergence", "cross-entropy is 9.00", "optim.lr=1e-3"))
+    expected = "Training diverged: the run failed after step 100: perplexity is not finite."
+    assert verdict(read_run(tmp_path)).sentence == expected
+
+
+def test_a_killed_run_is_told_from_one_that_trains_on(tmp_path: Path) -> None:
+    """Its process held the lock; a run of an earlier version, or elsewhere, may have none."""
+    fcntl = pytest.importorskip("fcntl")
+    write_run(tmp_path, {**RESULT, "status": "running"})
+    assert not read_run(tmp_path).killed and "--watch" in next_commands(read_run(tmp_path))[0][1]
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert verdict(read_run(tmp_path)).sentence == "The run is at step 100 of 100; nothing is decided yet."
+    run = read_run(tmp_path)
+    assert verdict(run).sentence == "The run was killed after step 100 of 100; it has left no checkpoint to go on from."
+    (tmp_path / "checkpoints" / "step=50.ckpt").mkdir(parents=True)
+    assert verdict(run).sentence.endswith("it can go on from its last checkpoint.") and verdict(run).tone == "warn"
+    assert [words for words, _ in next_commands(run)] == ["go on"]
+
+
+def test_the_curves_of_a_run_that_has_not_ended_fill_their_chart(tmp_path: Path) -> None:
+    """Behind them is what has been, not what would have come."""
+    run = read_run(write_run(tmp_path, {**RESULT, "status": "running"}, ROWS[:3]))
+    run.config["optim"] |= {"anneal": "soft", "anneal_share": 0.8}
+    assert phases(run) == [("warm-up", 0, 10), ("soft codes", 0, 30)]
+    run = read_run(write_run(tmp_path))
+    run.config["optim"] |= {"anneal": "soft", "anneal_share": 0.8}
+    assert phases(run) == [("warm-up", 0, 10), ("soft codes", 0, 80)]
+
+
+def test_a_diverged_run_begins_anew(tmp_path: Path) -> None:
+    write_run(tmp_path, {**RESULT, "status": "failed: perplexity is not finite"})
+    (tmp_path / "starts.jsonl").write_text(
+        json.dumps({"command": "python -m qat.train recipe=plain optim.lr=2 run.dir=x"}) + "\n"
+    )
+    AlarmsFile(tmp_path).raised(Alarm(50, "divergence", "cross-entropy is 9.00", "optim.lr=0.003"))
+    command = "python -m qat.train recipe=plain optim.lr=0.003"
+    assert next_commands(read_run(tmp_path)) == [("begin anew, slower", command)]
+
+
+def test_keys_and_paths_break_where_they_may() -> None:
+    assert breakable("trainer.val_every a/b 0.5 <i>") == "trainer.<wbr>val_<wbr>every a/<wbr>b 0.5 &lt;i&gt;"
 
 
 def test_the_page_is_one_small_file_that_names_no_address(tmp_path: Path) -> None:

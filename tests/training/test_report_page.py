@@ -49,6 +49,16 @@ def test_a_run_that_does_not_end_has_one_too(config: TrainConfig, tmp_path: Path
     assert expected in (tmp_path / "report.html").read_text()
 
 
+def test_the_page_of_a_run_that_failed_while_training_is_named(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("run:\n  name: tiny\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2.0\n")
+    with pytest.raises(ValueError), recording(Facts(config, Conversion("bitlinear", config.quant), str(tmp_path))):
+        raise ValueError("the loss is not finite")
+    assert capsys.readouterr().out == f"report     {tmp_path / 'report.html'}\n"
+
+
 def test_a_page_that_cannot_be_made_is_said_and_ends_nothing(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

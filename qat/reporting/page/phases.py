@@ -10,6 +10,7 @@ from qat.reporting.page.reading import Run
 def phases(run: Run) -> list[tuple[str, float, float]]:
     """(name, first step, last step) of what is on for a part of the run."""
     steps = run.get("trainer.max_steps") or 0
+    seen = _length(run)
     found = [
         ("warm-up", 0, run.get("optim.warmup_steps") or 0),
         ("quantization blended in", 0, run.get("optim.lambda_steps") or 0),
@@ -19,7 +20,13 @@ def phases(run: Run) -> list[tuple[str, float, float]]:
     ]
     if run.get("optim.anneal", "none") != "none":
         found.append(("soft codes", 0, (run.get("optim.anneal_share") or 0) * steps))
-    return [(name, start, end) for name, start, end in found if start < end and (start > 0 or end < steps)]
+    there = [(name, start, end) for name, start, end in found if start < end and (start > 0 or end < steps)]
+    return [(name, start, min(end, seen)) for name, start, end in there if start < seen]
+
+
+def _length(run: Run) -> float:
+    """Steps that are drawn: of a run that has not ended those that it has made."""
+    return run.step if run.step and not run.done else run.get("trainer.max_steps") or 0
 
 
 def _share(run: Run, key: str, usual: float) -> float:
@@ -42,7 +49,7 @@ def marks(run: Run) -> dict[str, Any]:
     for row, (name, start, end) in enumerate(phases(run)):
         where = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
         shapes.append({"type": "rect", "x0": start, "x1": end, **where, "fillcolor": "--phase", "line": {"width": 0}})
-        words.append(_words(name, end, 1 - 0.07 * row, "right" if end > (run.get("trainer.max_steps") or 0) / 3 else "left"))
+        words.append(_words(name, end, 1 - 0.07 * row, "right" if end > _length(run) / 3 else "left"))
     for step, changed in resumes(run):
         where = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1}
         shapes.append(

@@ -18,6 +18,13 @@ from qat.monitor.alarms import Alarm
 from qat.reporting.result import RunResult, read_result
 from qat.storage import json_lines, parse_json
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+"""A file that the run's process holds (flock)."""
 STARTS = "starts.jsonl"
 """A line for each time that a run was started: time, step, command, commit."""
 SAMPLES = "samples.json"
@@ -55,6 +62,8 @@ class Run:
     damage: dict[str, Any] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
     """Files that could not be read."""
+    killed: bool = False
+    """It has not ended, and no process holds its folder."""
 
     @property
     def name(self) -> str:
@@ -70,6 +79,11 @@ class Run:
     def done(self) -> bool:
         """It came to its end."""
         return self.result.status == "done" or self.result.status.startswith("stopped")
+
+    @property
+    def divergence(self) -> Alarm | None:
+        """The alarm that says so, while it holds."""
+        return next((one for one in self.alarms if one.kind == "divergence" and one.until is None), None)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The configuration's value of a key with dots."""
@@ -122,7 +136,20 @@ def read_run(folder: Path) -> Run:
         latents=read(LATENTS, _mapping, {}),
         damage=read(DAMAGE, _mapping, {}),
         damaged=damaged,
+        killed=result.status == "running" and _left(folder / LOCK),
     )
+
+
+def _left(lock: Path) -> bool:
+    """Whether nobody holds a run's lock, which goes with its process; False where that cannot be known."""
+    if fcntl is None:
+        return False
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sound(result: RunResult) -> bool:

@@ -12,6 +12,7 @@ import base64
 import gzip
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from qat.reporting.page.parts import Figure, Section
 from qat.reporting.page.reading import Run, read_run
@@ -87,13 +89,20 @@ def page(
 
 
 def _environment() -> Environment:
-    return Environment(
+    found = Environment(
         loader=PackageLoader("qat.reporting.page", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.filters["breakable"] = breakable
+    return found
+
+
+def breakable(text: object) -> Markup:
+    """A text whose keys and paths may go on in the next line behind a dot, a slash or a low line between letters."""
+    return Markup(re.sub(r"(?<=[A-Za-z])([._/])(?=[A-Za-z])", r"\1<wbr>", str(escape(str(text)))))
 
 
 def _text(name: str) -> str:

@@ -80,10 +80,20 @@ def setting(value: Any) -> str:
 
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """(what for, command) of what a reader would do now: as the terminal has said, and on from there."""
-    if run.result.status == "running":
+    if run.result.status == "running" and not run.killed:
         watch = shlex.join(["python", "-m", "qat.report", "--watch", str(run.folder)])
-        return [("look on while it trains", watch), ("go on, if it was killed", go_on(run.folder)[1])]
+        return [*_slower(run), ("look on while it trains", watch), ("go on, if it was killed", go_on(run.folder)[1])]
     if not run.done:
-        return [go_on(run.folder)]
+        return _slower(run) or [go_on(run.folder)]
     found = labelled(run.result, run.folder)
-    return [*found, go_on(run.folder, "trainer.max_steps=N")] if found else []
+    return [*_slower(run), *found, *([go_on(run.folder, "trainer.max_steps=N")] if found else [])]
+
+
+def _slower(run: Run) -> list[tuple[str, str]]:
+    """Of a run that diverges: the run anew, with what its alarm says. To go on would repeat it."""
+    if run.divergence is None:
+        return []
+    key = run.divergence.key
+    gone = (key.partition("=")[0] + "=", "run.dir=", "resume=")
+    words = [word for word in shlex.split(command(run)) if not word.startswith(gone)]
+    return [("begin anew, slower", shlex.join([*words, key]))]

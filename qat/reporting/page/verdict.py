@@ -34,11 +34,15 @@ def verdict(run: Run) -> Verdict:
     status = run.result.status
     if status.startswith("failed"):
         where = f" after step {run.step:,}" if run.step else " before its first step was logged"
-        return Verdict(f"The run failed{where}: {status.removeprefix('failed: ')}.", "bad")
+        diverged = "Training diverged: the run" if run.divergence else "The run"
+        return Verdict(f"{diverged} failed{where}: {status.removeprefix('failed: ')}.", "bad")
     if status.startswith("interrupted"):
         return Verdict(f"The run was {status.partition(';')[0]} and can go on from there.", "warn")
     if not run.done:
-        where = f"step {run.step:,} of {run.get('trainer.max_steps', '?')}"
+        steps = run.get("trainer.max_steps", "?")
+        where = f"step {run.step:,} of {f'{steps:,}' if isinstance(steps, int) else steps}"
+        if run.killed:
+            return Verdict(_killed(run, where), "warn")
         return (
             Verdict(f"The run is at {where}; nothing is decided yet.", "quiet")
             if run.step
@@ -50,6 +54,12 @@ def verdict(run: Run) -> Verdict:
         return Verdict("Training diverged: the trained model's outputs are not finite.", "bad")
     stopped = "" if status == "done" else f" The run was {status}."
     return Verdict(" ".join(_sentences(run)) + stopped, _tone(run))
+
+
+def _killed(run: Run, where: str) -> str:
+    saved = any((run.folder / "checkpoints").glob("*"))
+    on = "it can go on from its last checkpoint" if saved else "it has left no checkpoint to go on from"
+    return f"The run was killed {f'after {where}' if run.step else 'before its first step was logged'}; {on}."
 
 
 def _unfinished(run: Run) -> str:
@@ -72,7 +82,7 @@ def size_factor(run: Run) -> float | None:
 
 def _tone(run: Run) -> str:
     lost = gap(run)
-    if any(alarm.kind == "divergence" and alarm.until is None for alarm in run.alarms):
+    if run.divergence:
         return "bad"
     return "good" if lost is None or lost <= CLOSE else "warn" if lost <= SHORT else "bad"
 
