@@ -1,4 +1,5 @@
 // The CUDA kernels on the CPU, for ctypes: memory with guard pages, the launchers, and the emulation's switches.
+#include "../csrc/cuda/codes.h"
 #include "../csrc/cuda/internal.h"
 #include "../csrc/cuda/ptx.h"
 #include "../csrc/cuda/wgmma.h"
@@ -34,7 +35,7 @@ void broken(const Broken p) {
   wait_copies<0>();
   if (p.kind == 4) fence_copies();
   if (p.kind == 5) __syncthreads();
-  product_s8(acc, {0, 0, 0, 0}, shared_memory());
+  product_s8(acc, {0, 0, 0, 0}, matrix_at(shared_memory()));
 }
 
 // A struct's line for tests/mirrors.py: its name and size, then each field's name, offset and size. Structured bindings do not
@@ -78,6 +79,14 @@ const char* emulation_layouts() {
 int run_broken(int64_t kind) {
   alignas(16) static const unsigned char bytes[16] = {};
   return launch(broken, {2}, kind < 4 ? 64 : kWarpgroup, kind < 4 ? 16 : 16384, nullptr, Broken{static_cast<int>(kind), bytes});
+}
+
+// a / b by divide_plain, its first reciprocal so many units off.
+int run_divide_plain(const float* a, const float* b, int64_t count, int64_t units, float* out) {
+  machine.reciprocal_error = static_cast<uint32_t>(units);
+  for (int64_t i = 0; i < count; ++i) out[i] = divide_plain(a[i], b[i]);
+  machine.reciprocal_error = 0;
+  return 0;
 }
 
 Guarded* emulation_allocate(int64_t bytes, bool at_end) {

@@ -38,7 +38,7 @@ template <class T>
 __device__ __forceinline__ void store_one(const Rows<T>& p, int8_t* row, int64_t at, float value, float divisor) {
   if (p.order != Order::natural) {
     const int64_t group = at / p.length, inside = at - group * p.length;
-    at = group * (p.stride / p.groups) + inside / 16 * 16 + interleaved(static_cast<int>(inside % 16), p.order);
+    at = group * (p.stride / p.groups) + inside / 64 * 64 + interleaved(static_cast<int>(inside % 64), p.order);
   }
   row[at] = static_cast<int8_t>(code_bits(value, divisor) & code_mask(divisor));
 }
@@ -49,8 +49,8 @@ __device__ void store_padding(const Rows<T>& p, int64_t row, int thread, int thr
   const int64_t padded = p.stride / p.groups, missing = padded - p.length;
   for (int64_t i = thread; i < missing * p.groups; i += threads) {
     const int64_t inside = p.length + i % missing;
-    const int place = interleaved(static_cast<int>(inside % 16), p.order);
-    p.codes[row * p.stride + i / missing * padded + inside / 16 * 16 + place] = 0;
+    const int place = interleaved(static_cast<int>(inside % 64), p.order);
+    p.codes[row * p.stride + i / missing * padded + inside / 64 * 64 + place] = 0;
   }
 }
 

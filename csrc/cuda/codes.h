@@ -30,13 +30,17 @@ __device__ __forceinline__ uint32_t gather_bytes(uint32_t a, uint32_t b, uint32_
   return byte_permute(byte_permute(a, b, 0x0040), byte_permute(c, d, 0x0040), 0x5410);
 }
 
-// How activations lie beside 2-bit words, of every 16 elements j. nibbles: words 0..3 hold j = 0 2 4 6, 8 10 12 14, 1 3 5 7 and
-// 9 11 13 15, as a 2-bit word's even codes lie in separate nibbles, and so do its odd ones after a shift by 2 (`expand_one`).
-// fields: word f holds j = f, f + 4, f + 8 and f + 12, whose codes are field f of the four bytes of a 2-bit word (decode.cu).
+// How activations lie beside 2-bit words, of every 64 elements j, whose codes are 4 words.
+// nibbles: element e of word q is in byte (e >> 1 & 3) of 4 bytes number q of 16 bytes number (e & 1) * 2 + (e >> 3): a 2-bit word's
+// even codes lie in separate nibbles, and so do its odd ones after a shift by 2, and a lane expands a whole word of its own for two
+// products (`expand_word`).
+// fields: word f of every 16 holds j = f, f + 4, f + 8 and f + 12, whose codes are field f of the four bytes of a 2-bit word
+// (decode.cu).
 enum class Order : int32_t { natural, nibbles, fields };
 
 __device__ __forceinline__ int interleaved(int j, Order order) {
-  return order == Order::nibbles ? ((j & 1) * 2 + (j >> 3)) * 4 + (j >> 1 & 3) : (j & 3) * 4 + (j >> 2);
+  const int q = j >> 4, e = j & 15;
+  return order == Order::nibbles ? ((e & 1) * 2 + (e >> 3)) * 16 + q * 4 + (e >> 1 & 3) : q * 16 + (e & 3) * 4 + (e >> 2);
 }
 
 template <class T>
@@ -65,14 +69,14 @@ __device__ __forceinline__ void store_nibbles(int8_t* row, int64_t begin, const 
   uint32_t codes[Chunk<T>::kSize];
   round_chunk(chunk, divisor, codes);
   const uint32_t mask = code_mask(divisor);
-  int8_t* block = row + begin / 16 * 16 + begin % 16 / 8 * 4;
+  int8_t* block = row + begin / 64 * 64 + begin % 64 / 16 * 4 + begin % 16 / 8 * 16;
   if constexpr (Chunk<T>::kSize == 8) {
     *reinterpret_cast<uint32_t*>(block) = gather_bytes(codes[0], codes[2], codes[4], codes[6]) & mask;
-    *reinterpret_cast<uint32_t*>(block + 8) = gather_bytes(codes[1], codes[3], codes[5], codes[7]) & mask;
+    *reinterpret_cast<uint32_t*>(block + 32) = gather_bytes(codes[1], codes[3], codes[5], codes[7]) & mask;
   } else {
     block += begin % 8 / 4 * 2;
     *reinterpret_cast<uint16_t*>(block) = static_cast<uint16_t>(byte_permute(codes[0], codes[2], 0x0040) & mask);
-    *reinterpret_cast<uint16_t*>(block + 8) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040) & mask);
+    *reinterpret_cast<uint16_t*>(block + 32) = static_cast<uint16_t>(byte_permute(codes[1], codes[3], 0x0040) & mask);
   }
 }
 
@@ -97,13 +101,29 @@ __device__ __forceinline__ void store_fields(int8_t* row, int64_t begin, const C
 // Four codes t + 1, one in each of the low 16 bits' nibbles, to four int8 t: a table of 4 bytes looked up by prmt.
 __device__ __forceinline__ uint32_t expand_nibbles(uint32_t codes) { return byte_permute(0x000100ffu, 0x000100ffu, codes); }
 
-// Word `q` of 16 codes t + 1 as int8 t in the order of nibbles: 3 instructions.
-__device__ __forceinline__ uint32_t expand_one(uint32_t word, int q) {
-  return expand_nibbles(word >> ((q & 1) * 16 + (q >> 1) * 2) & 0x33333333u);
+// 16 codes t + 1 as int8 t in the order of nibbles, 4 in each of `out`: 9 instructions.
+__device__ __forceinline__ void expand_word(uint32_t word, uint32_t (&out)[4]) {
+  const uint32_t even = word & 0x33333333u, odd = word >> 2 & 0x33333333u;
+  out[0] = expand_nibbles(even);
+  out[1] = expand_nibbles(even >> 16);
+  out[2] = expand_nibbles(odd);
+  out[3] = expand_nibbles(odd >> 16);
 }
 
 __device__ __forceinline__ float rescale(int32_t acc, float divisor, float inverse_scale) {
   return divide(static_cast<float>(acc), mul(divisor, inverse_scale));
+}
+
+// Factors of a divisor with which divide_plain is exact: no exponent comes near its ends.
+__device__ __forceinline__ bool plain(float factor) { return factor > 0x1p-50f && factor < 0x1p50f; }
+
+// a / b rounded once, for integers |a| < 2^26 and b the product of two plain factors: div.rn's own instructions, without its check
+// of the exponents and the way that is taken where they are extreme.
+__device__ __forceinline__ float divide_plain(float a, float b) {
+  float r = reciprocal_near(b);
+  r = fused(r, fused(-b, r, 1.0f), r);
+  const float q = mul(a, r);
+  return fused(r, fused(-b, q, a), q);
 }
 
 __device__ __forceinline__ float accumulate(float y, int32_t acc, float scale) {

@@ -13,6 +13,7 @@
 // Not measured: no GPU was there when this was written.
 #include "internal.h"
 #include "operands.h"
+#include "outputs.h"
 
 namespace qat::cuda {
 namespace {
@@ -22,74 +23,80 @@ constexpr int kSwath = 8;  // row tiles that share a pass over the columns
 
 struct Gemm {
   Operand a, b;
-  const float* divisor;
-  Output out;
-  int64_t m, n;
+  Target target;
   int groups, group_stages;
-  bool raw, pairs;  // pairs: y is written two elements at a time
 };
 
-template <int BM_, int BN_, int WM_, int WN_, bool PACKED_, bool GROUPS_>
+template <int BM_, int BN_, int WM_, int WN_, bool PACKED_, bool GROUPS_, bool WIDE_ = true>
 struct Shape {
   static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_;
-  static constexpr bool PACKED = PACKED_, GROUPS = GROUPS_;
+  static constexpr bool PACKED = PACKED_, GROUPS = GROUPS_, WIDE = WIDE_;
   static constexpr int kThreads = BM / WM * (BN / WN) * kWarp;
   static constexpr int kBytesA = BM * kDepth, kBytesB = BN * (PACKED ? kDepth / 4 : kDepth);
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr std::size_t kShared = static_cast<std::size_t>(kStages) * kStageBytes;
-  static_assert(kShared <= kMostShared);
   static constexpr int MI = WM / 16, NJ = WN / 8;
+  using Rows = SumRows<WN, 32>;  // 16 of them for each warp, in the place of the stages
+  static_assert(kShared <= kMostShared && 16 * Rows::kPitch * kThreads / kWarp <= kShared);
+  using A = Stages<BM, kThreads, false, GROUPS, WIDE>;
+  using B = Stages<BN, kThreads, PACKED, GROUPS, WIDE>;
 };
 
+// What a lane reads of a stage: bytes from its start, for each half of the codes.
 template <class S>
-__device__ __forceinline__ void fetch(const Gemm& p, unsigned char* stage, int64_t row0, int64_t column0, Cursor& a,
-                                      Cursor& b) {
-  fetch_codes<S::BM, S::kThreads>(stage, p.a, row0, a);
-  if constexpr (S::PACKED) {
-    fetch_bits<S::BN, S::kThreads>(stage + S::kBytesA, p.b, column0, b);
-  } else {
-    fetch_codes<S::BN, S::kThreads>(stage + S::kBytesA, p.b, column0, b);
-  }
-  a.advance(p.a);
-  b.advance(p.b);
-}
+struct Lane {
+  int a[2], b[2];
 
-// Fragments of B for 32 codes (half s of the stage) and all columns of the warp.
+  __device__ __forceinline__ Lane(int row, int column, int lane) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      a[s] = place(row + lane % 16, s * 2 + lane / 16);
+      b[s] = S::kBytesA + (S::PACKED ? (column + lane / 4) * 16 + lane % 4 * 4
+                                     : place(column + lane % 8 + lane / 16 * 8, s * 2 + lane / 8 % 2));
+    }
+  }
+};
+
+// Fragments of B for a stage and all columns of the warp: b[s] for half s of the codes.
 template <class S>
-__device__ __forceinline__ void take_b(const unsigned char* stage, int column, int s, int lane, uint32_t (&b)[S::NJ][2]) {
-  if constexpr (S::PACKED) {
+__device__ __forceinline__ void expand_b(const unsigned char* words, uint32_t (&b)[2][S::NJ][2]) {
 #pragma unroll
-    for (int j = 0; j < S::NJ; ++j) {
-      const uint32_t* words = reinterpret_cast<const uint32_t*>(stage + (column + j * 8 + lane / 4) * 16 + s * 8);
-      b[j][0] = expand_one(words[0], lane % 4);
-      b[j][1] = expand_one(words[1], lane % 4);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < S::NJ; j += 2) {
-      uint32_t r[4];
-      load_matrices(r, stage + place(column + j * 8 + lane % 8 + lane / 16 * 8, s * 2 + lane / 8 % 2));
-      b[j][0] = r[0];
-      b[j][1] = r[1];
-      b[j + 1][0] = r[2];
-      b[j + 1][1] = r[3];
-    }
+  for (int j = 0; j < S::NJ; ++j) {
+    uint32_t out[4];
+    expand_word(*reinterpret_cast<const uint32_t*>(words + j * 8 * 16), out);
+    b[0][j][0] = out[0];
+    b[0][j][1] = out[1];
+    b[1][j][0] = out[2];
+    b[1][j][1] = out[3];
   }
 }
 
 template <class S>
-__device__ __forceinline__ void multiply(const unsigned char* stage, int row, int column, int lane,
-                                         int32_t (&acc)[S::MI][S::NJ][4]) {
+__device__ __forceinline__ void load_b(const unsigned char* rows, uint32_t (&b)[S::NJ][2]) {
+#pragma unroll
+  for (int j = 0; j < S::NJ; j += 2) {
+    uint32_t r[4];
+    load_matrices(r, rows + j * 8 * kDepth);
+    b[j][0] = r[0];
+    b[j][1] = r[1];
+    b[j + 1][0] = r[2];
+    b[j + 1][1] = r[3];
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void multiply(const unsigned char* stage, const Lane<S>& lane, int32_t (&acc)[S::MI][S::NJ][4]) {
+  uint32_t b[2][S::NJ][2];
+  if constexpr (S::PACKED) expand_b<S>(stage + lane.b[0], b);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    uint32_t b[S::NJ][2];
-    take_b<S>(stage + S::kBytesA, column, s, lane, b);
+    if constexpr (!S::PACKED) load_b<S>(stage + lane.b[s], b[s]);
 #pragma unroll
     for (int i = 0; i < S::MI; ++i) {
       uint32_t a[4];
-      load_matrices(a, stage + place(row + i * 16 + lane % 16, s * 2 + lane / 16));
+      load_matrices(a, stage + lane.a[s] + i * 16 * kDepth);
 #pragma unroll
-      for (int j = 0; j < S::NJ; ++j) mma_s8(acc[i][j], a, b[j]);
+      for (int j = 0; j < S::NJ; ++j) mma_s8(acc[i][j], a, b[s][j]);
     }
   }
 }
@@ -116,111 +123,101 @@ __device__ __forceinline__ void take_scales(const Gemm& p, int64_t column, int g
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int64_t n = column + j * 8 + lane % 4 * 2 + e;
-      scale[j][e] = n < p.n ? p.out.scale[n * p.out.scale_stride + group] : 0.0f;
+      scale[j][e] = n < p.target.n ? p.target.out.scale[n * p.target.out.scale_stride + group] : 0.0f;
     }
 }
 
-// Two neighbouring elements of y; the second may lie outside.
-__device__ __forceinline__ void store_pair(const Gemm& p, int64_t row, int64_t column, float first, float second) {
-  const int64_t at = row * p.n + column;
-  if (!p.pairs) {
-    store_element(p.out.y, p.out.dtype, at, first);
-    if (column + 1 < p.n) store_element(p.out.y, p.out.dtype, at + 1, second);
-  } else if (p.out.dtype == Dtype::f32) {
-    float* y = static_cast<float*>(p.out.y) + at;
-    *reinterpret_cast<uint64_t*>(y) = float_to_bits(first) | static_cast<uint64_t>(float_to_bits(second)) << 32;
-  } else {
-    const bool bf16 = p.out.dtype == Dtype::bf16;
-    const uint32_t low = bf16 ? float_to_bfloat(first) : float_to_half(first),
-                   high = bf16 ? float_to_bfloat(second) : float_to_half(second);
-    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out.y) + at) = low | high << 16;
-  }
-}
-
+// A warp's sums by way of shared memory, 16 rows at a time.
 template <class S>
-__device__ __forceinline__ void write(const Gemm& p, int64_t row0, int64_t column0, int lane,
+__device__ __forceinline__ void write(const Target& p, unsigned char* own, int64_t row0, int64_t column0, int lane,
                                       const int32_t (&acc)[S::MI][S::NJ][4], const float (&sums)[S::MI][S::NJ][4]) {
+  using Rows = typename S::Rows;
+  const int unit = lane % Rows::kUnits;
+  const Factors<S::GROUPS> factors(p, column0 + unit * kUnit);
+#pragma unroll 1
+  for (int part = 0; part < S::MI; ++part) {
+    __syncwarp();  // all lanes have read the part before
 #pragma unroll
-  for (int j = 0; j < S::NJ; ++j) {
-    const int64_t column = column0 + j * 8 + lane % 4 * 2, next = column + 1 < p.n ? column + 1 : column;
-    if (column >= p.n) continue;
-    float inverse[2] = {}, bias[2] = {};
-    if (!p.raw && !S::GROUPS) {
-      inverse[0] = reciprocal(p.out.scale[column * p.out.scale_stride]);
-      inverse[1] = reciprocal(p.out.scale[next * p.out.scale_stride]);
-    }
-    if (p.out.bias) {
-      bias[0] = p.out.bias[column];
-      bias[1] = p.out.bias[next];
-    }
+    for (int i = 0; i < S::MI; ++i) {
+      if (i != part) continue;
 #pragma unroll
-    for (int i = 0; i < 2 * S::MI; ++i) {
-      const int64_t row = row0 + i * 8 + lane / 4;
-      if (row >= p.m) continue;
-      const int e = i % 2 * 2;
-      if (p.raw) {
-        int32_t* y = static_cast<int32_t*>(p.out.y) + row * p.n + column;
-        y[0] = acc[i / 2][j][e];
-        if (column + 1 < p.n) y[1] = acc[i / 2][j][e + 1];
-        continue;
-      }
-      float y[2];
+      for (int j = 0; j < S::NJ; ++j)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float divisor = p.divisor[row];
-        y[h] = S::GROUPS ? divide(sums[i / 2][j][e + h], divisor) : rescale(acc[i / 2][j][e + h], divisor, inverse[h]);
-        if (p.out.bias) y[h] = add(y[h], bias[h]);
-      }
-      store_pair(p, row, column, y[0], y[1]);
+        for (int half = 0; half < 2; ++half) {
+          uint32_t v[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            v[h] = S::GROUPS ? float_to_bits(sums[i][j][half * 2 + h]) : static_cast<uint32_t>(acc[i][j][half * 2 + h]);
+          unsigned char* to = own + Rows::place(lane / 4 + half * 8, j * 2 + lane % 4 / 2) + lane % 2 * 8;
+          *reinterpret_cast<uint64_t*>(to) = v[0] | static_cast<uint64_t>(v[1]) << 32;
+        }
     }
+    __syncwarp();
+    write_rows<Rows>(p, factors, own, unit, lane / Rows::kUnits, kWarp / Rows::kUnits, 16, row0 + part * 16);
   }
 }
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads) gemm_kernel(const Gemm p) {
   unsigned char* shared = shared_memory();
-  const int64_t row_tiles = ceil_div<int64_t>(p.m, S::BM), column_tiles = ceil_div<int64_t>(p.n, S::BN);
-  const int64_t swath = blockIdx.x / (kSwath * column_tiles), inside = blockIdx.x - swath * kSwath * column_tiles;
-  const int64_t height = row_tiles - swath * kSwath < kSwath ? row_tiles - swath * kSwath : kSwath;
-  const int64_t row0 = (swath * kSwath + inside % height) * S::BM, column0 = inside / height * S::BN;
+  const auto row_tiles = static_cast<unsigned>(ceil_div<int64_t>(p.target.m, S::BM)),
+             column_tiles = static_cast<unsigned>(ceil_div<int64_t>(p.target.n, S::BN));
+  const unsigned swath = blockIdx.x / (kSwath * column_tiles), inside = blockIdx.x - swath * kSwath * column_tiles;
+  const unsigned left_tiles = row_tiles - swath * kSwath, height = left_tiles < kSwath ? left_tiles : kSwath;
+  const int64_t row0 = int64_t{swath * kSwath + inside % height} * S::BM, column0 = int64_t{inside / height} * S::BN;
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int row = warp / (S::BN / S::WN) * S::WM, column = warp % (S::BN / S::WN) * S::WN;  // of the warp, in the block
   const int stages = p.groups * p.group_stages;
-  Cursor a, b;
+  typename S::A a(p.a, row0);
+  typename S::B b(p.b, column0);
+  const auto fetch = [&](int slot) {
+    a.fetch(shared + slot * S::kStageBytes, p.a);
+    b.fetch(shared + slot * S::kStageBytes + S::kBytesA, p.b);
+  };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < stages) fetch<S>(p, shared + s * S::kStageBytes, row0, column0, a, b);
+    if (s < stages) fetch(s);
     commit_copies();
   }
 
+  const Lane<S> mine(row, column, lane);
   int32_t acc[S::MI][S::NJ][4] = {};
   float sums[S::MI][S::NJ][4] = {};
   float scale[S::NJ][2] = {};
-  int left = p.group_stages;  // of the group
-  for (int it = 0; it < stages; ++it) {
-    wait_copies<kStages - 2>();
-    __syncthreads();  // all threads' copies are there, and all have read the stage that is filled next
-    if (it + kStages - 1 < stages) fetch<S>(p, shared + (it + kStages - 1) % kStages * S::kStageBytes, row0, column0, a, b);
-    commit_copies();
-    if (S::GROUPS && left == 1) take_scales<S>(p, column0 + column, it / p.group_stages, lane, scale);
-    multiply<S>(shared + it % kStages * S::kStageBytes, row, column, lane, acc);
-    if (S::GROUPS && --left == 0) {
-      fold<S>(acc, sums, scale);
-      left = p.group_stages;
+  int left = p.group_stages, group = 0;  // left: of the group
+  for (int first = 0; first < stages; first += kStages) {
+#pragma unroll(S::WIDE ? kStages : 1)
+    for (int s = 0; s < kStages; ++s) {
+      if (first + s >= stages) break;
+      wait_copies<kStages - 2>();
+      __syncthreads();  // all threads' copies are there, and all have read the stage that is filled next
+      if (first + s + kStages - 1 < stages) fetch((s + kStages - 1) % kStages);
+      commit_copies();
+      if (S::GROUPS && left == 1) take_scales<S>(p, column0 + column, group, lane, scale);
+      multiply<S>(shared + s * S::kStageBytes, mine, acc);
+      if (S::GROUPS && --left == 0) {
+        fold<S>(acc, sums, scale);
+        left = p.group_stages;
+        ++group;
+      }
     }
   }
-  write<S>(p, row0 + row, column0 + column, lane, acc, sums);
+  __syncthreads();  // all have read the last stage
+  write<S>(p.target, shared + warp * 16 * S::Rows::kPitch, row0 + row, column0 + column, lane, acc, sums);
 }
 
 template <class S>
 int run(const Gemm& p, cudaStream_t stream) {
-  const int64_t blocks = ceil_div<int64_t>(p.m, S::BM) * ceil_div<int64_t>(p.n, S::BN);
+  const int64_t blocks = ceil_div<int64_t>(p.target.m, S::BM) * ceil_div<int64_t>(p.target.n, S::BN);
   return launch(gemm_kernel<S>, {static_cast<unsigned>(blocks)}, S::kThreads, S::kShared, stream, p);
 }
 
 template <bool PACKED>
 int choose(const Gemm& p, Tile tile, cudaStream_t stream) {
+  if (!p.a.wide || !p.b.wide)
+    return p.groups > 1 ? run<Shape<64, 64, 32, 32, PACKED, true, false>>(p, stream)
+                        : run<Shape<64, 64, 32, 32, PACKED, false, false>>(p, stream);
   if (p.groups > 1)
     return tile == Tile::small ? run<Shape<64, 64, 32, 32, PACKED, true>>(p, stream)
                                : run<Shape<128, 128, 64, 32, PACKED, true>>(p, stream);
@@ -233,20 +230,16 @@ int choose(const Gemm& p, Tile tile, cudaStream_t stream) {
 }
 
 Operand codes_operand(const int8_t* data, int64_t rows, int64_t width, int64_t groups) {
-  const int64_t length = width / groups;
+  const int length = static_cast<int>(width / groups);
   return {reinterpret_cast<const uint8_t*>(data), rows, width, length,
           aligned(data, 16) && width % 16 == 0 && length % 16 == 0};
 }
 
-Gemm problem(const Output& out, const float* divisor, int64_t m, int64_t n, int64_t k, int64_t groups) {
+Gemm problem(const Target& target, int64_t k, int64_t groups) {
   Gemm p = {};
-  p.out = out;
-  p.divisor = divisor;
-  p.m = m;
-  p.n = n;
+  p.target = target;
   p.groups = static_cast<int>(groups);
   p.group_stages = static_cast<int>(ceil_div<int64_t>(k / groups, kDepth));
-  p.pairs = n % 2 == 0 && aligned(out.y, out.dtype == Dtype::f32 ? 8 : 4);
   return p;
 }
 
@@ -260,19 +253,17 @@ Tile gemm_tile(int64_t m, int64_t n, int64_t groups) {
 }
 
 int gemm(const Linear& p, Tile tile, cudaStream_t stream) {
-  Gemm g = problem(p.out, p.divisor, p.m, p.n, p.k, p.groups);
+  Gemm g = problem(target_of(p.out, p.divisor, p.m, p.n, p.raw), p.k, p.groups);
   g.a = codes_operand(p.codes, p.m, p.k, p.groups);
   g.b = codes_operand(p.t, p.n, p.k, p.groups);
-  g.raw = p.raw;
-  if (p.raw) g.out.bias = nullptr;
   return choose<false>(g, tile, stream);
 }
 
 int packed_gemm(const PackedLinear& p, Tile tile, cudaStream_t stream) {
-  Gemm g = problem(p.out, p.divisor, p.m, p.n, p.k, p.groups);
+  Gemm g = problem(target_of(p.out, p.divisor, p.m, p.n, false), p.k, p.groups);
   g.a = codes_operand(p.codes, p.m, padded_width(p.k, p.groups), p.groups);
   const int64_t row_bytes = ceil_div<int64_t>(p.k, 4);
-  g.b = {p.packed, p.n, row_bytes, p.k / p.groups,
+  g.b = {p.packed, p.n, row_bytes, static_cast<int>(p.k / p.groups),
          aligned(p.packed, 16) && row_bytes % 16 == 0 && (p.groups == 1 || p.k / p.groups % 64 == 0)};
   return choose<true>(g, tile, stream);
 }

@@ -5,7 +5,7 @@
 namespace qat::cuda {
 
 // Quantizes x of a packed linear into its scratch: codes [M, padded_width(K, G)], groups padded with 0 to whole blocks of 64,
-// every 16 in that order (codes.h), and the divisor.
+// every 64 in that order (codes.h), and the divisor.
 int quantize_interleaved(const PackedLinear& p, Order order, cudaStream_t stream);
 
 // Few tokens (decode.cu). `codes` null: quantized in the kernel, M = 1.

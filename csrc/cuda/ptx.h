@@ -15,6 +15,13 @@ __device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b);
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ __forceinline__ float reciprocal(float a) { return __frcp_rn(a); }
+// Within a unit of 1 / a, for any a that is not near the ends of the exponents.
+__device__ __forceinline__ float reciprocal_near(float a) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(a));
+  return out;
+}
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float square_root(float a) { return __fsqrt_rn(a); }
 __device__ __forceinline__ float max_nan(float a, float b) {  // keeps a NaN, as torch's amax does
   float out;
@@ -54,10 +61,13 @@ __device__ __forceinline__ float load_fresh_float(const float* from) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
   return v;
 }
-// 16 bytes from global to shared memory without passing through registers; zeros where not valid.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+// 16 bytes from global to shared memory without passing through registers; zeros where `bytes` is 0 and not 16.
+__device__ __forceinline__ void copy_async_bytes(void* shared, const void* global, int bytes) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  copy_async_bytes(shared, global, valid ? 16 : 0);
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most PENDING of the calling thread's latest groups are under way.

@@ -2,7 +2,7 @@
 //
 // product_s8: acc [64, 128] += a [64, 32] . b [128, 32]^T. `a` is in registers, each warp's 16 rows as in mma_s8. `b` is in
 // shared memory, rows of 128 bytes whose 16-byte chunk c lies at c ^ (row % 8) (the 128-byte swizzle), in blocks of 8 rows
-// that are 1024-byte aligned; `b` points at the 32 bytes of row 0 that count. acc[j][0..3] are as in mma_s8, for columns 8 j.
+// that are 1024-byte aligned; `b` is at the 32 bytes of row 0 that count. acc[j][0..3] are as in mma_s8, for columns 8 j.
 #pragma once
 #include "ptx.h"
 
@@ -34,12 +34,15 @@ __device__ __forceinline__ void wait_products() {
 }
 
 // Matrix descriptor: start address, 1024 bytes from one block of 8 rows to the next, 128-byte swizzle.
-__device__ __forceinline__ uint64_t describe(const unsigned char* b) {
+using Matrix = uint64_t;
+__device__ __forceinline__ Matrix matrix_at(const unsigned char* b) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(b));
   return static_cast<uint64_t>((address & 0x3ffffu) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
+// So many bytes further on, a multiple of 16.
+__device__ __forceinline__ Matrix moved(Matrix b, int bytes) { return b + static_cast<uint64_t>(bytes / 16); }
 
-__device__ __forceinline__ void product_s8(int32_t (&acc)[16][4], const uint32_t (&a)[4], const unsigned char* b) {
+__device__ __forceinline__ void product_s8(int32_t (&acc)[16][4], const uint32_t (&a)[4], Matrix b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -57,7 +60,7 @@ __device__ __forceinline__ void product_s8(int32_t (&acc)[16][4], const uint32_t
         "+r"(acc[12][0]), "+r"(acc[12][1]), "+r"(acc[12][2]), "+r"(acc[12][3]), "+r"(acc[13][0]), "+r"(acc[13][1]),
         "+r"(acc[13][2]), "+r"(acc[13][3]), "+r"(acc[14][0]), "+r"(acc[14][1]), "+r"(acc[14][2]), "+r"(acc[14][3]),
         "+r"(acc[15][0]), "+r"(acc[15][1]), "+r"(acc[15][2]), "+r"(acc[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(describe(b)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 }  // namespace qat::cuda

@@ -69,6 +69,7 @@ struct Machine {
   unsigned skip = 0;            // line, and
   std::string skip_file;        // file of the barriers that do nothing
   std::set<std::string> sites;  // every barrier and wait that was reached, as file:line
+  uint32_t reciprocal_error = 0;  // units that reciprocal_near is off by
   bool dry = false;             // launches run nothing, and
   std::set<const void*> launched;  // are kept by their kernels
 };

@@ -11,14 +11,16 @@ namespace qat::cuda {
 
 // ---- arithmetic: one rounding each, never contracted to a fused multiply-add
 
+inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 inline float mul(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 inline float divide(float a, float b) { return a / b; }
 inline float reciprocal(float a) { return 1.0f / a; }
+inline float reciprocal_near(float a) { return bits_to_float(float_to_bits(1.0f / a) + emulation::machine.reciprocal_error); }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float square_root(float a) { return std::sqrt(a); }
 inline float max_nan(float a, float b) { return a != a || b != b ? std::bit_cast<float>(0x7fffffffu) : a > b ? a : b; }
-inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
-inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t out = 0;
@@ -52,6 +54,7 @@ inline void copy_async(void* shared, const void* global, bool valid QAT_AT) {
   if (copy.early && valid) std::memcpy(copy.seen, global, 16);
   fiber.issued.push_back(copy);
 }
+inline void copy_async_bytes(void* shared, const void* global, int bytes QAT_AT) { copy_async(shared, global, bytes != 0, at); }
 inline void commit_copies() {
   auto& fiber = emulation::machine.fibers[emulation::machine.current];
   fiber.groups.push_back(std::move(fiber.issued));

@@ -16,9 +16,12 @@ inline void fence_copies(QAT_AT_ONLY) {
 }
 inline void fence_products() {}
 
-inline void product_s8(int32_t (&acc)[16][4], const uint32_t (&a)[4], const unsigned char* b QAT_AT) {
+using Matrix = std::size_t;  // bytes from the start of shared memory
+inline Matrix matrix_at(const unsigned char* b) { return static_cast<std::size_t>(b - shared_memory()); }
+inline Matrix moved(Matrix b, int bytes) { return b + static_cast<std::size_t>(bytes); }
+
+inline void product_s8(int32_t (&acc)[16][4], const uint32_t (&a)[4], Matrix offset QAT_AT) {
   using namespace emulation;
-  const auto offset = static_cast<std::size_t>(b - shared_memory());
   if (offset % 1024 >= kSwizzleRow || offset % 32) fail("a misplaced operand of a product", at);
   for (std::size_t row = 0; row < kWarpgroup; ++row)
     for (std::size_t i = offset + row * kSwizzleRow; i < offset + row * kSwizzleRow + 32; i += 16)

@@ -223,6 +223,44 @@ def test_hopper_products(gpu: Emulator, shape: tuple[int, int, int, int]) -> Non
         same(linear(gpu, p, "hopper"), expected_linear(p))
 
 
+def hard_quotients() -> tuple[list[int], list[int]]:
+    """Integers a and b of 24 bits whose quotients lie as near as can be to the middle between two floats."""
+    dividends, divisors = [], []
+    for b in (torch.randint(2**22, 2**23, (4000,), generator=torch.Generator().manual_seed(0)) * 2 + 1).tolist():
+        for k in (24, 25):
+            inverse = pow(pow(2, k, b), -1, b)
+            for a, rest in ((inverse, 1), (b - inverse, -1)):  # a * 2^k = b * middle + rest
+                middle = (a * 2**k - rest) // b
+                if 2**24 <= middle < 2**25 and middle % 2:
+                    dividends.append(a)
+                    divisors.append(b)
+    return dividends, divisors
+
+
+@pytest.mark.parametrize("units", range(-2, 3))
+def test_a_quotient_without_checks_is_the_quotient(gpu: Emulator, units: int) -> None:
+    """Whatever the last bits of the first reciprocal, which a GPU and the emulation have different."""
+    generator = torch.Generator().manual_seed(units + 2)
+    a = torch.randint(-(2**25), 2**25, (200_000,), generator=generator).float()
+    b = torch.rand(200_000, generator=generator).add(1).mul(2.0 ** torch.randint(-99, 99, (200_000,), generator=generator))
+    hard = hard_quotients()
+    assert len(hard[0]) > 2000
+    a, b = torch.cat([a, torch.tensor(hard[0]).float()]), torch.cat([b, torch.tensor(hard[1]).float()])
+    out, read = gpu.empty(len(a))
+    gpu.run("run_divide_plain", gpu.put(a), gpu.put(b), len(a), units, out)
+    same(read(), a / b)
+
+
+@pytest.mark.parametrize("tile", [*TILES])
+def test_scales_at_the_ends_of_the_exponents(gpu: Emulator, tile: str) -> None:
+    """A quotient without checks would be wrong there, so it is not taken; beside scales for which it is."""
+    p = problem(33, 80, 128, dtype=torch.float32)
+    p.scale[::16] = torch.tensor([1e-38, 1e30, 1e-20, 1e38, 0.02]).reshape(5, 1)
+    p.x[5], p.x[6] = 1e-30, 1e30 * p.x[6]
+    for found in (packed_linear(gpu, p, tile=tile), linear(gpu, p, tile)):
+        alike(found, expected_linear(p))
+
+
 def test_wrong_arguments_are_refused(gpu: Emulator) -> None:
     p = problem(2, 4, 64)
     with pytest.raises(AssertionError, match="error 1"):

@@ -75,7 +75,8 @@ def quantizers(gpu: Emulator) -> set[str]:
 
 
 def all_of(gpu: Emulator, *names: str) -> set[str]:
-    return {name for name in kernel_names(gpu.library._name).values() if name.partition("<")[0] in names and "<" in name}
+    kernels = [name for name in kernel_names(gpu.library._name).values() if ")::" not in name]  # which is inside of one
+    return {name for name in kernels if name.partition("<")[0] in names and "<" in name}
 
 
 # what is taken without wgmma, and with it

@@ -51,6 +51,31 @@ def test_each_limit_of_a_gate():
     assert kernel.main_loop is not None
 
 
+WRITES = [
+    *LOOP[:8],
+    "LDS.128 R4, [R0]",  # 0x80: the head of the loop that writes
+    "@!P0 BRA 0xd0",  # around a division that checks
+    "FCHK P2, R4, R5",
+    "@!P2 BRA 0xd0",
+    "CALL.REL.NOINC 0x100",
+    "MUFU.RCP R5, R5",  # 0xd0
+    "STG.E.128 [R2.64], R4",
+    "@!P1 BRA 0x80",
+    "EXIT",
+]
+
+
+def test_the_loop_that_writes_is_read_without_divisions_that_check():
+    (kernel,) = functions = sass.parse(listing(*WRITES))
+    assert kernel.write_loop is not None and len(kernel.write_loop.instructions) == 5
+    assert kernel.main_loop is not None and kernel.main_loop.products == 1
+    assert gates.complaints(functions, [Gate("kernel", 7, forbidden=(), write=5)]) == []
+    too_many = "kernel for sm_90a executes 5 instructions to write 8 outputs, more than 4"
+    assert gates.complaints(functions, [Gate("kernel", 7, forbidden=(), write=4)]) == [too_many]
+    without = gates.complaints(sass.parse(listing(*LOOP)), [Gate("kernel", 7, forbidden=(), write=4)])
+    assert without == ["kernel for sm_90a has no loop that writes its outputs"]
+
+
 def test_gates_name_no_kernel_twice():
     patterns = [gate.kernel for gate in gates.GATES]
     assert len(patterns) == len(set(patterns)) > 0

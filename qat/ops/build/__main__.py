@@ -72,11 +72,12 @@ def _check_code(library: Path) -> list[str]:
     if functions is None:
         print("machine code is not checked: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
         return []
-    print(f"{'arch':8}{'bytes':>8}{'loop':>7}{'products':>10}{'each':>7}  kernel")
+    print(f"{'arch':8}{'bytes':>8}{'loop':>7}{'products':>10}{'each':>7}{'write':>7}  kernel")
     for one in functions:
         if one.main_loop is not None:
             loop = one.main_loop
-            print(f"{one.arch:8}{one.size:8}{len(loop.instructions):7}{loop.products:10}{loop.each:7.1f}  {one.name}")
+            write = len(one.write_loop.instructions) if one.write_loop else ""
+            print(f"{one.arch:8}{one.size:8}{len(loop.instructions):7}{loop.products:10}{loop.each:7.1f}{write:>7}  {one.name}")
     return gates.complaints(functions)
 
 

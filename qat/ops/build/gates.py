@@ -17,15 +17,22 @@ _SLOW = ("I2F", "F2I", "MUFU", "LDL", "STL")
 """Integer divisions (by way of I2F and MUFU), and registers kept in memory. On sm_80 a __syncwarp is a CALL."""
 
 
+_LARGE = 64 << 10
+"""Bytes of code, more than half of which is for divisors of extreme exponents and other dtypes."""
+_WRITE = 150
+
+
 @dataclass(frozen=True)
 class Gate:
-    """For kernels whose name the pattern fits: most executed instructions of the main loop for one product; bytes of code."""
+    """For kernels whose name the pattern fits: most executed instructions of the main loop for one product; bytes of code; and,
+    if not None, most of the loop that writes 8 outputs a thread."""
 
     kernel: str
     each: float
     size: int = 1 << 20
     forbidden: tuple[str, ...] = _SLOW
     wide_copies: bool = True  # every copy to shared memory is 16 bytes
+    write: int | None = None
 
     def complaints(self, function: Function) -> list[str]:
         """What is beyond the limits, in words."""
@@ -41,9 +48,18 @@ class Gate:
         narrow = [text for text in loop.instructions if "LDGSTS" in text and ".128" not in text]
         if self.wide_copies and narrow:
             said.append(f"{who} has {len(narrow)} copies of less than 16 bytes in its main loop")
+        if self.write is not None:
+            said += self._writing(function, who)
         if function.size > self.size:
             said.append(f"{who} is {function.size} bytes, more than {self.size}")
         return said
+
+    def _writing(self, function: Function, who: str) -> list[str]:
+        loop = function.write_loop
+        if loop is None:
+            return [f"{who} has no loop that writes its outputs"]
+        count = len(loop.instructions)
+        return [f"{who} executes {count} instructions to write 8 outputs, more than {self.write}"] * (count > (self.write or 0))
 
 
 GATES = [
@@ -54,8 +70,19 @@ GATES = [
     Gate(r"^decode_kernel<1, false, .*1>", each=40.0, size=64 << 10),
     Gate(r"^decode_kernel<2, false, .*1>", each=30.0, size=64 << 10),
     Gate(r"^decode_kernel<., \w+, .*2>", each=28.0, size=96 << 10),
+    Gate(r"^gemm_kernel<Shape<128, 256, 64, 64, false, false, true>", each=2.4, size=_LARGE, write=_WRITE),
+    Gate(r"^gemm_kernel<Shape<128, 256, 64, 64, true, false, true>", each=4.0, size=_LARGE, write=_WRITE),
+    Gate(r"^gemm_kernel<Shape<128, 128, 64, 32, false, false, true>", each=3.3, size=_LARGE, write=_WRITE),
+    Gate(r"^gemm_kernel<Shape<128, 128, 64, 32, true, false, true>", each=5.0, size=_LARGE, write=_WRITE),
+    Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, false, false, true>", each=5.2, size=_LARGE, write=_WRITE),
+    Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, true, false, true>", each=8.6, size=_LARGE, write=_WRITE),
+    Gate(r"^gemm_kernel<Shape<128, 128, 64, 32, \w+, true, true>", each=18.0, size=72 << 10),
+    Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, \w+, true, true>", each=27.0, size=_LARGE),
+    Gate(r"^hopper_kernel<false>", each=14.5, size=_LARGE, write=_WRITE),
+    Gate(r"^hopper_kernel<true>", each=19.0, size=_LARGE, write=_WRITE),
 ]
-"""The first that fits a kernel's name counts; kernels that none fits have no gate yet."""
+"""The first that fits a kernel's name counts. None is for operands that are copied by elements, which call functions for it, and
+whose name ends in false."""
 
 
 def complaints(functions: Sequence[Function], gates: Sequence[Gate] = GATES) -> list[str]:

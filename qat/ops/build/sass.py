@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ PRODUCTS = ("IMMA", "IGMMA")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 _BYTES = 16  # of an instruction
+_CHECKED = ("FCHK", "CALL")
+"""Of a division that asks for extreme exponents."""
 
 
 def opcode(text: str) -> str:
@@ -106,9 +108,12 @@ class Function:
                 todo += before.get(block, [])
         return found
 
-    def _longest(self, head: int, end: int) -> list[str]:
-        """The longest way through a loop, ways back left out."""
+    def _longest(self, head: int, end: int, avoid: Collection[str]) -> list[str]:
+        """The longest way through a loop that meets none of these opcodes, ways back left out; empty where there is none."""
         inside, best, on_the_way = self._inside(head, end), dict[int, tuple[int, int | None]](), set[int]()
+        inside -= {block for block in inside if any(opcode(text).partition(".")[0] in avoid for _, text in self._blocks[block])}
+        if not {head, end} <= inside:
+            return []
 
         def visit(block: int) -> None:
             on_the_way.add(block)
@@ -124,6 +129,8 @@ class Function:
             best[block] = count + len(self._blocks[block]), chosen
 
         visit(head)
+        if best[head][0] <= 0:
+            return []
         way: list[str] = []
         block: int | None = head
         while block is not None:
@@ -131,12 +138,21 @@ class Function:
             block = best[block][1]
         return way
 
+    def _loops(self, avoid: Collection[str] = ()) -> list[Loop]:
+        ends = [(head, block) for block in self._blocks for head in self._next(block) if head <= block]
+        ways = [self._longest(head, end, avoid) for head, end in ends]
+        return [Loop(tuple(way)) for way in ways if way]
+
     @cached_property
     def main_loop(self) -> Loop | None:
         """The loop with the most products on its longest way; None where there is none."""
-        ends = [(head, block) for block in self._blocks for head in self._next(block) if head <= block]
-        loops = [Loop(tuple(self._longest(head, end))) for head, end in ends]
-        return max((loop for loop in loops if loop.products), key=lambda loop: loop.products, default=None)
+        return max((loop for loop in self._loops() if loop.products), key=lambda loop: loop.products, default=None)
+
+    @cached_property
+    def write_loop(self) -> Loop | None:
+        """The longest loop that divides and writes, products none, without divisions that check exponents; None where none is."""
+        loops = [loop for loop in self._loops(_CHECKED) if loop.opcodes["STG"] and loop.opcodes["MUFU"] and not loop.products]
+        return max(loops, key=lambda loop: len(loop.instructions), default=None)
 
 
 def parse(lines: Iterable[str]) -> list[Function]:
