@@ -57,19 +57,21 @@ struct Copies {
   }
 };
 
-// A row of an operand from `start` on: `count` bytes may be read. By value, as the functions below are calls.
+// A row of an operand from `start` on: `count` bytes may be read.
 struct Tail {
   const uint8_t* from;
   int64_t count;
 };
 
 // 16 int8 codes, those past the end 0.
-__device__ __noinline__ void copy_narrow_codes(unsigned char* to, Tail tail) {
+__device__ __forceinline__ void copy_narrow_codes(unsigned char* to, Tail tail) {
+#pragma unroll 1
   for (int i = 0; i < 16; ++i) to[i] = i < tail.count ? tail.from[i] : 0;
 }
 
 // 64 codes as 2-bit bytes from any code on; what lies past a group's end meets activations of 0.
-__device__ __noinline__ void copy_narrow_bits(unsigned char* to, Tail tail, int shift) {
+__device__ __forceinline__ void copy_narrow_bits(unsigned char* to, Tail tail, int shift) {
+#pragma unroll 1
   for (int i = 0; i < 16; ++i) {
     uint32_t bits = i < tail.count ? tail.from[i] : 0;
     if (shift && i + 1 < tail.count) bits |= static_cast<uint32_t>(tail.from[i + 1]) << 8;
@@ -94,11 +96,13 @@ struct Stages {
     if constexpr (WIDE) {
       copies.fetch(stage + to);
     } else if constexpr (BITS) {
+#pragma unroll 1
       for (int r = static_cast<int>(threadIdx.x); r < ROWS; r += THREADS) {
         const int64_t row = row0 + r, count = row < o.rows ? o.row_bytes - start / 4 : 0;
         copy_narrow_bits(stage + r * 16, {o.data + row * o.row_bytes + start / 4, count}, start % 4 * 2);
       }
     } else {
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < ROWS * 4; i += THREADS) {
         const int r = i / 4, c = i % 4;
         const int64_t row = row0 + r, count = row < o.rows ? o.length - inside - c * 16 : 0;

@@ -76,6 +76,16 @@ def test_the_loop_that_writes_is_read_without_divisions_that_check():
     assert without == ["kernel for sm_90a has no loop that writes its outputs"]
 
 
+def test_a_gate_of_one_arch_asks_nothing_of_another():
+    functions = sass.parse(listing(*LOOP))
+    assert (
+        gates.complaints(functions, [Gate("kernel", each=6, forbidden=(), arch="sm_80"), Gate("kernel", 9, forbidden=())]) == []
+    )
+    wanted = ["kernel for sm_90a executes 7.0 instructions a product in its main loop, more than 6"]
+    assert gates.complaints(functions, [Gate("kernel", each=6, forbidden=(), arch="sm_90a")]) == wanted
+    assert gates.complaints(functions, [Gate("other", 6, arch="sm_90a")]) == ["no kernel fits the gate other"]
+
+
 def test_gates_name_no_kernel_twice():
     patterns = [gate.kernel for gate in gates.GATES]
     assert len(patterns) == len(set(patterns)) > 0

@@ -17,6 +17,8 @@ _SLOW = ("I2F", "F2I", "MUFU", "LDL", "STL")
 """Integer divisions (by way of I2F and MUFU), and registers kept in memory. On sm_80 a __syncwarp is a CALL."""
 
 
+_SUMS = ("F2I", "MUFU", "LDL", "STL")
+"""The same where integer sums of a group become floats, which is an I2F on sm_80."""
 _LARGE = 64 << 10
 """Bytes of code, more than half of which is for divisors of extreme exponents and other dtypes."""
 _WRITE = 150
@@ -33,6 +35,7 @@ class Gate:
     forbidden: tuple[str, ...] = _SLOW
     wide_copies: bool = True  # every copy to shared memory is 16 bytes
     write: int | None = None
+    arch: str = ""  # of one alone
 
     def complaints(self, function: Function) -> list[str]:
         """What is beyond the limits, in words."""
@@ -76,21 +79,21 @@ GATES = [
     Gate(r"^gemm_kernel<Shape<128, 128, 64, 32, true, false, true>", each=5.0, size=_LARGE, write=_WRITE),
     Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, false, false, true>", each=5.2, size=_LARGE, write=_WRITE),
     Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, true, false, true>", each=8.6, size=_LARGE, write=_WRITE),
-    Gate(r"^gemm_kernel<Shape<128, 128, 64, 32, \w+, true, true>", each=18.0, size=72 << 10),
-    Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, \w+, true, true>", each=27.0, size=_LARGE),
-    Gate(r"^hopper_kernel<false>", each=14.5, size=_LARGE, write=_WRITE),
-    Gate(r"^hopper_kernel<true>", each=19.0, size=_LARGE, write=_WRITE),
+    Gate(r"^gemm_kernel<Shape<128, 128, 64, 32, \w+, true, true>", each=18.0, size=72 << 10, forbidden=_SUMS),
+    Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, \w+, true, true>", each=27.0, size=_LARGE, forbidden=_SUMS),
+    Gate(r"^hopper_kernel<false>", each=14.5, size=_LARGE, write=_WRITE, arch="sm_90a"),
+    Gate(r"^hopper_kernel<true>", each=19.0, size=_LARGE, write=_WRITE, arch="sm_90a"),
 ]
-"""The first that fits a kernel's name counts. None is for operands that are copied by elements, which call functions for it, and
-whose name ends in false."""
+"""The first that fits a kernel's name counts. None is for operands that are copied by elements, whose names end in false."""
 
 
 def complaints(functions: Sequence[Function], gates: Sequence[Gate] = GATES) -> list[str]:
     """What the functions' machine code has that it should not; a gate that no kernel fits is one, too."""
     said, fitted = [], set()
     for function in functions:
-        gate = next((one for one in gates if re.search(one.kernel, function.name)), None)
+        gate = next((one for one in gates if re.search(one.kernel, function.name) and one.arch in ("", function.arch)), None)
         if gate is not None:
             fitted.add(gate)
             said += gate.complaints(function)
-    return said + [f"no kernel fits the gate {one.kernel}" for one in gates if one not in fitted]
+    archs = {"", *(function.arch for function in functions)}
+    return said + [f"no kernel fits the gate {one.kernel}" for one in gates if one not in fitted and one.arch in archs]

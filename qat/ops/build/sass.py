@@ -25,7 +25,7 @@ PRODUCTS = ("IMMA", "IGMMA")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 _BYTES = 16  # of an instruction
-_CHECKED = ("FCHK", "CALL")
+_CHECKED = ("FCHK",)
 """Of a division that asks for extreme exponents."""
 
 
@@ -108,7 +108,7 @@ class Function:
                 todo += before.get(block, [])
         return found
 
-    def _longest(self, head: int, end: int, avoid: Collection[str]) -> list[str]:
+    def _longest(self, head: int, end: int, avoid: Collection[str] = ()) -> list[str]:
         """The longest way through a loop that meets none of these opcodes, ways back left out; empty where there is none."""
         inside, best, on_the_way = self._inside(head, end), dict[int, tuple[int, int | None]](), set[int]()
         inside -= {block for block in inside if any(opcode(text).partition(".")[0] in avoid for _, text in self._blocks[block])}
@@ -138,21 +138,24 @@ class Function:
             block = best[block][1]
         return way
 
-    def _loops(self, avoid: Collection[str] = ()) -> list[Loop]:
-        ends = [(head, block) for block in self._blocks for head in self._next(block) if head <= block]
-        ways = [self._longest(head, end, avoid) for head, end in ends]
-        return [Loop(tuple(way)) for way in ways if way]
+    @cached_property
+    def _ends(self) -> list[tuple[int, int]]:
+        """Head and last block of each loop."""
+        return [(head, block) for block in self._blocks for head in self._next(block) if head <= block]
 
     @cached_property
     def main_loop(self) -> Loop | None:
         """The loop with the most products on its longest way; None where there is none."""
-        return max((loop for loop in self._loops() if loop.products), key=lambda loop: loop.products, default=None)
+        loops = [Loop(tuple(self._longest(head, end))) for head, end in self._ends]
+        return max((loop for loop in loops if loop.products), key=lambda loop: loop.products, default=None)
 
     @cached_property
     def write_loop(self) -> Loop | None:
-        """The longest loop that divides and writes, products none, without divisions that check exponents; None where none is."""
-        loops = [loop for loop in self._loops(_CHECKED) if loop.opcodes["STG"] and loop.opcodes["MUFU"] and not loop.products]
-        return max(loops, key=lambda loop: len(loop.instructions), default=None)
+        """The longest innermost loop that divides and writes, on a way without checks of exponents; None where there is none."""
+        inner = [one for one in self._ends if not any(other[0] in self._inside(*one) - {one[0]} for other in self._ends)]
+        loops = [Loop(tuple(self._longest(head, end, _CHECKED))) for head, end in inner]
+        found = [loop for loop in loops if loop.opcodes["STG"] and loop.opcodes["MUFU"] and not loop.products]
+        return max(found, key=lambda loop: len(loop.instructions), default=None)
 
 
 def parse(lines: Iterable[str]) -> list[Function]:
