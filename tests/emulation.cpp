@@ -38,6 +38,21 @@ void broken(const Broken p) {
   product_s8(acc, {0, 0, 0, 0}, matrix_at(shared_memory()));
 }
 
+// A warp whose accesses are known, a line each.
+void counted(const Broken p) {
+  const auto* from = static_cast<const unsigned char*>(p.from);
+  unsigned char* shared = shared_memory();
+  const unsigned lane = threadIdx.x;
+  load_streaming(from + lane * 16);
+  load_streaming(from + lane * 32);
+  load_streaming(from);
+  store_shared(shared + lane * 4, lane);
+  store_shared(shared + lane * 128, lane);
+  store_shared(shared + lane / 16 * 128 + lane % 16 * 8, lane);
+  load_shared<uint4>(shared + lane * 16);
+  load_shared<uint4>(shared + lane * 32);
+}
+
 // A struct's line for tests/mirrors.py: its name and size, then each field's name, offset and size. Structured bindings do not
 // compile unless they name every field.
 std::string line(const std::string& name, std::size_t size, std::string names, const void* start,
@@ -89,6 +104,8 @@ int run_divide_plain(const float* a, const float* b, int64_t count, int64_t unit
   return 0;
 }
 
+int run_counted(const void* from) { return launch(counted, {1}, kWarp, 4096, nullptr, Broken{0, from}); }
+
 Guarded* emulation_allocate(int64_t bytes, bool at_end) {
   auto* memory = new Guarded(static_cast<std::size_t>(bytes), at_end);
   qat::emulation::global_memory.push_back(memory);
@@ -123,6 +140,13 @@ const char* emulation_launched() {
   for (const void* kernel : machine.launched)
     text += std::to_string(static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&emulation_launched)) + "\n";
   machine.launched.clear();
+  return text.c_str();
+}
+
+void emulation_count(bool on) { machine.counters.on = on; }
+const char* emulation_counts() {
+  static std::string text;
+  text = machine.counters.text();
   return text.c_str();
 }
 

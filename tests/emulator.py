@@ -9,8 +9,9 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from ctypes import Structure, c_bool, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -119,6 +120,7 @@ class Emulator:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library, self.order, self.at_end = library, 0, True
         self.buffers: list[int] = []
+        self.counts: list[str] = []
         library.emulation_allocate.restype = c_void_p
         library.emulation_allocate.argtypes = [c_int64, c_bool]
         library.emulation_data.restype = c_void_p
@@ -126,6 +128,7 @@ class Emulator:
         library.emulation_free.argtypes = [c_void_p]
         library.emulation_failure.restype = ctypes.c_char_p
         library.emulation_sites.restype = ctypes.c_char_p
+        library.emulation_counts.restype = ctypes.c_char_p
         library.emulation_launched.restype = ctypes.c_char_p
         library.run_packed_linear_fused.restype = c_bool
 
@@ -164,6 +167,23 @@ class Emulator:
 
     def sites(self) -> list[str]:
         return self.library.emulation_sites().decode().split()
+
+    def counted(self, memory: str, *files: str) -> tuple[int, int]:
+        """(sectors or wavefronts met, the least that so many bytes take) in these files since the last call of `count`."""
+        found = [line.split() for line in self.counts if line.startswith(memory)]
+        chosen = [line for line in found if not files or line[1].partition(":")[0] in files]
+        return sum(int(line[2]) for line in chosen), sum(int(line[3]) for line in chosen)
+
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Launches are counted; `counted` says what, and `counts` each line."""
+        self.library.emulation_count(c_bool(True))
+        self.library.emulation_counts()
+        try:
+            yield
+        finally:
+            self.library.emulation_count(c_bool(False))
+            self.counts = self.library.emulation_counts().decode().splitlines()
 
     def dry(self, on: bool) -> None:
         """Launches are only noted."""

@@ -49,7 +49,8 @@ struct Sums {
   }
 };
 
-// What a lane reads of the tokens: 16 bytes of each block. Lanes whose token is not there read zeros, and stay where they are.
+// What a lane reads of the tokens: 16 bytes of each block. Lanes whose token is not there read zeros, in the banks where the token
+// beside them, the last of an odd number, does not lie.
 template <int NT, bool FUSED>
 struct Tokens {
   const unsigned char* at[NT];
@@ -62,16 +63,16 @@ struct Tokens {
     for (int nt = 0; nt < NT; ++nt) {
       const int token = nt * 8 + lane / 4;
       const bool there = token < tokens;
-      block[nt] = FUSED ? 64 : there ? tokens * 64 : 0;
+      block[nt] = FUSED ? 64 : there ? tokens * 64 : tokens % 2 * 64;
       stage[nt] = there ? splits * 4 * tokens * 64 : 0;
-      at[nt] = (there ? x_shared + split * 4 * tokens * 64 + token * 64 : zeros) + lane % 4 * 16;
+      at[nt] = (there ? x_shared + split * 4 * tokens * 64 + token * 64 : zeros + 64) + lane % 4 * 16;
     }
   }
   __device__ __forceinline__ void take(int first) {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) x[nt][i] = *reinterpret_cast<const uint4*>(at[nt] + (first + i) * block[nt]);
+      for (int i = 0; i < 2; ++i) x[nt][i] = load_shared<uint4>(at[nt] + (first + i) * block[nt]);
   }
   __device__ __forceinline__ void advance() {
 #pragma unroll
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kBlock, NT > 1 ? 2 : 4) decode_kernel(const De
         for (int i = 0; i < 2; ++i)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            words[i][half] = *reinterpret_cast<const uint32_t*>(weights + place[j + i] + s * kStageBytes + half * 8 * kBytes);
+            words[i][half] = load_shared<uint32_t>(weights + place[j + i] + s * kStageBytes + half * 8 * kBytes);
         x.take(j);
         if constexpr (GROUPS == Groups::odd) {
           const int group = group_of(p, block + j);

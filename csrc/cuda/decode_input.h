@@ -12,7 +12,7 @@ constexpr int kStages = 4;
 constexpr int kStageBytes = kRows * kBytes;
 constexpr int kWarps = kBlock / kWarp;
 constexpr int kMostTokens = 16;
-constexpr int kZeros = 256;  // 64 bytes for each block of a stage
+constexpr int kZeros = 320;  // 64 bytes for each block of a stage, and 64 in front
 
 struct Decode {
   const void* x;         // [1, K] if fused
@@ -90,7 +90,7 @@ __device__ void take_codes(const Decode& p, int64_t token0, int tokens, unsigned
     const int part = i % 4, token = i / 4 % tokens, block = i / 4 / tokens;
     uint4 codes = {0, 0, 0, 0};
     if (block < p.blocks64) codes = load_fresh(p.codes + ((token0 + token) * p.blocks64 + block) * 64 + part * 16);
-    *reinterpret_cast<uint4*>(x_shared + i * 16) = codes;
+    store_shared(x_shared + i * 16, codes);
   }
   if (static_cast<int>(threadIdx.x) < tokens) divisors[threadIdx.x] = load_fresh_float(p.divisor + token0 + threadIdx.x);
 }
@@ -107,7 +107,7 @@ __device__ __forceinline__ void sum_codes(const Decode& p, int tokens, const uns
     const int i = first + static_cast<int>(threadIdx.x);
     int32_t sum = 0;
     if (i < total) {
-      const uint4 x = *reinterpret_cast<const uint4*>(x_shared + i * 16);
+      const uint4 x = load_shared<uint4>(x_shared + i * 16);
       sum = add_bytes(x.x, add_bytes(x.y, add_bytes(x.z, add_bytes(x.w, 0))));
     }
     sum += shuffle_xor(sum, 1);

@@ -63,7 +63,7 @@ __device__ __forceinline__ void expand_b(const unsigned char* words, uint32_t (&
 #pragma unroll
   for (int j = 0; j < S::NJ; ++j) {
     uint32_t out[4];
-    expand_word(*reinterpret_cast<const uint32_t*>(words + j * 8 * 16), out);
+    expand_word(load_shared<uint32_t>(words + j * 8 * 16), out);
     b[0][j][0] = out[0];
     b[0][j][1] = out[1];
     b[1][j][0] = out[2];
@@ -149,7 +149,7 @@ __device__ __forceinline__ void write(const Target& p, unsigned char* own, int64
           for (int h = 0; h < 2; ++h)
             v[h] = S::GROUPS ? float_to_bits(sums[i][j][half * 2 + h]) : static_cast<uint32_t>(acc[i][j][half * 2 + h]);
           unsigned char* to = own + Rows::place(lane / 4 + half * 8, j * 2 + lane % 4 / 2) + lane % 2 * 8;
-          *reinterpret_cast<uint64_t*>(to) = v[0] | static_cast<uint64_t>(v[1]) << 32;
+          store_shared(to, v[0] | static_cast<uint64_t>(v[1]) << 32);
         }
     }
     __syncwarp();
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(S::kThreads) gemm_kernel(const Gemm p) {
     a.fetch(shared + slot * S::kStageBytes, p.a);
     b.fetch(shared + slot * S::kStageBytes + S::kBytesA, p.b);
   };
-#pragma unroll
+#pragma unroll(S::WIDE ? kStages - 1 : 1)
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < stages) fetch(s);
     commit_copies();

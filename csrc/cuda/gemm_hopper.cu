@@ -88,7 +88,7 @@ struct Lane {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t out[4];
-          expand_word(*reinterpret_cast<const uint32_t*>(stage + at[block] + half * 8 * 32), out);
+          expand_word(load_shared<uint32_t>(stage + at[block] + half * 8 * 32), out);
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[block * 2 + i / 2][i % 2 * 2 + half] = out[i];
         }
@@ -106,7 +106,7 @@ __device__ __forceinline__ void turn(unsigned char* rows, int token, int output,
     const int row = token + lane % 4 * 2 + e % 2, column = output + lane / 4 + e / 2 * 8;
     unsigned char* to = rows + Rows::place(row, column / 4) + column % 4 * 4;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) *reinterpret_cast<int32_t*>(to + j * 8 * Rows::kPitch) = acc[j][e];
+    for (int j = 0; j < 16; ++j) store_shared(to + j * 8 * Rows::kPitch, acc[j][e]);
   }
 }
 

@@ -60,8 +60,10 @@ struct SumRows {
   __device__ static __forceinline__ int place(int row, int u) { return row * kPitch + ((u ^ ((u >> 3 ^ row) & 1)) * 16); }
   __device__ static __forceinline__ void take(const unsigned char* rows, int row, int unit, int32_t (&sums)[kUnit]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      memcpy(sums + half * 4, __builtin_assume_aligned(rows + place(row, unit * 2 + half), 16), 16);
+    for (int half = 0; half < 2; ++half) {
+      const uint4 four = load_shared<uint4>(rows + place(row, unit * 2 + half));
+      memcpy(sums + half * 4, &four, 16);
+    }
   }
 };
 

@@ -39,6 +39,15 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_
 
 // ---- memory
 
+// Shared memory, where the emulation is to count who meets in a bank.
+template <class T>
+__device__ __forceinline__ T load_shared(const void* from) {
+  return *static_cast<const T*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store_shared(void* to, T value) {
+  *static_cast<T*>(to) = value;
+}
 // 16 bytes that are read once: they leave no room taken in the L1 cache.
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
   uint4 v;

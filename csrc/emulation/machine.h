@@ -11,7 +11,7 @@
 //     a divergent barrier or shuffle            reported with source line and thread, as is a deadlock
 //     an access outside of memory               buffers and shared memory end (or begin) at a page that cannot be touched
 // `skip` disables one barrier or wait by its source line, so a test can remove each in turn and see the failure. With `dry`
-// nothing runs, and it is only known which kernels were launched.
+// nothing runs, and it is only known which kernels were launched. counters.h counts sectors and bank conflicts.
 //
 // Legend: a block's threads are numbered 0.., in warps of 32.
 #pragma once
@@ -28,6 +28,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "counters.h"
 #include "fiber.h"
 #include "guarded.h"
 #include "overlap.h"
@@ -62,6 +63,7 @@ struct Machine {
   std::vector<Seen> seen;            // by products, of each 16 bytes of shared memory
   std::vector<std::size_t> fenced;   // those whose barrier is to come
   Overlap overlap;
+  Counters counters;
   void (*call)(void*) = nullptr;
   void* arguments = nullptr;
   std::string failure;
@@ -201,6 +203,7 @@ inline void run_block(std::size_t shared_bytes) {
       if (!machine.failure.empty()) throw std::runtime_error(machine.failure);
     }
   } while (release());
+  machine.counters.settle();
 }
 
 inline void run_grid(dim3 grid, unsigned threads, std::size_t shared_bytes) {

@@ -35,19 +35,41 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 
 // ---- memory
 
-inline uint4 load_streaming(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("a misaligned load", std::source_location::current());
+// Counts what the running thread asks for.
+inline void count(emulation::Memory memory, const void* address, unsigned bytes, const std::source_location& at) {
+  using emulation::machine;
+  machine.counters.note(memory, at, machine.current, reinterpret_cast<uintptr_t>(address), bytes);
+}
+template <class T>
+T load_shared(const void* from QAT_AT) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) emulation::fail("a misaligned load", at);
+  count(emulation::Memory::shared, from, sizeof(T), at);
+  T out;
+  std::memcpy(&out, from, sizeof(T));
+  return out;
+}
+template <class T>
+void store_shared(void* to, T value QAT_AT) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) emulation::fail("a misaligned store", at);
+  count(emulation::Memory::shared, to, sizeof(T), at);
+  std::memcpy(to, &value, sizeof(T));
+}
+inline uint4 load_streaming(const void* from QAT_AT) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("a misaligned load", at);
+  count(emulation::Memory::global, from, 16, at);
   uint4 out;
   std::memcpy(&out, from, 16);
   return out;
 }
-inline uint4 load_fresh(const void* from) { return load_streaming(from); }
+inline uint4 load_fresh(const void* from QAT_AT) { return load_streaming(from, at); }
 inline float load_fresh_float(const float* from) { return *from; }
 // The bytes come at wait_copies; until then they are poison, for those who still read what was there before, too.
 inline void copy_async(void* shared, const void* global, bool valid QAT_AT) {
   using namespace emulation;
   if ((reinterpret_cast<uintptr_t>(shared) | (valid ? reinterpret_cast<uintptr_t>(global) : 0)) % 16)
     fail("a misaligned copy", at);
+  count(Memory::shared, shared, 16, at);
+  if (valid) count(Memory::global, global, 16, at);
   std::memset(shared, kPoison, 16);
   Fiber& fiber = machine.fibers[machine.current];
   Copy copy = {shared, global, 16, valid ? 16u : 0u, !fiber.waited, {}};
@@ -110,6 +132,7 @@ inline void load_matrices(uint32_t (&out)[4], const void* row QAT_AT) {
     uint32_t out[4];
   } slot = {static_cast<const unsigned char*>(row), {}};
   if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("a misaligned matrix row", at);
+  count(emulation::Memory::shared, row, 16, at);
   const auto act = [](Slot** slots) {
     for (int matrix = 0; matrix < 4; ++matrix)
       for (int lane = 0; lane < kWarp; ++lane)
