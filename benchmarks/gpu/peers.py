@@ -59,4 +59,5 @@ def auto_bit_linear(n: int, k: int, online: bool, device: torch.device, dtype: t
     """transformers' BitNet layer: online for training, offline with weights that are quantized already."""
     from transformers.integrations.bitnet import AutoBitLinear
 
-    return AutoBitLinear(k, n, bias=False, device=device, dtype=dtype, online_quant=online)
+    layer = AutoBitLinear(k, n, bias=False, device=device, dtype=dtype, online_quant=online)
+    return layer.to(device=device, dtype=dtype)  # which transformers before 5.23 leaves as it is

@@ -128,6 +128,19 @@ def test_facts_come_before_what_takes_a_minute_to_compile():
     assert sum(section.seconds for section in found if not compiled[found.index(section)]) <= 8 * 60
 
 
+def test_auto_bit_linear_of_older_transformers(monkeypatch):
+    """They ignore dtype and device, and would multiply bfloat16 by float32."""
+    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+
+    class Older(bitnet.AutoBitLinear):
+        def __init__(self, *sizes, device=None, dtype=None, **options):
+            super().__init__(*sizes, **options)
+
+    monkeypatch.setattr(bitnet, "AutoBitLinear", Older)
+    layer = peers.auto_bit_linear(8, 16, False, CPU, torch.bfloat16)
+    assert layer(torch.randn(2, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_the_script_and_its_module_say_what_they_need():
     done = subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
