@@ -46,7 +46,7 @@ test: $(READY)
 
 # Two processes that talk over the loopback; no GPU
 test-devices: $(READY)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -x tests/devices
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -x -n $(WORKERS) --dist loadfile tests/devices
 
 faults: $(READY)
 	$(BIN)/python tests/faults $(FAULTS)

@@ -44,6 +44,8 @@ def test_one_training_three_ways(pair: Pair, config: TrainConfig) -> None:
         two = both(pair, on(strategy, config))
         assert_equal(state(one), state(two))
         assert [row["train/loss"] for row in rows(one)] == [row["train/loss"] for row in rows(two)]
+        packed = "packed/model.safetensors"
+        assert (one / packed).read_bytes() == (two / packed).read_bytes()
         assert sorted(file.name for file in two.iterdir()) == sorted(file.name for file in one.iterdir())
 
 
