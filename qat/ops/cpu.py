@@ -175,6 +175,11 @@ def square_sum(tensors: Sequence[Tensor]) -> float | None:
     return torch.ops.qat.cpu_square_sum(tensors)
 
 
+def fingerprint(x: Tensor) -> int | None:
+    """Another number for other values, as good as always, at the speed of memory; None where no kernel serves."""
+    return torch.ops.qat.cpu_fingerprint(x) if x.is_cpu and x.is_contiguous() and compiled() else None
+
+
 def quantize_weight(w: Tensor, parameters: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     return _quantize(w, parameters, WeightOptions(*options))
 

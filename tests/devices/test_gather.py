@@ -25,6 +25,7 @@ from qat.parallel.traffic import all_gather, all_reduce, reduce_scatter
 from qat.quantizers import QUANTIZERS
 from qat.training.strategies.codes import gather_codes
 from qat.training.strategies.sharding import collect, sharded
+from qat.training.strategies.shards import local, whole
 
 WAYS: dict[str, dict[str, Any]] = {
     "tensor": {},
@@ -165,6 +166,24 @@ def changed_behind_its_back() -> list[float]:
 def test_scales_are_never_stale(pair: Pair) -> None:
     for before, wanted_before, after, wanted_after in pair(changed_behind_its_back):
         assert before == wanted_before and after == wanted_after and before != after
+
+
+def changed_meanwhile(quant: dict[str, Any]) -> bool:
+    """Whether gradients are one process's where latent weights changed behind the forward pass, of whose codes they are."""
+    original, shell = made(quant)
+    gradients = []
+    for one in (shell, original):
+        loss = one(tokens(0, 0)).logits.square().mean()
+        for _, layer in bitlinears(one):
+            local(layer.weight).data.neg_()
+        loss.backward()
+        gradients.append([whole(p.grad) for p in one.parameters() if p.grad is not None])
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("way", ["tensor", "channel"])
+def test_a_backward_pass_gathers_the_codes_of_its_forward_pass(pair: Pair, way: str) -> None:
+    assert pair(changed_meanwhile, WAYS[way]) == [True, True]
 
 
 def part_alone() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qat.config import QuantConfig
+from qat.ops import cpu
 from qat.ops.bits.kept import keep
 from qat.ops.options import WeightOptions, weight_options
 from qat.ops.shards.gathered import GatheredCodes
@@ -38,6 +39,10 @@ class Place:
     mine: Tensor | None = None
     """`local_sums` of the rows here, where the weight has one scale; and what they and the other devices' make:"""
     whole: Pooled | None = None
+    mark: int | None = None
+    """The fingerprint of the rows that those are of, where there is one."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """Codes and scale of the rows here, as the last forward pass sent them; the backward pass sends the same."""
 
     @property
     def options(self) -> WeightOptions:
@@ -52,6 +57,11 @@ class Place:
     def rows(self) -> int:
         """How many rows each device sends; the last ones may have fewer, or none."""
         return -(-self.shape[0] // self.devices)
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """Before codes are taken of the rows as they are now: what is to be added up over devices."""
+        self.mine, self.mark = local_sums(rows), cpu.fingerprint(rows)
+        return self.mine
 
     def take(self, sums: Tensor) -> None:
         """The sums over all devices, of which those here were `mine`."""
@@ -76,7 +86,9 @@ class ShardedLatent(Tensor):
         rows, place = self.detach(), self.place
         if not place.coded:
             return (_padded(rows, place.rows),), None
-        codes, scale = pooled_codes(rows, place) if place.pooled else own_codes(rows, place)
+        if place.kept is None or not _in_backward():
+            place.kept = pooled_codes(rows, place) if place.pooled else own_codes(rows, place)
+        codes, scale = place.kept
         sent = (codes,) if place.pooled else (codes, scale)
         return tuple([_padded(one, place.rows) for one in sent]), scale if place.pooled else None
 
@@ -95,6 +107,11 @@ class ShardedLatent(Tensor):
         return GatheredCodes(outputs[0][:n], scale, self.place.shape), ()
 
 
+def _in_backward() -> bool:
+    """Whether autograd runs a backward pass here, in which FSDP2 gathers once more."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def own_codes(rows: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     """Codes as they are kept, and scales, of rows that have scales of their own."""
     twin = "quantize_weight_reference" if place.config.kernels == "reference" else "quantize_weight"
@@ -110,7 +127,8 @@ def pooled_codes(rows: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     """
     if place.whole is None or place.mine is None:
         raise RuntimeError(_stale(place))
-    _must_be(place.mine, local_sums(rows), place)
+    if place.mark is None or place.mark != cpu.fingerprint(rows):
+        _must_be(place.mine, local_sums(rows), place)
     record = place.config.quantizer
     assert record.part is not None
     t = resolve(record.part)(rows, place.whole.scale, place.whole.mean).to(torch.int8)

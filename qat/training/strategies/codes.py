@@ -24,7 +24,7 @@ from qat.config import TrainerConfig
 from qat.conversion.layers import bitlinears, unfit_layers
 from qat.nn.bitlinear import BitLinear
 from qat.ops.shards.latent import Place, ShardedLatent
-from qat.ops.shards.sums import local_sums, summed
+from qat.ops.shards.sums import summed
 from qat.training.strategies.buffers import gather_once, gathered_by_name
 
 
@@ -96,9 +96,8 @@ class Gathering:
                 place.coded = coded[name]
                 self.gathered[name].change()
         shared = {name: place for name, place in self.places.items() if place.coded and place.pooled}
-        for name, place in shared.items():
-            place.mine = local_sums(rows[name].detach())
-        for place, sums in zip(shared.values(), summed([place.mine for place in shared.values()]), strict=True):  # type: ignore[misc]
+        mine = [place.begin(rows[name].detach()) for name, place in shared.items()]
+        for place, sums in zip(shared.values(), summed(mine), strict=True):
             place.take(sums)
 
     def _rows(self, name: str) -> ShardedLatent:
