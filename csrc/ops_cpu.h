@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -107,5 +108,9 @@ Tensor floats_of(const int8_t* codes, int64_t r, int64_t length, const float* sc
 // ops_cpu_bits.cpp: codes [n, k] as 2 bits each, and the floats [n, k] that those are with scales [1 | n, groups].
 Tensor cpu_pack_bits(const Tensor& t);
 Tensor cpu_dequantize_bits(const Tensor& bits, int64_t k, const Tensor& scale, int64_t kind);
+
+// ops_cpu_soft.cpp: soft weights and slopes of rows, and inputs rounded to their codes, which it says too.
+std::tuple<Tensor, Tensor> cpu_soften(const Tensor& rows, const Tensor& levels, const Tensor& borders, double beta, int64_t kind);
+std::tuple<Tensor, Tensor, Tensor> cpu_rounded(const Tensor& x, double eps);
 
 }  // namespace qat::binding

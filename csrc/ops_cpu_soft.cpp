@@ -33,6 +33,8 @@ void soften_slice(const float* w, int64_t n, const Soft& p, bool ternary, Dtype 
   isa().from_float(slopes, n, dtype, slope);
 }
 
+}  // namespace
+
 // (soft weights, slopes) [R, L] of float32 rows [R, L] with levels [R, m] in ascending order and borders [R, m - 1].
 std::tuple<Tensor, Tensor> cpu_soften(const Tensor& rows, const Tensor& levels, const Tensor& borders, double sharpness,
                                       int64_t kind) {
@@ -61,6 +63,8 @@ std::tuple<Tensor, Tensor> cpu_soften(const Tensor& rows, const Tensor& levels, 
   return {soft, slope};
 }
 
+namespace {
+
 // Codes int8 [N, planes K], planes side by side, of rows float32 [R, L] that are a weight [N, K]: those of the nearest levels,
 // which borders [R, B] part and book int8 [R, B + 1, planes] holds in ascending order. A weight on a border takes the level below.
 Tensor cpu_nearest(const Tensor& rows, const Tensor& borders, const Tensor& book, int64_t k) {
@@ -84,6 +88,8 @@ Tensor cpu_nearest(const Tensor& rows, const Tensor& borders, const Tensor& book
   });
   return t;
 }
+
+}  // namespace
 
 // (what the codes of x [M, K] stand for, in its dtype; the codes; their scales [M, 1]), each token its own scale: a token is
 // measured, rounded and written back while it is in the cache.
@@ -117,8 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> cpu_rounded(const Tensor& x, double least) {
   });
   return {values, codes, scale};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cpu_soften(Tensor rows, Tensor levels, Tensor borders, float beta, int kind) -> (Tensor, Tensor)");

@@ -1,7 +1,9 @@
 // The training linear as one op each way, for small layers, whose time is that of calls: what qat/ops/cpu.py and
 // qat/ops/gradients.py put together of the other ops, in their order and from the same kernels, so that every bit is theirs.
 // qat/ops/fused says which layers come here.
+#include <array>
 #include <tuple>
+#include <vector>
 
 #include "ops_cpu.h"
 #include "ops_gradients.h"
@@ -30,15 +32,23 @@ struct Weight {
   Tensor codes, scale;  // int8 [N, K], float32 [1 | N, 1 | G]
 };
 
-Weight quantized(const Tensor& w, const Quantizer& q) {
+void check(const Tensor& w, const Quantizer& q) {
   STD_TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && w.scalar_type() == ScalarType::Float && w.numel() > 0 &&
                       w.numel() % q.r == 0 && q.r % q.groups == 0,
                   "w must be contiguous float32 [N, K], in ", q.r, " rows that share a scale");
+}
+
+void take_scales(const Tensor& w, const Quantizer& q, float* scale) {
+  take_means(w, q.r, w.numel() / q.r, true, scale);
+  for (int64_t row = 0; row < q.r; ++row) scale[row] = q.scale(scale[row]);
+}
+
+Weight quantized(const Tensor& w, const Quantizer& q) {
+  check(w, q);
   const int64_t length = w.numel() / q.r;
   Weight found = {empty({w.size(0), w.size(1)}, ScalarType::Char), empty({q.r / q.groups, q.groups}, ScalarType::Float)};
   auto* scale = static_cast<float*>(found.scale.mutable_data_ptr());
-  take_means(w, q.r, length, true, scale);
-  for (int64_t row = 0; row < q.r; ++row) scale[row] = q.scale(scale[row]);
+  take_scales(w, q, scale);
   const Scratch<float> threshold(q.binary ? q.r : 0);
   if (q.binary) take_means(w, q.r, length, false, threshold.get());
   take_codes(static_cast<const float*>(w.const_data_ptr()), q.r, length, q.binary ? threshold.get() : scale, q.binary,
@@ -77,6 +87,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_linear(const Tensor
   return {y.y, y.x_q, y.x_scale, cpu_pack_bits(weight.codes), weight.scale};
 }
 
+int64_t kind_of(ScalarType dtype) { return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2; }
+
+// (levels [R, m], borders [R, m - 1]) of rows: `soft` of qat/quantizers/ternary.py and binary.py.
+std::tuple<Tensor, Tensor> levels_of(const Tensor& w, const Quantizer& q) {
+  const int64_t m = q.binary ? 2 : 3;
+  const Scratch<float> scale(q.r), mean(q.binary ? q.r : 0);
+  take_scales(w, q, scale.get());
+  if (q.binary) take_means(w, q.r, w.numel() / q.r, false, mean.get());
+  Tensor levels = empty({q.r, m}, ScalarType::Float), borders = empty({q.r, m - 1}, ScalarType::Float);
+  auto *level = static_cast<float*>(levels.mutable_data_ptr()), *border = static_cast<float*>(borders.mutable_data_ptr());
+  for (int64_t row = 0; row < q.r; ++row) {
+    const float s = scale.get()[row];
+    level[row * m] = -s;
+    if (!q.binary) level[row * m + 1] = 0.0f;
+    level[row * m + m - 1] = s;
+    border[row * (m - 1)] = q.binary ? mean.get()[row] : -s / 2.0f;
+    if (!q.binary) border[row * 2 + 1] = s / 2.0f;
+  }
+  return {levels, borders};
+}
+
+// While the weight is soft, as `qat.ops.soft.cpu` has it: (y; codes of x, their scales; the soft weight, its slope).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_soft(const Tensor& x_any, const Tensor& w,
+                                                                  const std::optional<Tensor>& bias, const Tensor& beta,
+                                                                  ScalarType dtype, int64_t r, int64_t groups, bool binary,
+                                                                  double multiplier, double least, double most,
+                                                                  int64_t rounds_to, double eps) {
+  const auto f = [](double value) { return static_cast<float>(value); };
+  const Quantizer q = {r, groups, binary, f(multiplier), f(eps), f(least), f(most), rounds_to};
+  check(w, q);
+  const int64_t n = w.size(0), k = w.size(1);
+  const Tensor x = torch::stable::contiguous(gradients::in(x_any, dtype));
+  const auto [levels, borders] = levels_of(w, q);
+  const Tensor rows = torch::stable::view(w, {r, w.numel() / r});
+  const auto [soft, slope] = cpu_soften(rows, levels, borders, *floats(beta, 1, "beta"), kind_of(dtype));
+  const Tensor weight = torch::stable::view(soft, {n, k});
+  const auto [values, codes, scale] = cpu_rounded(gradients::rows_of(x), eps);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  std::optional<Tensor> own = bias;
+  if (own) own = gradients::in(*own, dtype);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(torch::stable::view(values, sizes)),
+                                    torch::stable::detail::from(weight), torch::stable::detail::from(own)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor y = torch::stable::detail::to<Tensor>(stack[0]), x_q = torch::stable::view(codes, sizes);
+  sizes.back() = 1;
+  return {y, x_q, torch::stable::view(scale, sizes), weight, torch::stable::view(slope, {n, k})};
+}
+
+// `qat.ops.soft.gradients`: _as_it_comes, and the slope.
+gradients::Gradients cpu_fused_soft_gradients(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& weight,
+                                              const Tensor& slope, std::optional<ScalarType> of_x, bool of_w,
+                                              std::optional<ScalarType> of_bias) {
+  const int64_t k = x_q.size(x_q.dim() - 1), m = x_q.numel() / k;
+  STD_TORCH_CHECK(x_q.is_contiguous() && x_q.scalar_type() == ScalarType::Char, "x_q must be contiguous int8");
+  const float* scales = floats(x_scale, m, "x_scale");
+  const auto x_values = [&](ScalarType dtype) {
+    return floats_of(static_cast<const int8_t*>(x_q.const_data_ptr()), m, k, scales, 1, dtype);
+  };
+  std::optional<Tensor> x, w, bias;
+  if (of_x) x = gradients::in(torch::stable::matmul(grad, gradients::in(weight, grad.scalar_type())), *of_x);
+  if (of_w) {
+    const Tensor through = gradients::in(gradients::of_weight(grad, x_q, x_scale, false, x_values), slope.scalar_type());
+    w = gradients::in(gradients::times(through, slope), ScalarType::Float);
+  }
+  if (of_bias) bias = gradients::in(gradients::of_bias(grad), *of_bias);
+  return {x, w, bias};
+}
+
 // Gradients of x, w and the bias, each in the dtype of what it is of, where it is needed; else nothing.
 gradients::Gradients cpu_fused_gradients(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& bits,
                                          const Tensor& scale, int64_t k, bool bf16, std::optional<ScalarType> of_x, bool of_w,
@@ -86,9 +164,8 @@ gradients::Gradients cpu_fused_gradients(const Tensor& grad, const Tensor& x_q, 
   const int64_t m = x_q.numel() / k;
   const auto* codes = static_cast<const int8_t*>(x_q.const_data_ptr());
   const float* scales = floats(x_scale, m, "x_scale");
-  const auto kind = [](ScalarType dtype) { return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2; };
   const auto values = [&](const Tensor* by, ScalarType dtype) {
-    return cpu_dequantize_bits(bits, k, by ? *by : torch::stable::full({1, 1}, 1.0, ScalarType::Float), kind(dtype));
+    return cpu_dequantize_bits(bits, k, by ? *by : torch::stable::full({1, 1}, 1.0, ScalarType::Float), kind_of(dtype));
   };
   const auto x_values = [&](ScalarType dtype) { return floats_of(codes, m, k, scales, 1, dtype); };
   return gradients::all(grad, x_q, x_scale, scale, bf16, of_x, of_w, of_bias, values, x_values);
@@ -103,11 +180,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
       "cpu_fused_gradients(Tensor grad, Tensor x_q, Tensor x_scale, Tensor bits, Tensor w_scale, int k, bool bf16,"
       " ScalarType? of_x, bool of_w, ScalarType? of_bias) -> (Tensor?, Tensor?, Tensor?)");
+  m.def(
+      "cpu_fused_soft(Tensor x, Tensor w, Tensor? bias, Tensor beta, ScalarType dtype, int rows, int groups, bool binary,"
+      " float multiplier, float least, float most, int rounds_to, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_fused_soft_gradients(Tensor grad, Tensor x_q, Tensor x_scale, Tensor weight, Tensor slope, ScalarType? of_x,"
+      " bool of_w, ScalarType? of_bias) -> (Tensor?, Tensor?, Tensor?)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("cpu_fused_linear", TORCH_BOX(&cpu_fused_linear));
   m.impl("cpu_fused_gradients", TORCH_BOX(&cpu_fused_gradients));
+  m.impl("cpu_fused_soft", TORCH_BOX(&cpu_fused_soft));
+  m.impl("cpu_fused_soft_gradients", TORCH_BOX(&cpu_fused_soft_gradients));
 }
 
 }  // namespace qat::binding

@@ -167,10 +167,10 @@ class BitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name for it, by which some models call
         """[..., in_features] -> [..., out_features]."""
         x, beta = self.met(input), self.beta if self.training else None
-        if self.lam is None and beta is None and not torch.compiler.is_compiling():
+        if self.lam is None and not torch.compiler.is_compiling():
             weight, own = self._parameters.get("weight"), self._parameters.get("bias")
-            if weight is not None and (fused := self._current(weight)).serves(x, weight, own):
-                return fused(x, weight, own)
+            if weight is not None and (fused := self._current(weight)).serves(x, weight, own, beta):
+                return fused(x, weight, own, beta)
         parameters = self._given()
         if self.lam is not None:
             bias = self.output_bias(self.lam)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qat import BitLinear, QuantConfig, ops
 from qat.ops import cpu
 from qat.ops.fused.linear import FusedLinear
+from qat.ops.soft.calls import soft_bitlinear
 
 pytestmark = pytest.mark.skipif(not cpu.compiled(), reason="no compiled CPU kernels")
 
@@ -80,6 +81,30 @@ def test_equal_to_the_bit(name: str, bias: torch.dtype | None, autocast: torch.d
             same(passes(layer, layer, x, autocast), passes(lambda x: through_ops(layer, x), layer, x, autocast))
     found = layer(torch.ones(1, 2, 40, dtype=torch.float32).transpose(0, 1))
     assert torch.equal(found, through_ops(layer, torch.ones(2, 1, 40)))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tensor", "channel", "group", "binary", "float16 scale"])
+def test_soft_codes_equal_to_the_bit(name: str, autocast: torch.dtype | None) -> None:
+    for bias in (None, torch.float32):
+        layer = layer_of(CONFIGS[name], bias)
+        for beta in (2.0, 60.0):
+            layer.set_beta(beta)
+            for shape in SHAPES:
+                x = torch.randn(shape)
+                assert layer._current(layer.weight).serves(x, layer.weight, layer.bias, layer.beta)
+                wanted = passes(lambda x: softly(layer, x), layer, x, autocast)  # noqa: B023
+                same(passes(layer, layer, x, autocast), wanted)
+    with torch.no_grad():
+        assert torch.equal(layer(x), softly(layer, x))
+    y = layer(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)[0].sum().backward()
+    assert not torch.equal(y, layer.eval()(x))
+
+
+def softly(layer: BitLinear, x: Tensor) -> Tensor:
+    return soft_bitlinear(x, layer.weight, layer.bias, layer.beta, layer.config)
 
 
 def test_weights_are_taken_as_they_are_now() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from qat.config import QuantConfig
@@ -29,4 +31,13 @@ def ops_for(config: QuantConfig, weight: torch.Tensor) -> Ops | None:
     least, most = scale_limits(config.scale_dtype)
     per_tensor, qat = config.act_granularity == "tensor", torch.ops.qat
     of_weight = rows * groups, groups, binary, config.scale_multiplier, least, most, _ROUNDED[config.scale_dtype]
-    return Ops(qat.cpu_fused_linear.default, qat.cpu_fused_gradients.default, (*of_weight, per_tensor, config.eps))
+    return Ops(
+        qat.cpu_fused_linear.default,
+        qat.cpu_fused_gradients.default,
+        (*of_weight, per_tensor, config.eps),
+        None if per_tensor or config.backward != "input" else _soft((*of_weight, config.eps)),
+    )
+
+
+def _soft(arguments: tuple[Any, ...]) -> Ops:
+    return Ops(torch.ops.qat.cpu_fused_soft.default, torch.ops.qat.cpu_fused_soft_gradients.default, arguments)

@@ -33,19 +33,21 @@ class Ops:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     arguments: tuple[Any, ...]
+    soft: Ops | None = None
+    """While the weight is soft: `forward(x, w, bias, beta, dtype, *arguments)`, `backward(grad, *kept, of_x, of_w, of_bias)`."""
 
 
 class FusedLinear:
     """A layer's call; it serves while configuration, shape and device are those that it was made for."""
 
-    __slots__ = ("arguments", "backward", "bf16", "config", "device", "forward", "k", "known", "shape")
+    __slots__ = ("arguments", "backward", "bf16", "config", "device", "forward", "k", "known", "shape", "soft")
 
     def __init__(self, config: QuantConfig, shape: torch.Size, device: torch.device, ops: Ops | None) -> None:
         self.config, self.known, self.shape, self.device = config, dict(vars(config)), shape, device
         self.k, self.bf16 = shape[-1], config.backward == "bf16"
-        self.forward = self.backward = None
+        self.forward = self.backward = self.soft = None
         if ops is not None:
-            self.forward, self.backward, self.arguments = ops.forward, ops.backward, ops.arguments
+            self.forward, self.backward, self.arguments, self.soft = ops.forward, ops.backward, ops.arguments, ops.soft
 
     def of(self, config: QuantConfig, weight: Tensor) -> bool:
         """Whether it was made for such a layer, also where it does not serve one."""
@@ -53,10 +55,11 @@ class FusedLinear:
             config is self.config and vars(config) == self.known and weight.shape == self.shape and weight.device == self.device
         )
 
-    def serves(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether these need no other treatment and no error message."""
+    def serves(self, x: Tensor, weight: Tensor, bias: Tensor | None, beta: Tensor | None = None) -> bool:
+        """Whether these need no other treatment and no error message; with soft codes of sharpness `beta` where one is given."""
         return (
             self.forward is not None
+            and (beta is None or (self.soft is not None and beta.is_cpu and beta.dtype == torch.float32))
             and type(x) in _PLAIN
             and type(weight) in _PLAIN
             and x.dtype in DTYPES
@@ -75,12 +78,16 @@ class FusedLinear:
         fits = bias.is_floating_point() and bias.shape == self.shape[:1]
         return fits and type(bias) in _PLAIN and bias.device == self.device
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, beta: Tensor | None = None) -> Tensor:
         dtype, kind = x.dtype, self.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)):
+            if beta is not None:
+                return _Soft.apply(self.soft, dtype, beta, x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
             return _Linear.apply(self, dtype, x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+        if beta is not None and self.soft is not None:
+            return self.soft.forward(x, weight, bias, beta, dtype, *self.soft.arguments)[0]  # type: ignore[no-any-return]
         assert self.forward is not None
         return self.forward(x, weight, bias, dtype, *self.arguments)[0]  # type: ignore[no-any-return]
 
@@ -113,6 +120,34 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
 
 _differentiated = once_differentiable(_backward)  # type: ignore[no-untyped-call]
 """Where a graph of the backward pass is asked for; wrapping each call would cost as much as one of torch's ops."""
+
+
+class _Soft(torch.autograd.Function):
+    """Saves what `qat.ops.soft.gradients.SoftBitLinear` saves."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Ops, dtype: torch.dtype, beta: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y, x_q, x_scale, soft, slope = ops.forward(x, weight, bias, beta, dtype, *ops.arguments)
+        ctx.save_for_backward(x_q, x_scale, soft, slope)
+        ctx.made_for = ops, x.dtype, None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _soft_differentiated(ctx, grad) if torch.is_grad_enabled() else _soft_backward(ctx, grad)
+
+
+def _soft_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None, None
+    _, _, _, x, weight, bias = ctx.needs_input_grad
+    ops, of_x, of_bias = ctx.made_for
+    found = ops.backward(grad, *ctx.saved_tensors, of_x if x else None, weight, of_bias if bias else None)
+    return None, None, None, *found
+
+
+_soft_differentiated = once_differentiable(_soft_backward)  # type: ignore[no-untyped-call]
 
 
 def fits(config: QuantConfig, record: Quantizer) -> bool:
