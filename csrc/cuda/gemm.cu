@@ -245,11 +245,29 @@ Gemm problem(const Target& target, int64_t k, int64_t groups) {
 
 }  // namespace
 
-// Large tiles once they fill a large GPU's 132 SMs, and medium ones once they nearly do.
+// The tile whose blocks, dealt out evenly, keep the busiest multiprocessor for the least time; the larger of two alike. A block
+// takes as long as its outputs are many, divided by what its warps reach of the products' rate: that is what shared memory gives.
+// A product takes 1.5 cycles of a Hopper multiprocessor, which are 198 bytes, and needs 128, 192 or 256 of them.
 Tile gemm_tile(int64_t m, int64_t n, int64_t groups) {
-  const int64_t rows = ceil_div<int64_t>(m, 128);
-  if (groups == 1 && rows * ceil_div<int64_t>(n, 256) >= 132) return Tile::large;
-  return rows * ceil_div<int64_t>(n, 128) >= 100 ? Tile::medium : Tile::small;
+  struct Choice {
+    Tile tile;
+    int64_t rows, columns;
+    double reached;
+  };
+  constexpr Choice kChoices[] = {{Tile::large, 128, 256, 1.0}, {Tile::medium, 128, 128, 0.9}, {Tile::small, 64, 64, 0.75}};
+  const Choice* best = nullptr;
+  double least = 0.0;
+  for (const Choice& one : kChoices) {
+    if (groups > 1 && one.tile == Tile::large) continue;
+    const int64_t blocks = ceil_div(m, one.rows) * ceil_div(n, one.columns);
+    const double time =
+        static_cast<double>(ceil_div<int64_t>(blocks, multiprocessors()) * one.rows * one.columns) / one.reached;
+    if (!best || time < least) {
+      best = &one;
+      least = time;
+    }
+  }
+  return best->tile;
 }
 
 int gemm(const Linear& p, Tile tile, cudaStream_t stream) {

@@ -49,16 +49,31 @@ inline int current_device() {
   return device;
 }
 
-// Of a device, as in sm_90; asked once.
-inline int compute_capability(int device = current_device()) {
+// What ASK says of a device, which is not 0; asked once.
+template <class Ask>
+int kept_of(int device, Ask ask) {
   static std::atomic<int> known[kMostDevices];
-  const bool kept = device < kMostDevices;
-  if (kept && known[device].load(std::memory_order_relaxed)) return known[device].load(std::memory_order_relaxed);
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (kept) known[device].store(major * 10 + minor, std::memory_order_relaxed);
-  return major * 10 + minor;
+  if (device >= kMostDevices) return ask(device);
+  int value = known[device].load(std::memory_order_relaxed);
+  if (value == 0) known[device].store(value = ask(device), std::memory_order_relaxed);
+  return value;
+}
+
+inline int attribute_of(int device, cudaDeviceAttr which) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
+// As in sm_90.
+inline int compute_capability(int device = current_device()) {
+  return kept_of(device, [](int one) {
+    return attribute_of(one, cudaDevAttrComputeCapabilityMajor) * 10 + attribute_of(one, cudaDevAttrComputeCapabilityMinor);
+  });
+}
+
+inline int multiprocessors(int device = current_device()) {
+  return kept_of(device, [](int one) { return attribute_of(one, cudaDevAttrMultiProcessorCount); });
 }
 
 // Lets a kernel have so much shared memory on a device, and at least kMostShared, so that no thread lowers what another asked

@@ -5,6 +5,7 @@
 namespace qat::cuda {
 
 inline int compute_capability() { return 90; }
+inline int multiprocessors() { return 132; }
 
 inline unsigned char* shared_memory() { return static_cast<unsigned char*>(emulation::machine.shared->get()); }
 

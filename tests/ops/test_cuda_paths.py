@@ -93,6 +93,30 @@ def test_every_matmul_has_a_test_on_a_device(dry: Emulator, monkeypatch: pytest.
         assert many - linears(dry, whole) == set()
 
 
+# M, N, groups -> the tile's rows and columns, on 132 multiprocessors: what is left idle costs more than a smaller tile
+TILES = {
+    (2048, 13824, 1): "128, 256",
+    (512, 13824, 1): "128, 256",  # 216 blocks: 2 each; of the medium tile 4, which are slower
+    (256, 13824, 1): "128, 256",  # 108 blocks at once; 216 of the medium tile would come one after another on most
+    (1024, 3840, 1): "128, 256",
+    (128, 13824, 1): "128, 128",
+    (64, 13824, 1): "64, 64",
+    (512, 2560, 1): "64, 64",
+    (1024, 2560, 1): "64, 64",  # 640 blocks, 5 each; 80 of the large tile leave 52 multiprocessors idle
+    (2048, 13824, 4): "128, 128",
+    (64, 2560, 4): "64, 64",
+}
+
+
+@pytest.mark.parametrize("shape", TILES, ids=str)
+def test_tiles_fill_the_device(dry: Emulator, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
+    monkeypatch.setenv("QAT_CUDA_WGMMA", "0")
+    m, n, groups = shape
+    for call in (packed, trained):
+        (name,) = (one for one in call(dry, (m, n, 2560, groups), 1) if one.startswith("gemm"))
+        assert f"Shape<{TILES[shape]}," in name
+
+
 def test_every_quantizer_has_a_test_on_a_device(dry: Emulator) -> None:
     wanted = all_of(dry, "quantize_rows", "quantize_shared_rows", "quantize_all", "measure")
     assert {name for name in wanted - quantizers(dry) if not re.match(NORM, name)} == set()
