@@ -42,6 +42,14 @@ def test_the_best_run_is_first_and_one_without_result_last(tmp_path: Path) -> No
     assert "1 comes closest to full precision" in said and "1 of 4 runs have no result to compare" in said
 
 
+def test_the_best_of_runs_that_are_all_far_from_full_precision_is_not_good(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, with_trained(value)) for name, value in (("a", 40.0), ("b", 60.0))]
+    said = comparison([read_run(one) for one in runs])
+    assert '<header class="bad">' in said and "Run a comes closest" in said
+    near = comparison([read_run(runs[0]), read_run(write_run(tmp_path / "c", with_trained(4.1)))])
+    assert '<header class="good">' in near
+
+
 def test_the_front_holds_what_no_other_beats(tmp_path: Path) -> None:
     runs = [read_run(folder) for folder in sweep(tmp_path)]
     figures = shown_figures(comparison(runs))

@@ -16,7 +16,7 @@ from qat.reporting.page.charts import line
 from qat.reporting.page.parts import SERIES, Block, Cell, Figure, Section, Table, megabytes, name_cell
 from qat.reporting.page.reading import Run, read_run
 from qat.reporting.page.render import page
-from qat.reporting.page.verdict import Number, Verdict, gap, size_factor
+from qat.reporting.page.verdict import Number, Verdict, gap, size_factor, tone_of
 from qat.storage import write_text
 
 MOST_KEYS = 8
@@ -139,14 +139,15 @@ def _said(runs: Sequence[Run], names: Sequence[str], best: int | None) -> Verdic
     if best is None:
         return Verdict("No run has a result to compare yet.", "quiet")
     return Verdict(
-        f"{names[best]} comes closest to full precision, {WHAT} = {gap(runs[best]):.3f}.{more}", "warn" if without else "good"
+        f"Run {names[best]} comes closest to full precision, {WHAT} = {gap(runs[best]):.3f}.{more}",
+        "warn" if without and tone_of(runs[best]) == "good" else tone_of(runs[best]),
     )
 
 
 def _numbers(runs: Sequence[Run], best: int | None) -> list[Number]:
     done = sum(run.done for run in runs)
     found = [Number(f"{done} of {len(runs)}", "runs are done")]
-    return found if best is None else [Number(f"{gap(runs[best]):+.3f}", "the smallest gap", "good"), *found]
+    return found if best is None else [Number(f"{gap(runs[best]):+.3f}", "the smallest gap", tone_of(runs[best])), *found]
 
 
 def _table(runs: Sequence[Run], names: Sequence[str], keys: dict[str, list[Any]]) -> Table:

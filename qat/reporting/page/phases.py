@@ -61,4 +61,4 @@ def marks(run: Run) -> dict[str, Any]:
 
 def _words(text: str, x: float, y: float, anchor: str) -> dict[str, Any]:
     place = {"xref": "x", "yref": "paper", "x": x, "y": y, "xanchor": anchor, "yanchor": "top", "showarrow": False}
-    return {**place, "text": text, "font": {"size": 11, "color": "--muted"}}
+    return {**place, "text": text, "font": {"size": 11, "color": "--muted"}, "bgcolor": "--card", "opacity": 0.85}

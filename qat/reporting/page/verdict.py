@@ -53,7 +53,7 @@ def verdict(run: Run) -> Verdict:
     if not math.isfinite(trained):
         return Verdict("Training diverged: the trained model's outputs are not finite.", "bad")
     stopped = "" if status == "done" else f" The run was {status}."
-    return Verdict(" ".join(_sentences(run)) + stopped, _tone(run))
+    return Verdict(" ".join(_sentences(run)) + stopped, tone_of(run))
 
 
 def _killed(run: Run, where: str) -> str:
@@ -80,7 +80,8 @@ def size_factor(run: Run) -> float | None:
     return whole / packed if whole and packed else None
 
 
-def _tone(run: Run) -> str:
+def tone_of(run: Run) -> str:
+    """By how far it is from full precision, and whether it diverged."""
     lost = gap(run)
     if run.divergence:
         return "bad"
@@ -129,7 +130,7 @@ def numbers(run: Run) -> list[Number]:
         found.append(Number(f"{last:.4g}", f"loss at step {run.step:,}"))
     if (lost := gap(run)) is not None:
         words = "ln(trained / full precision)" if "log_ratio_trained" in measured.recovered() else "of accuracy lost"
-        found.append(Number(f"{lost:+.3f}", words, _tone(run)))
+        found.append(Number(f"{lost:+.3f}", words, tone_of(run)))
     if (factor := size_factor(run)) is not None:
         found.append(Number(f"{factor:.1f}×", "smaller than bf16"))
     if run.result.verification:
