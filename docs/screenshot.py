@@ -27,7 +27,7 @@ def main() -> None:
         page = browser.new_page(viewport=SIZE, color_scheme="light")  # type: ignore[arg-type]
         page.goto(page_file.as_uri())
         page.wait_for_selector("html[data-drawn]", timeout=120_000)
-        page.screenshot(path=DOCS / "report.png")
+        page.screenshot(path=DOCS / "report.png", timeout=300_000)
         browser.close()
 
 
