@@ -63,7 +63,7 @@ def test_a_loss_of_one_s_own(row: None, tiny_model: Path) -> None:
     rows = (mine - theirs)[:, :-1][labels[:, 1:] != -100]
     assert count == len(rows) == 10
     torch.testing.assert_close(total, rows.square().mean(-1).sum())
-    made._trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0)  # type: ignore[assignment]
+    made._trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0, log_every_n_steps=10)  # type: ignore[assignment]
     made.log = made.log_dict = lambda *_, **__: None  # type: ignore[assignment,method-assign]
     loss = made.training_step({**batch, STEP_TOKENS: 10}, 0)
     torch.testing.assert_close(loss, pairs["ce"][0] / 10 + 2.0 * total / 10)
