@@ -7,6 +7,7 @@ torchrun is made of, starts them here with a configuration that is composed alre
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -133,6 +134,8 @@ def _launched(config: TrainConfig) -> RunResult:
     )  # fmt: skip
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # see `hush`
     before = {number: signal.getsignal(number) for number in NUMBERS}
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method("spawn", force=True)  # joblib's own way, of which our ranks would know nothing
     with tempfile.TemporaryDirectory() as folder:
         outcome, ended = Path(folder) / "outcome", "without a result"
         try:
