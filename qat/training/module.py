@@ -225,9 +225,9 @@ class QATModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The optimizer's state by names, for runs that group or shard otherwise; the row that is begun."""
-        checkpoint[SINCE] = self._since.over_ranks().state()
         if (states := checkpoint.get("optimizer_states")) is not None:  # a ModelCheckpoint may save weights alone
             checkpoint["optimizer_states"] = [named(one, self._groups()) for one in states]
+            checkpoint[SINCE] = self._since.over_ranks().state()
 
     def _groups(self) -> dict[str, list[str]]:
         names = {id(parameter): name for name, parameter in self.named_parameters()}

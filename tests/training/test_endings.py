@@ -231,7 +231,7 @@ def test_the_rate_is_that_of_the_steps_since_the_last_row(monkeypatch: pytest.Mo
     row: dict[str, float] = {}
     monkeypatch.setattr("qat.training.callbacks.throughput.time.perf_counter", lambda: clock[0])
     rate, trainer = Throughput(2, row), SimpleNamespace(global_step=0, accumulate_grad_batches=1, world_size=1)
-    module = SimpleNamespace(log=lambda *_, **__: None)
+    module = SimpleNamespace(show=lambda *_: None, shown={})
     rate.on_train_start(trainer, module)  # type: ignore[arg-type]
     for step, seconds in enumerate([1, 1, 4, 4]):
         rate.on_train_batch_start(trainer, module, {}, step)  # type: ignore[arg-type]
