@@ -40,11 +40,11 @@ class Ops:
 class FusedLinear:
     """A layer's call; it serves while configuration, shape and device are those that it was made for."""
 
-    __slots__ = ("arguments", "backward", "bf16", "config", "device", "forward", "k", "known", "shape", "soft")
+    __slots__ = ("arguments", "backward", "bf16", "config", "device", "forward", "k", "known", "row", "shape", "soft")
 
     def __init__(self, config: QuantConfig, shape: torch.Size, device: torch.device, ops: Ops | None) -> None:
         self.config, self.known, self.shape, self.device = config, dict(vars(config)), shape, device
-        self.k, self.bf16 = shape[-1], config.backward == "bf16"
+        self.row, self.k, self.bf16 = config.quantizer, shape[-1], config.backward == "bf16"
         self.forward = self.backward = self.soft = None
         if ops is not None:
             self.forward, self.backward, self.arguments, self.soft = ops.forward, ops.backward, ops.arguments, ops.soft
@@ -52,7 +52,11 @@ class FusedLinear:
     def of(self, config: QuantConfig, weight: Tensor) -> bool:
         """Whether it was made for such a layer, also where it does not serve one."""
         return (
-            config is self.config and vars(config) == self.known and weight.shape == self.shape and weight.device == self.device
+            config is self.config
+            and vars(config) == self.known
+            and config.quantizer is self.row  # another row may have taken its name
+            and weight.shape == self.shape
+            and weight.device == self.device
         )
 
     def serves(self, x: Tensor, weight: Tensor, bias: Tensor | None, beta: Tensor | None = None) -> bool:
