@@ -72,3 +72,9 @@ def test_a_row_is_the_mean_since_the_last_one(config: TrainConfig, tmp_path: Pat
     for row, value in rows.items():
         assert float(value) == pytest.approx(sum(float(each[row - i]) for i in range(5)) / 5, rel=1e-6)
     assert losses(killed_and_resumed(config, tmp_path / "parts", step=9, checkpoint_every=7)) == rows
+
+
+def test_a_run_that_died_before_its_first_row_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    config.trainer = replace(config.trainer, log_every_n_steps=10)
+    whole = losses(Path(run(config).folder))
+    assert list(whole) == [10] and losses(killed_and_resumed(config, tmp_path / "parts", step=3, checkpoint_every=2)) == whole

@@ -62,7 +62,7 @@ class MetricsFile(Logger):
         if not new:
             return
         if set(new) - set(self.columns) or not self.file.exists():
-            rows = read_rows(self.file)[0] if self.file.exists() else []
+            rows = read_rows(self.file)[0]
             self.columns += sorted(set(new) - set(self.columns))
             self._rewrite(rows)
         with self.file.open("a", encoding="utf-8", newline="") as file:
@@ -118,7 +118,12 @@ def continued(file: Path, columns: Iterable[str], step: int | None) -> MetricsFi
 
 
 def read_rows(file: Path) -> tuple[list[Row], int]:
-    """The rows, without their empty cells, and how many lines are none: torn, or with cells that are no numbers or names."""
+    """The rows, without their empty cells, and how many lines are none: torn, or with cells that are no numbers or names.
+
+    A run that ended before its first row has no file.
+    """
+    if not file.exists():
+        return [], 0
     header, *lines = file.read_text(encoding="utf-8", errors="replace").replace("\0", "?").split("\n")
     names = header.rstrip("\r").split(",")
     odd = {name for name in names if not re.fullmatch(r"[\w/.-]+", name)}  # of a damaged header
