@@ -105,6 +105,8 @@ class Context:
             return "its weight is parametrized"
         if not isinstance(module.weight, nn.Parameter):
             return "its weight is computed from other parameters (weight_norm, prune)"
+        if not module.weight.numel():
+            return f"it has no weights (shape {list(module.weight.shape)})"
         return roles.adapter_reason(name, self.modules)
 
     def soft_reason(self, name: str, module: nn.Module) -> str | None:

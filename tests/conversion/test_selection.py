@@ -199,3 +199,12 @@ def test_a_quantization_config_is_refused() -> None:
     model.config = type("Config", (), {"quantization_config": {"bits": 4}})()
     with pytest.raises(ValueError, match="already quantized: the model's config has a quantization_config"):
         qat.convert(model)
+
+
+def test_a_layer_without_weights_stays_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 4))
+    record = qat.convert(model)
+    assert list(record.converted) == ["2"]
+    assert record.skipped["0"] == "it has no weights (shape [0, 4])"
+    assert record.skipped["1"] == "it has no weights (shape [4, 0])"
+    assert model(torch.randn(2, 4)).shape == (2, 4)
