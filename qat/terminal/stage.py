@@ -119,8 +119,8 @@ class _Words(TextColumn):
 
 
 def _display() -> Progress:
-    words = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2))
-    progress = _Words("", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2))
+    words = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=30))
+    progress = _Words("", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
     columns = (SpinnerColumn(), words, progress, BarColumn(12), TimeElapsedColumn())
     redirected = sys.stdout.isatty()  # a pipe gets what is printed, as it is
     console = Console(stderr=True)

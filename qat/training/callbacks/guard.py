@@ -136,6 +136,6 @@ def _whose() -> str:
 
 def _message(what: str, value: Any, step: int, where: str, whose: str = "") -> str:
     return (
-        f"{what} is {value} at step {step}{whose}; {where}. The last good checkpoint is kept;"
+        f"{what} is {value} at step {step}{whose}; {where}. Checkpoints from before, if any, are kept;"
         " lower optim.lr or optim.latent_lr_multiplier, or raise optim.warmup_steps"
     )
