@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '$' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+SHORT = "{% for m in messages %}{{ m.role + m.content + '$' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 MARKED = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content + '$' }}{% endgeneration %}{% else %}{{ m.content + '$' }}{% endif %}{% endfor %}"
@@ -30,3 +34,11 @@ def bytewise(template: str, *, trim: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def write_chat_model(model: Path, folder: Path) -> None:
+    """A copy of a model's folder whose tokenizer has a template of few letters, for models of few tokens."""
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = SHORT
+    tokenizer.save_pretrained(folder)

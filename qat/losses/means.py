@@ -39,10 +39,6 @@ class Means:
         """The share of this rank in what `over_ranks` put together, however many there were then."""
         return cls(list(batches[parallel.rank() :: parallel.size()]))
 
-    def state(self) -> list[dict[str, tuple[float, int]]]:
-        """What a checkpoint keeps."""
-        return list(self.batches)
-
     def values(self) -> dict[str, float]:
         """The mean of each; 0 where nothing was counted."""
         sums, counts = dict[str, float](), dict[str, int]()

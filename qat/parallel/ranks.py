@@ -117,12 +117,8 @@ def as_one() -> Iterator[None]:
     if not several():
         yield
         return
-    try:
+    with _failing_on_all():
         yield
-    except BaseException as error:
-        if not getattr(error, _told, False):
-            _exchanged(_Envelope(failure=error))
-        raise
     gathered(None)
 
 
@@ -137,14 +133,21 @@ def before_others() -> Iterator[None]:
         with as_one():
             yield
         return
+    with _failing_on_all():
+        yield
+    with as_one():
+        gathered(None)
+
+
+@contextmanager
+def _failing_on_all() -> Iterator[None]:
+    """Tell the others of an exception, once, wherever they wait."""
     try:
         yield
     except BaseException as error:
         if not getattr(error, _told, False):
             _exchanged(_Envelope(failure=error))
         raise
-    with as_one():
-        gathered(None)
 
 
 def _attempt(make: Callable[[], Any]) -> _Envelope:

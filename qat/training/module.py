@@ -227,7 +227,7 @@ class QATModule(pl.LightningModule):
         """The optimizer's state by names, for runs that group or shard otherwise; the row that is begun."""
         if (states := checkpoint.get("optimizer_states")) is not None:  # a ModelCheckpoint may save weights alone
             checkpoint["optimizer_states"] = [named(one, self._groups()) for one in states]
-            checkpoint[SINCE] = self._since.over_ranks().state()
+            checkpoint[SINCE] = self._since.over_ranks().batches
 
     def _groups(self) -> dict[str, list[str]]:
         names = {id(parameter): name for name, parameter in self.named_parameters()}

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from chats import write_chat_model
 from devices.pair import Pair
 from several import alone, assert_equal, assert_same_training, both, rows, stopped, tiny
-from transformers import AutoTokenizer
 
 from qat import parallel
 from qat.config import DataConfig, DistillConfig, OptimConfig, RunConfig, SelfgenConfig, TrainConfig
 from qat.training.run import run
-
-TEMPLATE = "{% for m in messages %}{{ m.role + m.content + '$' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 
 
 def test_equal_to_accumulation(pair: Pair, still: Path, text_file: Path, tmp_path: Path):
@@ -62,12 +60,7 @@ def test_classifier(pair: Pair, bert: TrainConfig):
 @pytest.fixture
 def chats(still: Path, tmp_path: Path) -> TrainConfig:
     """Answers of 4 and of 40 letters, and few of the long ones."""
-    tokenizer = AutoTokenizer.from_pretrained(still)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "model")
-    for file in still.iterdir():
-        if not (tmp_path / "model" / file.name).exists():
-            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    write_chat_model(still, tmp_path / "model")
     answers = ["yes." * (1 if i % 4 else 10) for i in range(30)]
     texts = [[{"role": "user", "content": "say"}, {"role": "assistant", "content": answer}] for answer in answers]
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": text}) for text in texts))

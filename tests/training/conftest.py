@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chats import write_chat_model
 from tiny_run import TRAINER
-from transformers import AutoTokenizer
 
 from qat.config import DataConfig, DistillConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, TrainerConfig
-
-TEMPLATE = "{% for m in messages %}{{ m.role + m.content + '$' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 
 
 @pytest.fixture
@@ -31,12 +29,7 @@ def config(tiny_model: Path, text_file: Path, tmp_path: Path) -> TrainConfig:
 @pytest.fixture
 def chats(tiny_model: Path, tmp_path: Path) -> TrainConfig:
     """Chats of very different lengths, one step of plain gradient descent, so that the weights tell the gradient."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(tmp_path / "model")
-    for file in tiny_model.iterdir():
-        if not (tmp_path / "model" / file.name).exists():
-            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    write_chat_model(tiny_model, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
     answers = ["yes." * (1 if i % 4 else 10) for i in range(20)]
