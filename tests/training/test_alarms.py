@@ -217,7 +217,7 @@ def test_a_run_that_ends_in_nan_has_its_alarm(config: TrainConfig) -> None:
     with pytest.raises(ValueError, match="the loss is nan at step 13"):
         run(config)
     [alarm] = read_alarms(Path(config.run.dir or ""))
-    assert (alarm.kind, alarm.step) == ("divergence", 12) and "the loss is nan at step 13" in alarm.text
+    assert (alarm.kind, alarm.step) == ("divergence", 13) and "the loss is nan at step 13" in alarm.text
 
 
 class Alerted(CSVLogger):

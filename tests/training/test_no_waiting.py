@@ -156,6 +156,7 @@ def test_a_bad_loss_is_told_of_the_step_and_leaves_the_weights(
             patch.setattr(guard, "_stop", stop)
             config.run = replace(config.run, dir=str(tmp_path / f"{late}"))
             run(quiet(config, ce=1.0))
+        assert error.value.step == 7
         found.append((str(error.value), weights))
     assert found[0][0] == found[1][0] and "nan at step 7" in found[0][0] and "mlp.up_proj" in found[0][0]
     assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))

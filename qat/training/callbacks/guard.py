@@ -24,7 +24,11 @@ from qat.training.strategies.shards import local
 
 
 class NonFiniteError(ValueError):
-    """The loss or a weight became NaN or infinite."""
+    """The loss or a weight became NaN or infinite, in step `step`; the first is 1, and the optimizer need not have made it."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def first_bad_weight(model: nn.Module) -> str | None:
@@ -105,7 +109,8 @@ class NonFiniteGuard(pl.Callback):
         self._read(module)
         weight = first_bad_weight(module.student)  # type: ignore[arg-type]
         if weight is not None:
-            raise NonFiniteError(_message("a weight", "not finite", trainer.global_step, f"first bad weight: {weight}"))
+            step = trainer.global_step
+            raise NonFiniteError(_message("a weight", "not finite", step, f"first bad weight: {weight}"), step)
 
 
 _AHEAD = 2
@@ -127,7 +132,7 @@ def _stop(module: Any, batch: Any, loss: float | None, step: int) -> NoReturn:
     output = None if weight else first_bad_output(student, module.view.inputs(student, batch))
     where = f"first bad weight: {weight}" if weight else f"first bad output: {output or 'the loss'}"
     found = parallel.gathered(None if loss is None else _message("the loss", loss, step, where, _whose()))
-    raise NonFiniteError(next(words for words in found if words))
+    raise NonFiniteError(next(words for words in found if words), step)
 
 
 def _whose() -> str:

@@ -97,10 +97,10 @@ class Alarming(pl.Callback):
         diverged = any(kind == "divergence" for kind, _ in found)
         for place, finding in found.items():
             if place not in self.active and (place[0] in LASTING or not diverged):
-                self._raise(trainer, module, place[0], finding)
+                self._raise(trainer, module, place[0], finding, step)
 
-    def _raise(self, trainer: pl.Trainer, module: pl.LightningModule, kind: str, found: Finding) -> None:
-        alarm = Alarm(trainer.global_step, kind, found.text, found.key, found.where)
+    def _raise(self, trainer: pl.Trainer, module: pl.LightningModule, kind: str, found: Finding, step: int) -> None:
+        alarm = Alarm(step, kind, found.text, found.key, found.where)
         self.active[kind, found.where] = alarm
         self.file.raised(alarm)
         module.print(f"alarm, {alarm.line}", flush=True)
@@ -110,4 +110,4 @@ class Alarming(pl.Callback):
         """What is not finite ends a run, and is its last alarm."""
         if isinstance(exception, NonFiniteError) and hasattr(self, "file"):
             text = f"{exception}".partition(". ")[0]
-            self._raise(trainer, module, "divergence", Finding(text, self.facts.slower))
+            self._raise(trainer, module, "divergence", Finding(text, self.facts.slower), exception.step)
