@@ -227,20 +227,31 @@ def data_repeated(h: History) -> Iterator[Finding]:
 
 
 def plateau(h: History) -> Iterator[Finding]:
-    """The loss is flat far above full precision while codes still change: the S-curve's middle."""
-    gaps, looks, steps = h.having("val/gap"), h.having("quant/flip_rate"), h.facts.steps
+    """The loss is flat far above full precision while codes still change: the S-curve's middle.
+
+    In training and on held-out text: the first is also flat, or rises, while codes that are soft in training harden, and its rows
+    differ by their batches more than by what a healthy run learns between them.
+    """
+    held_out, looks, steps = h.having("val/gap"), h.having("quant/flip_rate"), h.facts.steps
+    inside = 0.15 * steps + h.facts.settled <= h.step <= 0.7 * steps
+    if not inside or not looks or not held_out or held_out[-1]["val/gap"] < 0.3:
+        return
+    before = [row["val/ce"] for row in held_out if row["step"] <= held_out[-1]["step"] - 0.1 * steps]
     settled = [row for row in h.having("train/ce") if row["step"] > h.facts.settled]
     late_rows = sum(row["step"] > h.step - 0.15 * steps for row in settled)
     window = [row["train/ce"] for row in settled[-max(late_rows, 2 * FEW) :]]  # a run of few rows: a longer part of it
-    inside = 0.15 * steps + h.facts.settled <= h.step <= 0.7 * steps
-    if not inside or len(window) < 2 * FEW or not gaps or not looks or gaps[-1]["val/gap"] < 0.3:
-        return
     third = max(len(window) // 3, FEW)
+    if len(window) < 2 * FEW or not before or not _flat(before[-1], held_out[-1]["val/ce"]):
+        return
     early, late = float(np.median(window[:third])), float(np.median(window[-third:]))
-    if abs(early - late) < 0.005 * early and looks[-1]["quant/flip_rate"] > 1e-4:
+    if _flat(early, late) and looks[-1]["quant/flip_rate"] > 1e-4:
         flips = looks[-1]["quant/flip_rate"]
         text = f"the loss is flat at {late:.2f}, but {flips:.2%} of the codes still change: it falls in an S, so wait"
         yield Finding(text, "")
+
+
+def _flat(early: float, late: float) -> bool:
+    return abs(early - late) < 0.005 * early
 
 
 def teacher_mismatch(h: History) -> Iterator[Finding]:
