@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import inspect
 import logging
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+)
 from torch import nn
 
 from qat.config import TrainConfig, TrainerConfig
 from qat.losses import LOSSES
-from qat.monitor.table import METRICS
+from qat.monitor.table import METRICS, SECTIONS
 from qat.reporting import updates
 from qat.training.gradients.split import split
 from qat.training.loggers import sink_of
@@ -155,6 +162,7 @@ def callbacks(config: TrainConfig) -> list[Callback]:
     found = [instantiated(node) for node in config.callbacks.values()]
     for callback in found:
         _check_callback(callback, config.trainer)
+        _check_watched(callback, found)
     return found
 
 
@@ -164,13 +172,42 @@ def _check_callback(callback: Any, config: TrainerConfig) -> None:
         raise ValueError(f"callbacks: {name} is no lightning callback")
     if instead := next((key for kind, key in OF_THE_CONFIGURATION.items() if isinstance(callback, kind)), None):
         raise ValueError(f"callbacks: {name} would change what the run's config.yaml says; set {instead} instead")
-    monitor = str(getattr(callback, "monitor", ""))
+    monitor = _watched(callback)
     if config.val_every is None and (monitor.startswith("val/") or isinstance(callback, EarlyStopping)):
         raise ValueError(f"callbacks: {name} watches {monitor}, but there are no validations; set trainer.val_every")
-    section, _, term = monitor.partition("/")
-    if section in ("train", "val") and monitor not in METRICS and term not in LOSSES:
-        there = [one for one in METRICS if one.startswith(f"{section}/") and "{" not in one]
-        raise ValueError(f"callbacks: {name} watches {monitor}, which is no metric; choose one of {', '.join(there)}, or a loss")
+
+
+def _watched(callback: Callback) -> str:
+    return str(getattr(callback, "monitor", None) or "")
+
+
+def _check_watched(callback: Callback, beside: list[Callback]) -> None:
+    """What it watches is logged through lightning: losses of rows and what validations measure, and no sum of a look.
+
+    A name of no section of ours may be what a callback logs, where one is there that could.
+    """
+    monitor = _watched(callback)
+    section, _, rest = monitor.partition("/")
+    sees = section if section in ("train", "val") else "val"
+    there = [one for one in METRICS if one.startswith(f"{sees}/") and "{" not in one]
+    if not monitor or monitor in (*there, "step", "epoch"):
+        return
+    if section in ("train", "val", "optim") and rest.removeprefix("grad_norm/") in LOSSES:
+        return
+    if section not in SECTIONS and any(_may_log(one, monitor) for one in beside):
+        return
+    what = "callbacks do not see" if monitor in METRICS else "is no metric"
+    near = get_close_matches(monitor, [*there, *(f"{sees}/{one}" for one in LOSSES)], 3, 0.7)
+    also = f"; near it are {', '.join(near)}" if near else ""
+    said = f"callbacks: {type(callback).__name__} watches {monitor}, which {what}"
+    raise ValueError(f"{said}; choose one of {', '.join(there)}, or a loss{also}")
+
+
+def _may_log(callback: Callback, name: str) -> bool:
+    """Whether a callback logs metrics of its own: a person's, and lightning's of rates."""
+    return not type(callback).__module__.startswith("lightning.") or (
+        isinstance(callback, LearningRateMonitor) and name.startswith("lr-")
+    )
 
 
 OF_THE_CONFIGURATION = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from qat.config import ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from qat.config.data import DataConfig
@@ -63,6 +64,14 @@ def test_it_is_said_before_the_model_is_looked_for() -> None:
         ("EarlyStopping", {}, "EarlyStopping.*'monitor'"),
         ("EarlyStopping", {"monitor": "train/loss"}, "EarlyStopping watches train/loss, but there are no validations"),
         ("ModelCheckpoint", {"monitor": "train/cee"}, "watches train/cee, which is no metric; choose one of train/loss"),
+        (
+            "ModelCheckpoint",
+            {"monitor": "val_loss"},
+            "which is no metric; choose one of val/loss.*; near it are val/loss",
+        ),
+        ("ModelCheckpoint", {"monitor": "quant/flip_rat"}, "quant/flip_rat, which is no metric; choose one of val/loss"),
+        ("ModelCheckpoint", {"monitor": "quant/flip_rate"}, "quant/flip_rate, which callbacks do not see; choose one of val/"),
+        ("ModelCheckpoint", {"monitor": "lr-AdamW/latent"}, "lr-AdamW/latent, which is no metric"),
         ("GradientAccumulationScheduler", {"scheduling": {0: 2}}, "set trainer.accumulate_grad_batches instead"),
         ("LearningRateFinder", {}, "set optim.lr"),
         ("BatchSizeFinder", {}, "set data.batch_size instead"),
@@ -84,6 +93,28 @@ def test_callbacks_of_the_configuration_are_made() -> None:
     target = "lightning.pytorch.callbacks"
     nodes = {"a": {"_target_": f"{target}.ModelSummary"}, "b": {"_target_": f"{target}.LearningRateMonitor"}}
     assert [type(one).__name__ for one in callbacks(TrainConfig(callbacks=nodes))] == ["ModelSummary", "LearningRateMonitor"]
+
+
+class Counts(Callback):
+    """Logs a metric of its own."""
+
+
+@pytest.mark.parametrize(
+    ("monitor", "beside"),
+    [
+        ("val/hidden", None),
+        ("optim/grad_norm/kl", None),
+        ("step", None),
+        (None, None),
+        ("mine", "test_plugins.Counts"),
+        ("lr-AdamW/latent", "lightning.pytorch.callbacks.LearningRateMonitor"),
+    ],
+)
+def test_what_a_callback_may_watch(monitor: str | None, beside: str | None) -> None:
+    nodes = {"best": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "monitor": monitor}}
+    nodes |= {"beside": {"_target_": beside}} if beside else {}
+    config = TrainConfig(callbacks=nodes, trainer=TrainerConfig(val_every=5))
+    assert len(callbacks(config)) == len(nodes)
 
 
 def test_a_logger_writes_where_it_is_told_and_else_into_the_run(tmp_path: Path) -> None:
