@@ -14,6 +14,7 @@ pytest.importorskip("wandb_workspaces")
 from qat import dashboard
 from qat.monitor.table import HEALTH, find
 from qat.reporting.dashboard import SECTIONS, metrics, patterns, specification
+from qat.training.loggers.weights_and_biases import SINK
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "dashboard.json"
 
@@ -57,6 +58,23 @@ def test_a_project_that_is_no_name_is_one_line(no_key: None, project: str, capsy
     assert dashboard.main(["--project", project]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "PROJECT or ENTITY/PROJECT" in error
+
+
+@pytest.mark.parametrize("kind", ["AuthenticationError", "CommError"])
+def test_a_key_that_is_not_taken_is_one_line(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def login(**_: Any) -> bool:
+        raise getattr(wandb.errors, kind)("Failed to authenticate\nwith a server")
+
+    monkeypatch.setattr(wandb, "login", login)
+    assert dashboard.main(["--project", "mine"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("qat.dashboard: Weights & Biases does not take its key: Failed to auth") and said.count("\n") == 1
+    with pytest.raises(ValueError, match="does not take its key"):
+        SINK.check("logger.wandb", {"offline": False})
 
 
 def test_an_unknown_project_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qat.reporting.dashboard import report, specification, workspace
+from qat.reporting.dashboard.key import has_key
 from qat.storage import write_text
 
 
@@ -12,17 +13,17 @@ def build(project: str, out: Path | None) -> list[str]:
     """Save workspace and report into PROJECT or ENTITY/PROJECT, or write their specification; lines that say which.
 
     Raises:
-        ValueError: wandb-workspaces is missing, or there is no such project.
+        ValueError: wandb-workspaces is missing, there is no such project, or the key is not taken.
     """
     try:
-        import wandb
+        import wandb  # noqa: F401
         import wandb_workspaces  # noqa: F401
     except ImportError as error:
         raise ValueError(f"dashboards need wandb-workspaces: pip install qat-bitlinear[dashboard] ({error})") from error
     entity, _, name = project.rpartition("/")
     if not name or "/" in entity:
         raise ValueError(f"--project {project!r} is not allowed; it must be PROJECT or ENTITY/PROJECT")
-    if out is not None or not wandb.login(prompt=False):
+    if out is not None or not has_key():
         file = out or Path("dashboard.json")
         write_text(file, specification(entity or "entity", name))
         why = "" if out is not None else "; there is no key of Weights & Biases (wandb login), so nothing was saved there"

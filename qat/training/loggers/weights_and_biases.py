@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
+from qat.reporting.dashboard.key import has_key
 from qat.training.loggers.pictures import heat_maps, packed_folder, result_rows
 from qat.training.loggers.record import About, Ended, Sink, measured
 
@@ -40,9 +41,7 @@ def _check(key: str, node: Mapping[str, Any]) -> None:
     mode = node.get("mode") or os.environ.get("WANDB_MODE")
     if node.get("offline") or mode in _OFFLINE:
         return
-    import wandb
-
-    if not wandb.login(prompt=False):
+    if not has_key():
         raise ValueError(
             f"{key}.offline=false needs a key of Weights & Biases, and there is none; run `wandb login`, set WANDB_API_KEY, or"
             f" leave {key}.offline=true and run `wandb sync` later"
