@@ -217,6 +217,12 @@ def test_errors_are_one_line(
     for option in (["--max-waiting", "-1"], ["--api-key", "a b"], ["--api-key", ""]):
         assert serve.main([str(folder), *option]) == 2
         assert f"qat.serve: {option[0]}" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for options in (["--port", port], [f"--port={port}", "--host", "127.0.0.1"], ["--port", "70000"]):
+            assert serve.main([str(folder), *options]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(("qat.serve: port ", "qat.serve: --port 70000 is")) and said.count("\n") == 1
     monkeypatch.setattr("qat.serving.server.find_spec", lambda name: None)
     assert serve.main([str(folder)]) == 2
     assert capsys.readouterr().err == "qat.serve: serving needs the package fastapi: pip install -e .[serve]\n"

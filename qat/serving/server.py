@@ -8,10 +8,13 @@ for a guard either, so the function that builds its application is wrapped while
 from __future__ import annotations
 
 import copy
+import errno
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,8 @@ def serve(run: str, options: Sequence[str] = (), *, key: str | None = None, wait
         waiting: how many requests may wait for their turn; further ones get the status 429.
 
     Raises:
-        ValueError: `run` is no such folder, a package is missing, the folder cannot be loaded or brings code without trust.
+        ValueError: `run` is no such folder, a package is missing, the folder cannot be loaded or brings code without trust,
+            or the port is taken.
     """
     folder = packed_folder(run)
     if waiting < 0:
@@ -50,6 +54,7 @@ def serve(run: str, options: Sequence[str] = (), *, key: str | None = None, wait
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise ValueError(f"serving needs the package {missing[0]}: pip install -e .[serve]")
+    _check_port(options)
     import typer
     from transformers.cli.serve import Serve
 
@@ -140,9 +145,40 @@ def _shared(asked: Asked, count: int) -> dict[str, Any]:
     return {"max_tokens": count}
 
 
+def _given(options: Sequence[str], name: str, usual: str) -> str:
+    """What an option of the server is, the last one counts."""
+    words = " ".join(options).replace("=", " ").split()
+    found = [value for option, value in pairwise(words) if option == name]
+    return found[-1] if found else usual
+
+
+def _check_port(options: Sequence[str]) -> None:
+    """Before the model is loaded: uvicorn finds out behind it, in a log."""
+    host, port = _given(options, "--host", "localhost"), _given(options, "--port", "8000")
+    if not port.isdecimal():
+        return  # which the server's own parser says
+    if int(port) > 65_535:
+        raise ValueError(f"--port {port} is not allowed; it must be in 0 to 65535")
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM):
+            _bind(socket.socket(family, kind, protocol), address)
+    except OSError as error:
+        raise ValueError(f"port {port} of {host} cannot be had ({error.strerror}); choose another with --port") from None
+
+
+def _bind(one: socket.socket, address: Any) -> None:
+    """As uvicorn will; of an address that this machine has not, such as ::1, it does without."""
+    with one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+
+
 def _warn_open(options: Sequence[str], key: str | None) -> None:
     """Say that whoever reaches the machine may ask, where that is so."""
-    given = " ".join(options).replace("=", " ").split()
-    host = given[given.index("--host") + 1] if "--host" in given[:-1] else "localhost"
+    host = _given(options, "--host", "localhost")
     if key is None and host not in ("localhost", "127.0.0.1", "::1"):
         print(f"qat.serve: {host} is open to whoever reaches it; --api-key asks clients for a key", file=sys.stderr)
