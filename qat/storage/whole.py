@@ -46,8 +46,10 @@ def new_file(target: Path) -> Iterator[Path]:
     """Yield the path of a file to write, of the same name elsewhere; it replaces `target` on success, vanishes on any error.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk refuses, or `target` is a folder.
     """
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder, and a file is to be written; give the file's name")
     sweep(target)
     folder = sibling(target, PARTIAL)
     try:

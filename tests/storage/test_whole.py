@@ -200,6 +200,13 @@ def test_nothing_is_left_where_the_block_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_takes_no_folder_s_place(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(IsADirectoryError, match="/x is a folder, and a file is to be written; give the file's name"):
+        write_text(tmp_path / "x", "a")
+    assert [one.name for one in tmp_path.iterdir()] == ["x"]
+
+
 def test_what_nobody_writes_again_is_swept_with_its_folder(tmp_path: Path) -> None:
     left, theirs = tmp_path / ".last.ckpt.partial-999999999-0a-nowhere", tmp_path / ".hidden"
     for folder in (left, theirs):
