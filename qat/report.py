@@ -38,6 +38,7 @@ def _show(folders: list[Path], out: Path | None, watching: bool, port: int) -> N
     from rich.console import Console
 
     from qat.reporting.page.compare import compare, expanded
+    from qat.reporting.page.reading import without_metrics
     from qat.reporting.page.render import write_report
     from qat.reporting.page.watch import watch
 
@@ -49,10 +50,13 @@ def _show(folders: list[Path], out: Path | None, watching: bool, port: int) -> N
     if watching:
         return watch(runs[0], port)
     if len(runs) == 1:
-        return print(write_report(runs[0], out))
-    out = out or Path("comparison.html")
-    Console(highlight=False).print(compare(runs, out))
-    print(out)
+        print(write_report(runs[0], out))
+    else:
+        out = out or Path("comparison.html")
+        Console(highlight=False).print(compare(runs, out))
+        print(out)
+    if bare := without_metrics(runs):
+        print(f"qat.report: no step was logged of {', '.join(map(str, bare))}: no curves are drawn", file=sys.stderr)
 
 
 if __name__ == "__main__":

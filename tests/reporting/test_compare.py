@@ -18,7 +18,7 @@ from run_folders import RESULT, ROWS, with_trained, write_run
 from test_page import drawable, shown_figures, words
 
 from qat import report as verb
-from qat.reporting.page.compare import compare, comparison, differing, expanded, labels
+from qat.reporting.page.compare import compare, comparison, differing, expanded, labels, terminal_table
 from qat.reporting.page.reading import read_run
 from qat.reporting.page.watch import server
 
@@ -61,6 +61,20 @@ def test_the_front_holds_what_no_other_beats(tmp_path: Path) -> None:
     assert axes["quant.granularity"]["ticktext"] == ["tensor", "channel"] and axes["quant.granularity"]["values"] == [0, 1, 0]
     drawable(figures)
     assert set(differing(runs)) == {"optim.lr", "quant.granularity"}
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        ("failed: no memory", "failed"),
+        ("interrupted at step 3; resume with x", "interrupted"),
+        ("stopped by EarlyStopping: flat", "stopped"),
+        (None, "no result.json"),
+    ],
+)
+def test_a_status_is_a_word(status: str | None, word: str, tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path, {"status": status} if status else None))]
+    assert [*terminal_table(runs).columns[1].cells] == [word]
 
 
 def test_runs_that_cannot_be_compared_yet_have_a_page(tmp_path: Path) -> None:

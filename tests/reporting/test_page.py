@@ -351,6 +351,15 @@ def test_what_is_wrong_is_one_line(
     assert said.count("\n") == 1 and said.startswith("qat.report: ") and expected in said
 
 
+def test_the_verb_says_that_a_run_has_no_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / "with"), write_run(tmp_path / "bare", None, None)]
+    (runs[1] / "metrics.csv").write_text("step,train/loss\n")
+    said = f"qat.report: no step was logged of {runs[1]}: no curves are drawn\n"
+    for given in (runs[1:], [*runs, "--out", tmp_path / "two.html"]):
+        assert verb.main([*map(str, given)]) == 0 and capsys.readouterr().err == said
+    assert verb.main([str(runs[0])]) == 0 and capsys.readouterr().err == ""
+
+
 def test_a_run_without_metrics_says_so(tmp_path: Path) -> None:
     html = report(read_run(write_run(tmp_path, {"status": "failed: no memory"}, None)))
     said = words(html)

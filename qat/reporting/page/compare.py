@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,18 @@ def _outcomes(run: Run) -> list[str]:
     trained, lost, factor = run.result.measured.get("trained"), gap(run), size_factor(run)
     packed = run.result.bytes.get("packed_model")
     return [
-        run.result.status.split()[0].rstrip(":;,"),
+        _word(run.result.status),
         "" if trained is None else run.result.measured.shown(trained),
         "" if lost is None else f"{lost:+.3f}",
         "" if packed is None else megabytes(packed),
         "" if factor is None else f"{factor:.1f}×",
         short(run.result.tokens) if run.result.tokens else "",
     ]
+
+
+def _word(status: str) -> str:
+    """done, failed, interrupted, ...; what follows does not fit a table."""
+    return re.split(r"[:;,]| at | by ", status)[0]
 
 
 def short(count: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,12 @@ def read_run(folder: Path) -> Run:
         damaged=damaged,
         killed=result.status == "running" and _left(folder / LOCK),
     )
+
+
+def without_metrics(folders: Sequence[Path]) -> list[Path]:
+    """The runs whose metrics.csv is missing, or has no row."""
+    files = {folder: folder / "metrics.csv" for folder in folders}
+    return [folder for folder, file in files.items() if not file.is_file() or not read_metrics(file)]
 
 
 def _left(lock: Path) -> bool:
