@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat.conversion.overrides import in_other_words, layer_config
 from qat.formats.bitnet.reading import decode_layer
-from qat.formats.folder import WEIGHTS, one_line, read_metadata
+from qat.formats.folder import WEIGHTS, is_safetensors, one_line, read_metadata
 from qat.formats.packed.manifest import METHOD, parse
 from qat.formats.stored import INDEX, check_checksums, opened, own_tensors, read_shapes, stored_bytes, weight_files
 from qat.quantizers.packing import unpack_ternary
@@ -284,8 +284,8 @@ KINDS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], Contents]]] = {
     "a .pt2 file": (lambda path: path.is_file() and path.suffix == ".pt2", _read_pt2),
     "a packed folder of qat": (lambda path: _method(path) == METHOD, _read_qat),
     "a stock bitnet folder": (lambda path: _method(path) == "bitnet", _read_bitnet),
-    "a packed safetensors file of qat": (lambda path: path.is_file() and "manifest" in read_metadata(path), _read_state),
-    "a safetensors file": (lambda path: path.is_file(), _read_plain),
+    "a packed safetensors file of qat": (lambda path: is_safetensors(path) and "manifest" in read_metadata(path), _read_state),
+    "a safetensors file": (is_safetensors, _read_plain),
     "a transformers folder": (lambda path: any((path / name).is_file() for name in (WEIGHTS, INDEX)), _read_plain),
 }
 

@@ -34,6 +34,14 @@ def read_metadata(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
+def is_safetensors(path: Path) -> bool:
+    """By its name, so that a damaged one is said to be damaged, or by its beginning: eight bytes of length, and a JSON object."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
 def is_ours(folder: Path) -> bool:
     """Whether an earlier export of ours wrote this folder."""
     try:

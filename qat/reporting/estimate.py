@@ -45,7 +45,7 @@ def lines(
         f"memory          about {sum(memory.values()) / MIB:,.0f} MiB a device: {_parts(memory)}",
         *([f"on the wire     {sent / MIB:,.1f} MiB sent by each device in a step"] if sent else []),
         f"updates         {updates.in_words(config)}",
-        *([f"warning         {said}"] if (said := updates.warning(config)) else []),
+        *(f"warning         {said}" for said in updates.warnings(config)),
         *annealing(config),
         *([f"teacher         {_teaching(taught)}"] if taught else []),
     ]

@@ -58,8 +58,20 @@ def in_words(config: TrainConfig) -> str:
 
 def lines(config: TrainConfig) -> list[str]:
     """All that is said of them where a run begins."""
-    said = warning(config)
-    return [in_words(config), *([f"warning: {said}"] if said else []), *order(config.trainer)]
+    return [in_words(config), *(f"warning: {said}" for said in warnings(config)), *order(config.trainer)]
+
+
+def warnings(config: TrainConfig) -> list[str]:
+    """What is to be said of few updates and of a warm-up that outlasts them."""
+    return [said for said in (warning(config), outlasted(config)) if said]
+
+
+def outlasted(config: TrainConfig) -> str | None:
+    """What is to be said of a warm-up that the run does not outlive: the rate never comes down, or never reaches its peak."""
+    updates, warmup = config.trainer.max_steps, config.optim.warmup(config.trainer.max_steps)
+    if warmup < updates:
+        return None
+    return f"a warm-up of {warmup:,} of {updates:,} updates: the rate never falls; optim.warmup_steps={updates // 20} fits"
 
 
 def order(trainer: TrainerConfig) -> list[str]:

@@ -242,13 +242,15 @@ def test_what_cannot_be_compared_with_a_gguf_file(tmp_path: Path) -> None:
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text").write_text("no model")
+    (tmp_path / "text.csv").write_text("no model")
+    (tmp_path / "cut.safetensors").write_text("no model")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/result.json").write_text('{"status": "failed: NaN"}')
     for path, message in (
         ("none", "no such file"),
         ("empty", "is none of: a run's folder"),
-        ("text", "not a whole safetensors file"),
+        ("text.csv", "is none of: a run's folder"),
+        ("cut.safetensors", "not a whole safetensors file"),
         ("run", "its status is 'failed: NaN'"),
     ):
         assert verb.main([str(tmp_path / path)]) == 2

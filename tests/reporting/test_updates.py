@@ -49,6 +49,14 @@ def test_at_a_batch_of_one_it_asks_for_more_tokens() -> None:
     assert said is not None and "as many as these tokens allow; trainer.max_steps=1000 or more" in said
 
 
+@pytest.mark.parametrize(("warmup", "share", "said"), [(99, 0.0, False), (100, 0.0, True), (0, 0.05, False), (200, 0.0, True)])
+def test_a_warm_up_that_outlasts_the_run_is_said(warmup: int, share: float, said: bool) -> None:
+    config = of(100, 1)
+    config.optim.warmup_steps, config.optim.warmup_share = warmup, share
+    words = f"warning: a warm-up of {warmup} of 100 updates: the rate never falls; optim.warmup_steps=5 fits"
+    assert (words in updates.lines(config)) is said
+
+
 def test_beta2_keeps_its_half_life() -> None:
     assert updates.beta2(4096, 55_352) == pytest.approx(0.95, abs=1e-4)
     assert updates.beta2(512, 55_352) == pytest.approx(0.9936, abs=1e-4)
