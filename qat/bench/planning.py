@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat.config import TrainConfig
 from qat.models.attention import narrow_heads
+from qat.models.weightless import size_named
 from qat.planning.choosing import state_bytes
 from qat.reporting import estimate, plan
 from qat.tasks import TASKS
@@ -42,6 +43,8 @@ def planned(config: TrainConfig, tokens: int | None = None, hours: float | None 
         raise ValueError(f"--hours {hours:g} is not allowed; it must be above 0 and at most {_YEAR}")
     if tokens is not None and not 0 < tokens <= 10**15:
         raise ValueError(f"--tokens {tokens:,} is not allowed; it must be in 1 to {10**15:,}")
+    if size_named(config.model.path) is not None:
+        raise ValueError(f"model.path={config.model.path} is a size without weights, for --on DEVICE, as h100; give a model")
     if not TASKS[config.task].whole:
         raise ValueError(
             f"a plan counts tokens of whole sequences, which task={config.task} does not have; set trainer.max_steps"

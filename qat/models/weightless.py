@@ -7,6 +7,7 @@ architecture. A mask is left out where a run has none: transformers makes one fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +34,19 @@ _LLAMA = {
 }
 """Size -> hidden size, width of the MLP, layers, heads, key and value heads, vocabulary: Llama's of 2, 3 and 3.2."""
 _TIED = ("1b", "3b")
+_SIZE = re.compile(r"\d+(\.\d+)?[kmbtx]", re.IGNORECASE)
 
 
 def size_named(name: str) -> Any:
-    """The configuration of a Llama of that size (`7b`); None where the name says none and no file has it."""
-    if name.lower() not in _LLAMA or Path(name).exists():
+    """The configuration of a Llama of that size (`7b`); None where the name is no size, or a file has it.
+
+    Raises:
+        ValueError: a size that is not in the table.
+    """
+    if Path(name).exists() or not _SIZE.fullmatch(name):
         return None
+    if name.lower() not in _LLAMA:
+        raise ValueError(f"model.path={name}: of models named by their size alone there are {', '.join(_LLAMA)}")
     hidden, width, layers, heads, kv, vocabulary = _LLAMA[name.lower()]
     sizes: dict[str, Any] = {
         "hidden_size": hidden,

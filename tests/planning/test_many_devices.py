@@ -154,3 +154,16 @@ def test_a_size_is_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["1b", "--on", "h100", "trainer.devices=8", "trainer.num_nodes=8", "trainer.strategy=fsdp2", "--tokens", "1B"]
     assert plan.main([*words, "data.sequence_length=2048"]) == 0
     assert capsys.readouterr().out.startswith("1,235,814,400 parameters, 973,078,528 of them codes; 64 x h100")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["7x", "--on", "h100"], "model.path=7x: of models named by their size alone there are 1b, 3b, 7b, 8b, 13b, 34b, 70b"),
+        (["135M"], "model.path=135M: of models named by their size alone there are 1b"),
+        (["7b"], "model.path=7b is a size without weights, for --on DEVICE, as h100; give a model"),
+    ],
+)
+def test_sizes_that_are_no_model_are_refused_without_a_look_at_the_hub(words: list[str], said: str, capsys) -> None:
+    assert plan.main([*words, "--tokens", "1B"]) == 2
+    assert said in capsys.readouterr().err
