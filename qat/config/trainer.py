@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 from qat.config.checks import TOKENS, at_least, check_types, choose
@@ -33,6 +34,8 @@ class TrainerConfig:
     """`32-true`, `bf16-mixed` or `16-mixed` (CUDA only). Latent weights and optimizer state are float32 in each."""
     accumulate_grad_batches: int = 1
     """Batches an optimizer step."""
+    gradient_sums: str = "float32"
+    """How gradients of an update's batches are added: `float32`; `float64`, equal to the bit on any number of devices."""
     gradient_clip_val: float | None = 1.0
     """Largest gradient norm; null: no clipping."""
     val_every: int | None = None
@@ -69,6 +72,8 @@ class TrainerConfig:
                 f"trainer.gather={self.gather} needs trainer.strategy=fsdp2, not {self.strategy}: nothing else gathers weights;"
                 " use trainer.gather=auto"
             )
+        choose("trainer.gradient_sums", self.gradient_sums, ("float32", "float64"))
+        _check_undone(self)
         choose("trainer.accelerator", self.accelerator, ("cpu", "gpu", "auto"))
         if self.precision in ("bf16-true", "16-true"):
             raise ValueError(
@@ -97,6 +102,25 @@ def _check_strategy(name: str) -> None:
     if name not in ("auto", "ddp", "fsdp2") and instead is not None:
         raise ValueError(f"trainer.strategy={name} is not allowed; use {instead}. Allowed are auto, ddp, fsdp2")
     choose("trainer.strategy", name, ("auto", "ddp", "fsdp2"))
+
+
+def _check_undone(trainer: TrainerConfig) -> None:
+    """lightning divides a loss by the batches of an update, which is taken back: to the bit for most numbers, and up to 40."""
+    batches = trainer.accumulate_grad_batches
+    if trainer.gradient_sums == "float64" and not _is_undone(batches):
+        near = [next(n for n in range(batches, batches + way * 100, way) if _is_undone(n)) for way in (-1, 1)]
+        raise ValueError(
+            f"trainer.gradient_sums=float64 cannot be to the bit with trainer.accumulate_grad_batches={batches}: in float32"
+            f" {batches} times 1/{batches} is not 1; use {near[0]} or {near[1]}"
+        )
+
+
+def _is_undone(batches: int) -> bool:
+    return batches < 1 or _float32(_float32(1 / batches) * batches) == 1
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 _DATA_PARALLEL = "ddp, which finds unused parameters by itself and starts a process for each device"

@@ -31,6 +31,7 @@ def choice_of(config: TrainConfig, state: float) -> Choice:
         getattr(torch, config.model.teacher_dtype).itemsize if needs(config.distill, "teacher") else 0,
         trainer.precision != "32-true",
         _floats(config),
+        trainer.gradient_sums == "float64",
     )
 
 

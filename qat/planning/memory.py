@@ -58,11 +58,18 @@ class Choice:
     """Whether matmuls are in 16 bits."""
     floats: float = 0.0
     """The share of steps in which layers need more of weights than codes, so that floats are gathered."""
+    exact: bool = False
+    """Whether gradients are added in float64."""
 
     @property
     def world(self) -> int:
         """Devices in all."""
         return self.devices * self.nodes
+
+    @property
+    def adds(self) -> bool:
+        """Whether float64 sums of gradients are kept, of batches or of what is on the wire."""
+        return self.exact and (self.accumulate > 1 or self.world > 1)
 
     @property
     def sequences(self) -> int:
@@ -96,6 +103,7 @@ def parts(student: Student, choice: Choice) -> dict[str, int]:
     found = {
         "weights": 4 * mine,
         "gradients": 4 * mine,
+        "sums of gradients": 8 * mine if choice.adds else 0,
         "optimizer": round(choice.state * mine),
         "teacher": round(choice.teacher * teacher.part(share)) if teacher else 0,
         "codes for backward": saved.fixed - _gathered_again(facts, choice, saved.fixed),
@@ -115,13 +123,13 @@ def kept(facts: Facts, checkpointing: bool) -> Saved:
 
 
 def _gathered(facts: Facts, choice: Choice) -> int:
-    """Blocks that are whole at once, and one whole gradient of a block or of the root, whichever is larger."""
+    """Blocks that are whole at once, and one whole gradient of a block or of the root, whichever is larger; its float64, too."""
     if not choice.scheme.shards:
         return 0
     widest = max((block.count for block in facts.blocks), default=0)
     codes = choice.scheme.codes and not choice.floats
     weights = 2 * max((block.sent for block in facts.blocks), default=0) + facts.root.sent if codes else _whole(facts, 4.0)
-    return weights + 4 * max(widest, facts.root.count)
+    return weights + (12 if choice.exact else 4) * max(widest, facts.root.count)
 
 
 def _gathered_again(facts: Facts, choice: Choice, fixed: int) -> int:

@@ -60,12 +60,12 @@ def bytes_sent(student: Student, choice: Choice) -> int:
     ddp adds a number for each parameter, by which it finds those that no rank used. Of codes it is the mean of a run's steps,
     some of which need floats. What validations and looks send is not in it.
     """
-    facts, world = student.facts, choice.world
+    facts, world, each = student.facts, choice.world, 8 if choice.exact else 4
     if world == 1:
         return 0
     if not choice.scheme.shards:
-        return all_reduce(4 * (facts.parameters + len(_shapes(facts))), world)
-    batch = _weights(facts, choice) + reduce_scatter(_shapes(facts), world)
+        return all_reduce(each * facts.parameters + 4 * len(_shapes(facts)), world)
+    batch = _weights(facts, choice) + reduce_scatter(_shapes(facts), world, 8 * each)
     if student.teacher is not None and choice.teacher:
         batch += all_gather(_shapes(student.teacher), world, 8 * choice.teacher)
     return choice.accumulate * batch

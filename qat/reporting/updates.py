@@ -75,19 +75,21 @@ def outlasted(config: TrainConfig) -> str | None:
 
 
 def order(trainer: TrainerConfig) -> list[str]:
-    """In which order the gradients of an update are added, where several devices have several batches each.
+    """In which order the gradients of an update are added, where several devices add more than two batches and it matters.
 
     fsdp2 sums a batch's over devices at once, so that they stay in parts; ddp waits for its last batch, which sends less.
     """
     batches, devices = trainer.accumulate_grad_batches, trainer.devices * trainer.num_nodes
-    if batches == 1 or devices == 1:
+    if devices == 1 or batches * devices == 2 or trainer.gradient_sums == "float64":
         return []
-    how = (
-        f"those of a batch over {devices} devices, then {batches} batches'"
-        if trainer.strategy == "fsdp2"
-        else f"{batches} batches' on each of {devices} devices, then over devices"
-    )
-    return [f"gradients are added {how}; one process adds {batches * devices} in turn: equal up to rounding, not to the bit"]
+    if batches == 1:
+        how = f"over {devices} devices"
+    elif trainer.strategy == "fsdp2":
+        how = f"those of a batch over {devices} devices, then {batches} batches'"
+    else:
+        how = f"{batches} batches' on each of {devices} devices, then over devices"
+    turn = f"one process adds {batches * devices} in turn: equal up to rounding, not to the bit"
+    return [f"gradients are added {how}; {turn}, but with trainer.gradient_sums=float64"]
 
 
 def warning(config: TrainConfig) -> str | None:

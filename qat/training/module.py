@@ -31,12 +31,13 @@ from qat.losses.taps import TAPS, Taps
 from qat.losses.views import TEXT, UNPADDED, View
 from qat.models.masks import known_masks
 from qat.nn.apart import Apart
-from qat.training import schedule
 from qat.training.callbacks.boundary import step_ends
 from qat.training.gradients.clipping import clip
 from qat.training.gradients.groups import parameter_groups
-from qat.training.gradients.split import LATENT
+from qat.training.gradients.rates import Rates
+from qat.training.gradients.sums import Sums
 from qat.training.strategies.optimizer_names import named, numbered
+from qat.training.strategies.sharding import is_sharded
 
 LARGEST = 80.0
 """Of cross-entropies: its exponential is a float32."""
@@ -64,6 +65,7 @@ class QATModule(pl.LightningModule):
         compile: bool = False,
         view: View = TEXT,
         scores: MetricCollection | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -84,6 +86,9 @@ class QATModule(pl.LightningModule):
         """Gradient norms before clipping, of the steps since somebody emptied it."""
         self.references: dict[str, float] = {}
         """Cross-entropies of other models on the text of the validations: `full_precision`, `teacher`."""
+        self.exact = exact
+        """`trainer.gradient_sums=float64`: gradients are added up over ranks, and no mean of them is taken."""
+        self.sums = Sums()
         self._since, self._held_out = Means(), Means()
         self._taps = Taps(student, teacher, [what for what in TAPS if needs(self.distill, what)], self.distill)
 
@@ -164,13 +169,29 @@ class QATModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """This batch's share of the step's loss, times the batches of a step and the ranks, by which it will be divided."""
+        self._ends = step_ends(self.trainer, batch_idx)
         pairs = self.pairs(batch)
         share = self.loss({name: total for name, (total, _) in pairs.items()}, batch[STEP_TOKENS])
         self._since.add({"loss": (share * batch[STEP_TOKENS], max(count for _, count in pairs.values())), **pairs})
-        if step_ends(self.trainer, batch_idx) and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._ends and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_row()
-        divided = self.trainer.accumulate_grad_batches * parallel.size()
+        divided = self.trainer.accumulate_grad_batches * self.averaged_over
         return share if divided == 1 else share * divided
+
+    @property
+    def averaged_over(self) -> int:
+        """Ranks, by whose number the strategy divides the sum of gradients."""
+        return 1 if self.exact else parallel.size()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Called by lightning."""
+        super().backward(loss, *args, **kwargs)
+        if not self.exact or self.trainer.accumulate_grad_batches == 1 or is_sharded(self.student):
+            return
+        if not self._ends:
+            self.sums.keep(self.student.parameters())
+        elif parallel.size() == 1:  # of several, the strategy does it
+            self.sums.settle(self.student.parameters())
 
     def _log_row(self) -> None:
         """Means since the last row, at a step's last batch, on all ranks; step 1 is the first.
@@ -245,14 +266,7 @@ class QATModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Rates, decay and betas are the configuration's, also where a checkpoint brought older ones."""
-        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        scheduler.base_lrs = [lr for lr, _ in self._peaks]  # type: ignore[union-attr]
-        factors = [factor(self.global_step) for factor in scheduler.lr_lambdas]  # type: ignore[union-attr]
-        for group, (lr, _), factor in zip(optimizer.param_groups, self._peaks, factors, strict=True):
-            group.update(initial_lr=lr, lr=lr * factor)
-        for group, betas in zip(optimizer.param_groups, self._betas, strict=True):
-            group.update(betas)
-        self._set_decay(optimizer, self.global_step)
+        self._rates.resume(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self.global_step)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -269,27 +283,5 @@ class QATModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Parameter groups, and the schedules as a function of the optimizer step."""
         optimizer = self._optimizer(parameter_groups(self.student, self.optim))
-        self._peaks = [(group["lr"], group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
-        self._betas = [{key: group[key] for key in ("betas",) if key in group} for group in optimizer.param_groups]
-
-        def factor(step: int) -> float:
-            self._set_decay(optimizer, step)
-            warmup = self.optim.warmup(self.total_steps)
-            return schedule.lr_factor(step, self.total_steps, self.optim.schedule, warmup, self.optim.final_lr_fraction)
-
-        def latent_factor(step: int) -> float:
-            resting = self.optim.annealed and step >= self.optim.hard_from(self.total_steps)
-            return factor(step) * (self.optim.anneal_rest_lr if resting else 1.0)
-
-        factors: list[Callable[[int], float]]
-        factors = [latent_factor if group["name"] == LATENT else factor for group in optimizer.param_groups]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _set_decay(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        factor = self._decay_factor(step)
-        for group, (_, decay) in zip(optimizer.param_groups, self._peaks, strict=True):
-            group["weight_decay"] = decay * factor
-
-    def _decay_factor(self, step: int) -> float:
-        return schedule.weight_decay_factor(step, self.total_steps, self.optim.schedule, self.optim.weight_decay_until)
+        self._rates = Rates(optimizer, self.optim, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._rates.scheduler(), "interval": "step"}}

@@ -157,7 +157,8 @@ def _module(
     if config.trainer.activation_checkpointing:
         model.activation_checkpointing_enable()
     code, steps = code_of(config), config.trainer.max_steps
-    more = {"compile": config.trainer.compile, "view": code.view, "scores": code.scores(data)}
+    exact = config.trainer.gradient_sums == "float64"
+    more = {"compile": config.trainer.compile, "view": code.view, "scores": code.scores(data), "exact": exact}
     if not config.trainer.graph:
         return QATModule(model, distill, config.optim, optimizer, steps, teacher, **more)  # type: ignore[arg-type]
     module = ReplayedModule(model, distill, config.optim, optimizer, steps, teacher, **more)  # type: ignore[arg-type]

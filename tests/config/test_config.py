@@ -105,6 +105,8 @@ def test_wrong_override_is_one_clear_error(arguments: list[str], words: list[str
         (TrainerConfig, {"precision": "bf16-true"}, "trainer.precision=bf16-true would keep the latent weights in 16 bits"),
         (TrainerConfig, {"precision": "64-true"}, "trainer.precision='64-true'"),
         (TrainerConfig, {"max_steps": 0}, "trainer.max_steps=0"),
+        (TrainerConfig, {"gradient_sums": "float16"}, "trainer.gradient_sums='float16'"),
+        (TrainerConfig, {"gradient_sums": "float64", "accumulate_grad_batches": 83}, "1/83 is not 1; use 81 or 84"),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(cls: Any, values: dict[str, Any], words: str) -> None:

@@ -64,6 +64,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "channel, checkpointed, accumulated": ({"activation_checkpointing": True, "accumulate_grad_batches": 2}, CHANNEL, {}),
     "groups, blended": ({}, GROUPS, {"lambda_steps": 2}),
     "components": ({}, {"granularity": "channel", "components": 2}, {}),
+    "channel, sums in float64": ({"accumulate_grad_batches": 2, "gradient_sums": "float64"}, CHANNEL, {}),
     "some of them": ({}, {"overrides": {"*.down_proj": {"scale": "absmax"}}}, {}),
 }
 """Of `trainer`, `quant` and `optim`."""
@@ -86,8 +87,9 @@ def test_bytes_of_a_step_are_those_of_the_plan(pair: Pair, config: TrainConfig, 
     assert [found[:2] for found in pair(counted, config, seconds=300)] == [expected] * 2
 
 
-def test_ddp_sends_gradients_once(pair: Pair, config: TrainConfig) -> None:
+@pytest.mark.parametrize("sums", ["float32", "float64"])
+def test_ddp_sends_gradients_once(pair: Pair, config: TrainConfig, sums: str) -> None:
     """For each of two accumulated batches nothing more."""
-    config = replace(config, trainer=replace(config.trainer, strategy="ddp", accumulate_grad_batches=2))
+    config = replace(config, trainer=replace(config.trainer, strategy="ddp", accumulate_grad_batches=2, gradient_sums=sums))
     expected = bytes_sent(student_of(config), choice_of(config, 8.0))
     assert pair(counted, config, seconds=300) == [[expected] * 3] * 2

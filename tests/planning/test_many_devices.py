@@ -66,6 +66,19 @@ def test_accumulated_batches_send_gradients_once_with_ddp_and_weights_each_time_
         assert often == times * once
 
 
+def test_sums_in_float64_take_eight_bytes_on_the_wire_and_on_the_device() -> None:
+    exact = replace(CHOICE, exact=True, accumulate=2)
+    assert bytes_sent(PLAIN, exact) - bytes_sent(PLAIN, replace(CHOICE, accumulate=2)) == pytest.approx(
+        2 * 4 * SEVEN.parameters * 7 / 8, rel=2e-3
+    )
+    ring = [bytes_sent(PLAIN, replace(exact, scheme=DDP, exact=wide)) for wide in (True, False)]
+    assert ring[0] - ring[1] == 2 * 7 * 4 * SEVEN.parameters // 8
+    for scheme, devices in ((ONE, 1), (DDP, 8), (FSDP2, 8)):
+        found, before = (parts(PLAIN, replace(exact, scheme=scheme, devices=devices, exact=wide)) for wide in (True, False))
+        assert found["sums of gradients"] == 2 * before["gradients"] and "sums of gradients" not in before
+    assert "sums of gradients" not in parts(PLAIN, replace(exact, scheme=ONE, devices=1, accumulate=1))
+
+
 def test_shards_divide_what_lasts_and_not_what_a_batch_leaves() -> None:
     whole, shared = (parts(TAUGHT, replace(CHOICE, scheme=one, batch=2, teacher=4.0)) for one in (DDP, FSDP2))
     for name in ("weights", "gradients", "optimizer", "teacher"):

@@ -74,7 +74,17 @@ def test_beta2_keeps_its_half_life() -> None:
 def test_the_order_of_sums_is_said_where_it_is_not_one_devices(strategy: str, how: str) -> None:
     config = of(3120, 1, 4)
     config.trainer.strategy, config.trainer.devices, config.trainer.num_nodes = strategy, 8, 2
-    said = f"gradients are added {how}; one process adds 64 in turn: equal up to rounding, not to the bit"
-    assert updates.lines(config) == [updates.in_words(config), said]
+    turn = "in turn: equal up to rounding, not to the bit, but with trainer.gradient_sums=float64"
+    assert updates.lines(config) == [updates.in_words(config), f"gradients are added {how}; one process adds 64 {turn}"]
     config.trainer.accumulate_grad_batches = 1
-    assert updates.lines(config) == [updates.in_words(config)] and len(updates.lines(of(3120, 1, 4))) == 1
+    said = f"gradients are added over 16 devices; one process adds 16 {turn}"
+    assert updates.lines(config) == [updates.in_words(config), said]
+    config.trainer.gradient_sums = "float64"
+    assert updates.lines(config) == [updates.in_words(config)]
+
+
+@pytest.mark.parametrize("devices,batches", [(1, 4), (2, 1)])
+def test_nothing_is_said_where_no_order_matters(devices: int, batches: int) -> None:
+    config = of(3120, 1, batches)
+    config.trainer.devices = devices
+    assert updates.lines(config) == [updates.in_words(config)]

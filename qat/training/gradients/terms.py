@@ -19,6 +19,7 @@ from qat.conversion.layers import bitlinears
 from qat.data.order import STEP_TOKENS
 from qat.losses.balance import factors
 from qat.training.callbacks.boundary import step_ends, validates
+from qat.training.gradients.sums import aside
 from qat.training.strategies.sharding import is_sharded
 from qat.training.strategies.shards import local
 
@@ -60,7 +61,8 @@ class TermGradients(pl.Callback):
             share = total * (scale / max(batch[STEP_TOKENS], 1))
             found = _gradients(share, whole, latents, module)
             self._sums[name] = [
-                old + new / scale for old, new in zip(self._sums.get(name, [0.0] * len(found)), found, strict=True)
+                old + (new.double() if module.exact else new) / scale
+                for old, new in zip(self._sums.get(name, [0.0] * len(found)), found, strict=True)
             ]
 
     def on_train_batch_end(
@@ -100,8 +102,9 @@ def _gradients(share: Tensor, whole: Tensor, latents: list[Any], module: QATModu
     parameters = list(module.student.parameters())
     before = [parameter.grad for parameter in parameters]
     _set(parameters, [None] * len(before))
-    (share * parallel.size() + 0 * whole).backward(retain_graph=True)  # type: ignore[no-untyped-call]  # FSDP2 takes means over ranks
-    found = [torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for p in latents]
+    with aside(module.student) as unrounded:
+        (share * module.averaged_over + 0 * whole).backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        found = [torch.zeros_like(local(p.detach())) if p.grad is None else unrounded(local(p.grad)) for p in latents]
     _set(parameters, before)
     return found
 

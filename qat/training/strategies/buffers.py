@@ -45,9 +45,20 @@ def gathered_by_name(shell: nn.Module) -> dict[str, Gathered]:
 def _parameters(shell: nn.Module) -> Iterator[Any]:
     for module in shell.modules():
         if isinstance(module, FSDPModule):
-            state: Any = module._get_fsdp_state()
-            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-                yield from group.fsdp_params if group is not None else ()
+            yield from held_by(module)
+
+
+def held_by(module: FSDPModule) -> Iterator[Any]:
+    """FSDP2's records of the parameters that it gathers for this module at once, those of modules within left out."""
+    for group in groups_of(module):
+        yield from group.fsdp_params
+
+
+def groups_of(module: FSDPModule) -> list[Any]:
+    """Its records of all of them together, one for a module that has some."""
+    state: Any = module._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in found if group is not None]
 
 
 def gather_once(shell: nn.Module) -> None:

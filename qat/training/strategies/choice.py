@@ -21,6 +21,14 @@ def strategy_of(config: TrainerConfig) -> Strategy | str:
     return "auto" if config.devices * config.num_nodes == 1 else STRATEGIES[config.strategy](config)
 
 
+class AddedInFloat64(DDPStrategy):
+    """Of a `QATModule` that is exact: gradients are added up as its `sums` do."""
+
+    def _register_ddp_hooks(self) -> None:
+        """lightning's own are for GPUs alone."""
+        self.model.register_comm_hook(None, lambda _, bucket: self.lightning_module.sums.over_devices(bucket))  # type: ignore[union-attr,operator]
+
+
 def _ddp(config: TrainerConfig) -> Strategy:
     """Buffers are not sent from rank 0 before each forward: they are equal, and ranks may validate unequal numbers of batches.
 
@@ -28,7 +36,8 @@ def _ddp(config: TrainerConfig) -> Strategy:
     """
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     more: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, **more)
+    kind = AddedInFloat64 if config.gradient_sums == "float64" else DDPStrategy
+    return kind(find_unused_parameters=True, gradient_as_bucket_view=True, **more)
 
 
 def _fsdp2(config: TrainerConfig) -> Strategy:

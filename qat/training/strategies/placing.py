@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qat import parallel
 from qat.config import TrainerConfig
+from qat.training.gradients.sums import reduce_in_float64
 from qat.training.strategies.codes import gathering
 from qat.training.strategies.divisible import divides
 from qat.training.strategies.sharding import collect, sharded
@@ -33,6 +34,8 @@ def placing(config: TrainerConfig, device: torch.device) -> Place:
         found = copies.get(id(model))
         if found is None:
             found = copies[id(model)] = sharded(model, mesh, gathering(config, mesh))
+            if config.gradient_sums == "float64":
+                reduce_in_float64(found)
         return found
 
     return place
