@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import yaml
+from test_loggers import merged, records
 from tiny_run import ROOT, overrides
 
 from qat import train
@@ -76,9 +79,14 @@ def test_a_failed_job_of_a_search_is_named_and_ends_nothing(
     assert last.startswith("job 3  optim.lr=1e+30 trainer.max_steps=2  ") and "failed: optim.lr=1e+30 is not allowed" in last
 
 
-def test_joblib_runs_jobs_in_processes_of_their_own(config: TrainConfig, tmp_path: Path) -> None:
-    pytest.importorskip("joblib")
-    swept = {"trainer.max_steps": 1, "hydra/launcher": "qat_joblib"}
+@pytest.mark.parametrize(("package", "launcher"), [("joblib", "qat_joblib"), ("submitit", "submitit_local")])
+def test_launchers_run_jobs_in_processes_of_their_own(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, launcher: str
+) -> None:
+    """submitit's local executor starts jobs as its SLURM executor does, from pickles of the task."""
+    pytest.importorskip(package)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    swept = {"trainer.max_steps": 1, "hydra/launcher": launcher, "hydra.sweep.dir": tmp_path / "jobs"}
     assert code(["-m", *overrides(config, tmp_path / "jobs", **swept)]) == 0
     assert [(one.number, one.status) for one in noted(str(tmp_path / "jobs"))] == [(0, "done")]
 
@@ -95,6 +103,31 @@ def test_what_a_wandb_agent_sends_composes() -> None:
         settings = parse([*sweep["command"][4:-1], *chosen]).settings
         config = compose_run([as_typed(one) for one in settings])
         assert config.logger["wandb"]["offline"] is False and f"optim.lr={config.optim.lr}" in chosen
+
+
+def test_a_wandb_agent_starts_a_run_of_its_sweep(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent itself; what its server would send it is given, and the run is offline."""
+    pytest.importorskip("wandb")
+    from wandb.wandb_agent import Agent
+
+    sent = {"WANDB_DIR": str(tmp_path), "WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "", "WANDB_SWEEP_PARAM_PATH": ""}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for name, value in {**sent, "WANDB_SILENT": "true", "PATH": path, "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
+    small = overrides(config, tmp_path / "run", **{"trainer.max_steps": 2, "logger.wandb.offline": "true"})
+    agent = Agent(None, None)
+    agent._sweep_command = [one for one in sweep["command"] if "=" not in one or one == "logger=wandb"]
+    agent._sweep_command[-1:-1] = small
+    chosen = {"quant.granularity": {"value": "channel"}, "optim.warmup_steps": {"value": 1}}
+    agent._command_run({"type": "run", "run_id": "run1", "program": sweep["program"], "args": chosen})
+    assert agent._run_processes["run1"].wait(timeout=300) == 0
+    [part] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    found = records(part)
+    told = next(one["run"] for one in found if one["type"] == "run")
+    assert (told["run_id"], told["sweep_id"]) == ("run1", "sweep1")
+    assert merged(found, "config")["quant"]["granularity"] == "channel"
+    assert sweep["metric"]["name"] in merged(found, "summary")
 
 
 def test_torn_lines_of_a_sweeps_file_are_none(tmp_path: Path) -> None:
