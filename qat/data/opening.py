@@ -11,6 +11,7 @@ from qat.data import preview
 from qat.data.build import build_datamodule, check_text, text_tokens
 from qat.data.datamodule import QATData
 from qat.models.hub import context_length, embedding_rows
+from qat.terminal.lines import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,8 +28,7 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, batches: 
         check_text(config.data, tokenizer)
         return None
     data = build_datamodule(config.data, tokenizer, seed=config.seed, total_batches=batches)
-    for line in data.notes:
-        print(line)
+    say(*data.notes)
     if config.dry_run:
         print(*preview.lines(data, tokenizer, config.trainer.devices * config.trainer.num_nodes), sep="\n")
     return data

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from qat.reporting.following import following
 from qat.reporting.result import RunResult
+from qat.terminal.lines import wrapped
 
 REPORT = "report.html"
 """In a run's folder."""
@@ -28,12 +29,18 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
+_COLUMN = 11
+"""Where what stands behind a label begins."""
+
+
 def print_table(result: RunResult) -> None:
     """The table that a person reads at the end of a run."""
     console = Console(highlight=False)
     console.print(f"{result.recipe}: {result.measured.words}")
     console.print(_stages_table(result))
     for line in _lines(result):
+        console.print(wrapped(line, indent=_COLUMN), soft_wrap=True, markup=False)
+    for line in _places(result):
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -69,6 +76,12 @@ def _lines(result: RunResult) -> list[str]:
     lines += [f"exported   {name}" for name in result.export.get("done", [])]
     lines += [f"skipped    export {name}: {reason}" for name, reason in result.export.get("skipped", {}).items()]
     lines += [f"pushed     {result.hub['url']}"] if "url" in result.hub else []
+    return lines
+
+
+def _places(result: RunResult) -> list[str]:
+    """What is copied: paths and commands."""
+    lines = []
     if (Path(result.folder) / REPORT).is_file():
         lines.append(f"report     {Path(result.folder) / REPORT}")
     if commands := following(result):

@@ -35,6 +35,7 @@ from qat.reporting.page.reading import DAMAGE
 from qat.reporting.result import RunResult, read_result
 from qat.reporting.settling import passes, settled, validated_once, with_data
 from qat.storage import write_text
+from qat.terminal.lines import say
 from qat.terminal.stage import quietly, stage
 from qat.training import fit, graph
 from qat.training.checkpoints import newest
@@ -160,10 +161,10 @@ def prepare(config: TrainConfig) -> Job:
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
     student, record = converted(config, base, data)
-    print(f"{config.model.path}: {record.summary()}")
+    say(f"{config.model.path}: {record.summary()}")
     if config.optim.lr is None:
         config = rates.rated(config, parameters := base.num_parameters())
-        print(rates.in_words(config, parameters), flush=True)
+        say(rates.in_words(config, parameters))
     teacher = load_teacher(config, base)
     check_comparable(config, student, teacher)
     check_gather(config.trainer, student)
@@ -182,13 +183,13 @@ def converted(config: TrainConfig, base: PreTrainedModel, data: QATData | None) 
 
 def start(job: Job, book: Book) -> Measure:
     """Sample the data where the model writes it, and measure the model as it came."""
-    print(*updates.lines(job.config), sep="\n", flush=True)
+    say(*updates.lines(job.config))
     if validated_once(job.config.trainer):
-        print(f"trainer.val_every={job.config.trainer.val_every} is above trainer.max_steps: one validation, at the end")
+        say(f"trainer.val_every={job.config.trainer.val_every} is above trainer.max_steps: one validation, at the end")
     if job.data is None:
         job.data = sampled_data(job.config, job.tokenizer, job.base, total_batches(job.config.trainer))
     if said := passes(job.config, job.data):
-        print(said, flush=True)
+        say(said)
     measure = (code := code_of(job.config)).measure(job.config, job.data, job.tokenizer)
     same_texts([*vars(measure).values()])
     book.add(data=account(job.data), texts=measure.about, bytes={"full_precision_bf16": full_precision_bf16(job.base)})

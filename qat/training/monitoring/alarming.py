@@ -13,6 +13,7 @@ from qat.monitor.alarms import Alarm, AlarmsFile, read_alarms
 from qat.monitor.layers import read_layers
 from qat.monitor.rules import LASTING, Facts, Finding, History, findings
 from qat.reporting.rates import fine_tuning_rate
+from qat.terminal.lines import wrapped
 from qat.training.callbacks.boundary import step_ends
 from qat.training.callbacks.guard import NonFiniteError
 from qat.training.callbacks.metrics_file import read_rows, trained
@@ -103,7 +104,7 @@ class Alarming(pl.Callback):
         alarm = Alarm(step, kind, found.text, found.key, found.where)
         self.active[kind, found.where] = alarm
         self.file.raised(alarm)
-        module.print(f"alarm, {alarm.line}", flush=True)
+        module.print(wrapped(f"alarm, {alarm.line}"), flush=True)
         alert(trainer.loggers, kind.replace("_", " "), alarm.line, alarm.step)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:

@@ -11,6 +11,7 @@ from qat.config import TrainConfig
 from qat.reporting.page.compare import compare
 from qat.reporting.result import RunResult, read_result
 from qat.reporting.settling import settled
+from qat.terminal.lines import say
 from qat.training.recording import config_hash
 from qat.training.sweeps.again import as_settled
 from qat.training.sweeps.outcomes import Outcome, comparison
@@ -61,7 +62,7 @@ def told(found: list[Outcome]) -> int:
     if table:
         print(*table, _page(found), sep="\n")
     for one in found:
-        print(one.line)
+        say(one.line)
     return max((one.code for one in found), default=0)
 
 

@@ -20,6 +20,7 @@ from qat.metrics.classification import scores as metrics
 from qat.models import hub as models
 from qat.models.heads import classifier
 from qat.reporting.scores import Scores
+from qat.terminal.lines import say
 from qat.terminal.stage import tracked
 from qat.training.fit import device_of
 
@@ -40,8 +41,7 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, batches: 
     data = build_labelled(config.data, tokenizer, seed=config.seed, total_batches=batches, known=known)
     for source in config.eval.texts.values():
         further_examples(source, config.data, tokenizer, _part(data).names)
-    for line in data.notes:
-        print(line)
+    say(*data.notes)
     if config.dry_run:
         print(*preview.lines(data, tokenizer, config.trainer.devices * config.trainer.num_nodes), sep="\n")
     return data
