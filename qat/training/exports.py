@@ -31,6 +31,28 @@ def save_packed(config: TrainConfig, model: PreTrainedModel, record: Conversion,
     return {**packed.sizes(folder / "packed"), "linears_bf16": linears_bf16}
 
 
+def unwritten(config: TrainConfig, student: PreTrainedModel, tokenizer: Any) -> list[str]:
+    """What is to be said, before anything is trained, of the formats of export.formats that cannot hold such a model."""
+    found = {name: _reason(name, config, student, tokenizer) or _mixed(name, config) for name in config.export.formats}
+    return [f"warning: export.formats={name} will not be written: {reason}" for name, reason in found.items() if reason]
+
+
+def _reason(name: str, config: TrainConfig, model: PreTrainedModel, tokenizer: Any) -> str | None:
+    """Why the format cannot hold a model, packed or still to be trained; None where it can."""
+    target = FORMATS[name]
+    if unread := TASKS[config.task].unread:
+        return unread
+    reason: str | None = get_format(name).unsupported(model, tokenizer, **target.of_run(config.export))
+    return reason
+
+
+def _mixed(name: str, config: TrainConfig) -> str | None:
+    """Why it cannot hold what the layers' components will be, which are measured later."""
+    if config.quant.budget_bits is None or "planes" in FORMATS[name].room:
+        return None
+    return "quant.budget_bits gives layers a second component, and the format holds one ternary matrix a layer"
+
+
 @dataclass(frozen=True)
 class Exported:
     """One format: written and read back, or `skipped` with the reason why it cannot hold the model."""
@@ -70,12 +92,10 @@ def _export(
     measure: Measure,
     stages: Mapping[str, float],
 ) -> Exported:
-    if unread := TASKS[config.task].unread:
-        return Exported(name, skipped=unread)
+    if reason := _reason(name, config, model, tokenizer):
+        return Exported(name, skipped=reason)
     target, code = FORMATS[name], get_format(name)
     options = target.of_run(config.export)
-    if reason := code.unsupported(model, tokenizer, **options):
-        return Exported(name, skipped=reason)
     assert isinstance(measure, TextMeasure)
     further = {text: scored for text, scored in measure.windows.items() if text} if target.is_a_stage else {}
     more = {"further": further} if further else {}

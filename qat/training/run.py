@@ -39,7 +39,7 @@ from qat.terminal.lines import say
 from qat.terminal.stage import quietly, stage
 from qat.training import fit, graph
 from qat.training.checkpoints import newest
-from qat.training.exports import export_all, save_packed
+from qat.training.exports import export_all, save_packed, unwritten
 from qat.training.folder import check_target, locked, opened
 from qat.training.loggers import Trackers, tracked
 from qat.training.loggers.identity import about
@@ -161,7 +161,7 @@ def prepare(config: TrainConfig) -> Job:
     models.check_vocabulary(base, tokenizer)
     models.check_context(base, config.data.sequence_length)
     student, record = converted(config, base, data)
-    say(f"{config.model.path}: {record.summary()}")
+    say(f"{config.model.path}: {record.summary()}", *unwritten(config, student, tokenizer))
     if config.optim.lr is None:
         config = rates.rated(config, parameters := base.num_parameters())
         say(rates.in_words(config, parameters))

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from tiny_run import TRAINER
+from transformers import AutoModelForCausalLM
 
-from qat.config import QuantConfig, TrainConfig
+import qat
+from qat.config import ExportConfig, QuantConfig, TrainConfig
 from qat.config.compose.saved import load_config
 from qat.conversion.layers import packed_layers
 from qat.evaluation import mixing
 from qat.formats.packed import folder as packed
+from qat.training.exports import unwritten
 from qat.training.run import run
 
 SHORT = replace(TRAINER, max_steps=2)
@@ -69,3 +72,12 @@ def test_what_no_run_can_have_is_refused_first(config: TrainConfig, tmp_path: Pa
         with pytest.raises(ValueError, match="model.start=ptq does not fit quant.weight=ternary, quant.components=2"):
             run(replace(config, quant=quant, model=start))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_format_for_one_matrix_a_layer_is_named_before_training(config: TrainConfig, tiny_model: Path) -> None:
+    config = replace(config, export=ExportConfig(formats=["hf", "pt2"]))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    qat.convert(model, config.quant)
+    assert unwritten(config, model, None) == []
+    (said,) = unwritten(replace(config, quant=QuantConfig(budget_bits=2.5)), model, None)
+    assert said.startswith("warning: export.formats=hf will not be written: quant.budget_bits gives layers a second")

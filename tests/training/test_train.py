@@ -63,12 +63,17 @@ def test_a_whole_run(config: TrainConfig, capsys: pytest.CaptureFixture[str]) ->
     assert all(v.dtype == torch.float32 for v in content["state_dict"].values())
 
 
-def test_channel_scales_train_and_the_export_says_why_it_is_skipped(config: TrainConfig) -> None:
+def test_channel_scales_train_and_the_export_says_why_it_is_skipped(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     config.quant = QuantConfig(granularity="channel", scale_dtype="float16")
     config.export = ExportConfig(formats=["hf", "gguf"], layout="base3")
     result = run(config)
     assert result.export["done"] == [] and "quant.granularity=channel" in result.export["skipped"]["hf"]
     assert "WordLevel tokenizer" in result.export["skipped"]["gguf"]
+    before, _, _ = capsys.readouterr().out.partition("perplexity full precision")
+    for name, reason in result.export["skipped"].items():
+        assert f"warning: export.formats={name} will not be written: {reason}" in before
     assert "exported" not in result.perplexity
     assert result.perplexity["packed"] == result.perplexity["trained"]
 
