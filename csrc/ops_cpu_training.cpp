@@ -69,12 +69,13 @@ Tensor by_panels(const Tensor& scale, int64_t n, int64_t groups) {
   return out;
 }
 
-// (y in `dtype`, to which x is cast first; and for the backward pass: codes of x and their scales, of w in 2 bits, and its scales)
+// (y in `dtype`, to which x is cast first; and for the backward pass: codes of x and their scales, of w in 2 bits, and its
+// scales). The last argument is read by ops_autograd.cpp alone.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_linear(const Tensor& x_any, const Tensor& w,
                                                                     const std::optional<Tensor>& bias_any, ScalarType dtype,
                                                                     int64_t r, int64_t groups, bool binary, double multiplier,
                                                                     double least, double most, int64_t rounds_to,
-                                                                    bool per_tensor, double eps) {
+                                                                    bool per_tensor, double eps, bool /*bf16*/) {
   const Tensor x = x_any.scalar_type() == dtype ? x_any : torch::stable::to(x_any, dtype);
   std::optional<Tensor> bias = bias_any;
   if (bias && bias->scalar_type() != ScalarType::Float) bias = torch::stable::to(*bias, ScalarType::Float);
@@ -176,7 +177,8 @@ gradients::Gradients cpu_fused_gradients(const Tensor& grad, const Tensor& x_q, 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
       "cpu_fused_linear(Tensor x, Tensor w, Tensor? bias, ScalarType dtype, int rows, int groups, bool binary, float multiplier,"
-      " float least, float most, int rounds_to, bool per_tensor, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " float least, float most, int rounds_to, bool per_tensor, float eps, bool bf16)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_fused_gradients(Tensor grad, Tensor x_q, Tensor x_scale, Tensor bits, Tensor w_scale, int k, bool bf16,"
       " ScalarType? of_x, bool of_w, ScalarType? of_bias) -> (Tensor?, Tensor?, Tensor?)");

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fused_linear(const Tenso
                                                                      const std::optional<Tensor>& bias_any, ScalarType dtype,
                                                                      int64_t granularity, int64_t reduce, int64_t groups,
                                                                      bool binary, int64_t scale_dtype, bool per_tensor,
-                                                                     double eps) {
+                                                                     double eps, bool /*bf16*/) {
   const Device device(x_any);
   const Tensor x = gradients::in(x_any, dtype);
   std::optional<Tensor> bias = bias_any;
@@ -96,7 +96,7 @@ gradients::Gradients cuda_fused_gradients(const Tensor& grad, const Tensor& x_q,
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
       "cuda_fused_linear(Tensor x, Tensor w, Tensor? bias, ScalarType dtype, int granularity, int reduce, int groups, bool binary,"
-      " int scale_dtype, bool per_tensor, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " int scale_dtype, bool per_tensor, float eps, bool bf16) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cuda_fused_gradients(Tensor grad, Tensor x_q, Tensor x_scale, Tensor bits, Tensor w_scale, int k, bool bf16,"
       " ScalarType? of_x, bool of_w, ScalarType? of_bias) -> (Tensor?, Tensor?, Tensor?)");

@@ -149,7 +149,7 @@ def test_only_the_gradients_that_are_needed() -> None:
 def test_second_derivatives_are_refused() -> None:
     layer, x = layer_of({}, None), torch.randn(3, 40, requires_grad=True)
     y = layer(x)
-    assert "_Linear" in y.grad_fn.name()
+    assert "autograd" in y.grad_fn.name() and "Linear" in y.grad_fn.name()  # of C++, not of Python
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

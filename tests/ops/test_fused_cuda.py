@@ -36,12 +36,17 @@ def test_equals_the_ops(place, config, dtype):
     for one, wanted in zip((y, *kept), op("bitlinear", x.to(dtype), w, bias, [], *training_options(config)), strict=True):
         same(one, wanted)
     x_q, x_scale, codes, scale = kept
-    of_x, of_w, of_bias = found.backward(grad, *kept, k, config.backward == "bf16", torch.float32, True, torch.bfloat16)
+    backward, bf16 = torch.ops.qat.cuda_fused_gradients.default, config.backward == "bf16"
+    of_x, of_w, of_bias = backward(grad, *kept, k, bf16, torch.float32, True, torch.bfloat16)
     input_gradient, weight_gradient = gradients._MATMULS[config.backward]
     same(of_x, input_gradient(grad, Kept(codes, k), scale, 1).float())
     same(of_w, weight_gradient(grad, x_q, x_scale).float())
     same(of_bias, gradients.bias_gradient(grad).bfloat16())
-    assert found.backward(grad, *kept, k, False, None, False, None) == (None, None, None)
+    assert backward(grad, *kept, k, False, None, False, None) == (None, None, None)
+    leaves = [x.requires_grad_(), w.requires_grad_(), bias.requires_grad_()]
+    found.forward(*leaves, dtype, *found.arguments)[0].backward(grad)
+    for leaf, wanted in zip(leaves, backward(grad, *kept, k, bf16, torch.float32, True, torch.float32), strict=True):
+        same(leaf.grad, wanted)
 
 
 @pytest.mark.parametrize(

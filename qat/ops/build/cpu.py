@@ -1,4 +1,4 @@
-"""The CPU kernels' library: csrc/cpu and csrc/ops_cpu*, compiled by g++ and ninja at the first use.
+"""The CPU kernels' library: csrc/cpu, csrc/ops_cpu* and the autograd node, compiled by g++ and ninja at the first use.
 
 One library holds all instruction sets; qat/ops/cpu.py picks at run time.
 """
@@ -47,7 +47,7 @@ def _flags() -> list[str]:
 
 def sources() -> list[Path]:
     """What is compiled, headers included."""
-    return matching(source_folder(), "ops_cpu*.cpp", "ops_cpu*.h", "ops_gradients.h", "cpu/*.cpp", "cpu/*.h")
+    return matching(source_folder(), "ops_autograd.cpp", "ops_cpu*.cpp", "ops_cpu*.h", "ops_gradients.h", "cpu/*.cpp", "cpu/*.h")
 
 
 def compiler() -> tuple[str, str] | None:

@@ -33,11 +33,10 @@ def ops_for(config: QuantConfig, weight: torch.Tensor) -> Ops | None:
     of_weight = rows * groups, groups, binary, config.scale_multiplier, least, most, _ROUNDED[config.scale_dtype]
     return Ops(
         qat.cpu_fused_linear.default,
-        qat.cpu_fused_gradients.default,
-        (*of_weight, per_tensor, config.eps),
+        (*of_weight, per_tensor, config.eps, config.backward == "bf16"),
         None if per_tensor or config.backward != "input" else _soft((*of_weight, config.eps)),
     )
 
 
 def _soft(arguments: tuple[Any, ...]) -> Ops:
-    return Ops(torch.ops.qat.cpu_fused_soft.default, torch.ops.qat.cpu_fused_soft_gradients.default, arguments)
+    return Ops(torch.ops.qat.cpu_fused_soft.default, arguments)

@@ -5,7 +5,7 @@ a small one, or on a GPU, they are all the time there is. Here a layer's options
 from call to call. Whoever wants to see the ops (torch.compile, modes, functorch) or brings tensors of a kind of their own
 (DTensor, gathered codes) gets those of `qat.ops`, and so does a quantizer that the one op does not know.
 
-Rejected: the autograd node in C++ as well. It needs torch's unstable headers, half a minute more to compile at the first use.
+The node of the autograd graph is in C++ as well (csrc/ops_autograd.cpp): one in Python takes as long as all the calls of kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from qat.config import QuantConfig
 from qat.ops.bits import kept
@@ -28,26 +27,25 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 
 @dataclass(frozen=True)
 class Ops:
-    """What a device has: `forward(x, w, bias, dtype, *arguments)` and `backward(grad, *kept, k, bf16, of_x, of_w, of_bias)`."""
+    """What a device has: `forward(x, w, bias, dtype, *arguments)` gives y first, and y knows its backward pass."""
 
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
     arguments: tuple[Any, ...]
     soft: Ops | None = None
-    """While the weight is soft: `forward(x, w, bias, beta, dtype, *arguments)`, `backward(grad, *kept, of_x, of_w, of_bias)`."""
+    """While the weight is soft: `forward(x, w, bias, beta, dtype, *arguments)`."""
 
 
 class FusedLinear:
     """A layer's call; it serves while configuration, shape and device are those that it was made for."""
 
-    __slots__ = ("arguments", "backward", "bf16", "config", "device", "forward", "k", "known", "row", "shape", "soft")
+    __slots__ = ("arguments", "config", "device", "forward", "k", "known", "row", "shape", "soft")
 
     def __init__(self, config: QuantConfig, shape: torch.Size, device: torch.device, ops: Ops | None) -> None:
         self.config, self.known, self.shape, self.device = config, dict(vars(config)), shape, device
-        self.row, self.k, self.bf16 = config.quantizer, shape[-1], config.backward == "bf16"
-        self.forward = self.backward = self.soft = None
+        self.row, self.k = config.quantizer, shape[-1]
+        self.forward = self.soft = None
         if ops is not None:
-            self.forward, self.backward, self.arguments, self.soft = ops.forward, ops.backward, ops.arguments, ops.soft
+            self.forward, self.arguments, self.soft = ops.forward, ops.arguments, ops.soft
 
     def of(self, config: QuantConfig, weight: Tensor) -> bool:
         """Whether it was made for such a layer, also where it does not serve one."""
@@ -86,72 +84,10 @@ class FusedLinear:
         dtype, kind = x.dtype, self.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)):
-            if beta is not None:
-                return _Soft.apply(self.soft, dtype, beta, x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
-            return _Linear.apply(self, dtype, x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
         if beta is not None and self.soft is not None:
             return self.soft.forward(x, weight, bias, beta, dtype, *self.soft.arguments)[0]  # type: ignore[no-any-return]
         assert self.forward is not None
         return self.forward(x, weight, bias, dtype, *self.arguments)[0]  # type: ignore[no-any-return]
-
-
-class _Linear(torch.autograd.Function):
-    """Saves what `qat.ops.gradients.BitLinear` saves."""
-
-    @staticmethod
-    def forward(ctx: Any, call: FusedLinear, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        assert call.forward is not None
-        y, x_q, x_scale, codes, scale = call.forward(x, weight, bias, dtype, *call.arguments)
-        ctx.save_for_backward(x_q, x_scale, codes, scale)
-        ctx.made_for = call, x.dtype, None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _differentiated(ctx, grad) if torch.is_grad_enabled() else _backward(ctx, grad)
-
-
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None, None
-    _, _, x, weight, bias = ctx.needs_input_grad
-    call, of_x, of_bias = ctx.made_for
-    asked = of_x if x else None, weight, of_bias if bias else None
-    return None, None, *call.backward(grad, *ctx.saved_tensors, call.k, call.bf16, *asked)
-
-
-_differentiated = once_differentiable(_backward)  # type: ignore[no-untyped-call]
-"""Where a graph of the backward pass is asked for; wrapping each call would cost as much as one of torch's ops."""
-
-
-class _Soft(torch.autograd.Function):
-    """Saves what `qat.ops.soft.gradients.SoftBitLinear` saves."""
-
-    @staticmethod
-    def forward(ctx: Any, ops: Ops, dtype: torch.dtype, beta: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y, x_q, x_scale, soft, slope = ops.forward(x, weight, bias, beta, dtype, *ops.arguments)
-        ctx.save_for_backward(x_q, x_scale, soft, slope)
-        ctx.made_for = ops, x.dtype, None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _soft_differentiated(ctx, grad) if torch.is_grad_enabled() else _soft_backward(ctx, grad)
-
-
-def _soft_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None, None, None
-    _, _, _, x, weight, bias = ctx.needs_input_grad
-    ops, of_x, of_bias = ctx.made_for
-    found = ops.backward(grad, *ctx.saved_tensors, of_x if x else None, weight, of_bias if bias else None)
-    return None, None, None, *found
-
-
-_soft_differentiated = once_differentiable(_soft_backward)  # type: ignore[no-untyped-call]
 
 
 def fits(config: QuantConfig, record: Quantizer) -> bool:
