@@ -37,7 +37,8 @@ Result make_result(const Device& device, const Tensor& x, int64_t n, const Tenso
 // Quantizes x [..., K] into codes, divisor and scale, where they are given.
 void quantize(const Device& device, const Tensor& x, bool per_tensor, double eps, Tensor& codes, Tensor* divisor,
               Tensor* scale) {
-  const Tensor workspace = device.empty({per_tensor ? kWorkspaceBytes : 0}, ScalarType::Byte);
+  std::optional<Tensor> workspace;
+  if (per_tensor) workspace = device.empty({kWorkspaceBytes}, ScalarType::Byte);
   QuantizeActivation p = {};
   p.x = x.const_data_ptr();
   p.dtype = dtype_of(x.scalar_type());
@@ -48,7 +49,7 @@ void quantize(const Device& device, const Tensor& x, bool per_tensor, double eps
   p.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
   p.divisor = divisor ? static_cast<float*>(divisor->mutable_data_ptr()) : nullptr;
   p.scale = scale ? static_cast<float*>(scale->mutable_data_ptr()) : nullptr;
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = workspace ? workspace->mutable_data_ptr() : nullptr;
   done(quantize_activation(p, device.stream), "quantize_activation");
 }
 

@@ -126,5 +126,7 @@ inline const uint8_t* bytes_of(const Device& device, const Tensor& packed, int64
 std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x, const Tensor& t, const Tensor& scale,
                                                   const std::optional<Tensor>& bias, bool per_tensor, double eps);
 Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad);
+// codes * scale [N, K] in `dtype`, of int8 or 2-bit codes and a scale [1 | N, 1 | G], or 1 without one.
+Tensor cuda_dequantize(const Device& device, const Tensor& codes, int64_t k, const Tensor* scale, ScalarType dtype);
 
 }  // namespace qat::cuda::binding

@@ -64,29 +64,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_fused_linear(const Tenso
   return {y, x_q, x_scale, weight.bits, weight.scale};
 }
 
-// codes * scale in float32, rounded to `dtype`: what `qat.ops.reference.dequantize` gives, for scale [1 | R, G] of codes [R, K].
-Tensor floats_of(const Device& device, const Tensor& codes, const Tensor& scale, ScalarType dtype) {
-  const int64_t r = codes.size(0), k = codes.size(1), groups = scale.size(1);
-  const Tensor rows = torch::stable::view(codes, {r, groups, k / groups});
-  const Tensor by = torch::stable::view(scale, {scale.size(0), groups, 1});
-  Tensor out = device.empty({r, groups, k / groups}, dtype);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(rows), torch::stable::detail::from(by),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);
-  return torch::stable::view(out, {r, k});
-}
-
 gradients::Gradients cuda_fused_gradients(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& bits,
                                           const Tensor& scale, int64_t k, bool bf16, std::optional<ScalarType> of_x, bool of_w,
                                           std::optional<ScalarType> of_bias) {
   const Device device(grad);
-  const auto values = [&](const Tensor* by, ScalarType dtype) {
-    const Tensor t = cuda_unpack(bits, k, false, device.empty({1}, ScalarType::Long));  // nobody reads of a bad code: there is none
-    return by ? floats_of(device, t, *by, dtype) : gradients::in(t, dtype);
-  };
+  const auto values = [&](const Tensor* by, ScalarType dtype) { return cuda_dequantize(device, bits, k, by, dtype); };
   const auto x_values = [&](ScalarType dtype) {
-    return floats_of(device, gradients::rows_of(x_q), torch::stable::view(x_scale, {x_scale.numel(), 1}), dtype);
+    const Tensor by = torch::stable::view(x_scale, {x_scale.numel(), 1});
+    return cuda_dequantize(device, gradients::rows_of(x_q), k, &by, dtype);
   };
   return gradients::all(grad, x_q, x_scale, scale, bf16, of_x, of_w, of_bias, values, x_values);
 }

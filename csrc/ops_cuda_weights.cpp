@@ -95,7 +95,33 @@ Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad) {
   return t;
 }
 
+Tensor cuda_dequantize(const Device& device, const Tensor& codes, int64_t k, const Tensor* scale, ScalarType dtype) {
+  const bool bits = codes.scalar_type() == ScalarType::Byte;
+  const int64_t n = codes.size(0), groups = scale ? scale->size(1) : 1;
+  device.check(codes, bits ? ScalarType::Byte : ScalarType::Char, "codes");
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.size(1) == (bits ? (k + 3) / 4 : k), "codes do not fit K = ", k);
+  if (scale) device.check(*scale, ScalarType::Float, "scale");
+  STD_TORCH_CHECK(!scale || (scale->dim() == 2 && groups >= 1 && k % groups == 0 && (scale->size(0) == 1 || scale->size(0) == n)),
+                  "scale must be [1 | N, 1 | G]");
+  Tensor out = device.empty({n, k}, dtype);
+  const auto* factor = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
+  done(dequantize(codes.const_data_ptr(), bits, n, k, groups, factor, scale && scale->size(0) > 1 ? groups : 0, dtype_of(dtype),
+                  out.mutable_data_ptr(), device.stream),
+       "dequantize");
+  return out;
+}
+
 namespace {
+
+Tensor cuda_dequantize_bits(const Tensor& bits, int64_t k, const std::optional<Tensor>& scale, ScalarType dtype) {
+  const Device device(bits);
+  return cuda_dequantize(device, bits, k, scale ? &*scale : nullptr, dtype);
+}
+
+Tensor cuda_dequantize_codes(const Tensor& codes, const Tensor& scale, ScalarType dtype) {
+  const Device device(codes);
+  return cuda_dequantize(device, codes, codes.size(1), &scale, dtype);
+}
 
 Tensor cuda_repack(const Tensor& base3, int64_t k) {
   const Device device(base3);
@@ -115,6 +141,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("cuda_soften(Tensor rows, Tensor levels, Tensor borders, Tensor beta, int kind) -> (Tensor, Tensor)");
   m.def("cuda_pack(Tensor t, bool base3, Tensor(a!) bad) -> Tensor");
   m.def("cuda_unpack(Tensor packed, int k, bool base3, Tensor(a!) bad) -> Tensor");
+  m.def("cuda_dequantize_bits(Tensor bits, int k, Tensor? scale, ScalarType dtype) -> Tensor");
+  m.def("cuda_dequantize_codes(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("cuda_repack(Tensor base3, int k) -> Tensor");
 }
 
@@ -123,6 +151,8 @@ STABLE_TORCH_LIBRARY_IMPL(qat, QAT_DEVICE, m) {
   m.impl("cuda_soften", TORCH_BOX(&cuda_soften));
   m.impl("cuda_pack", TORCH_BOX(&cuda_pack));
   m.impl("cuda_unpack", TORCH_BOX(&cuda_unpack));
+  m.impl("cuda_dequantize_bits", TORCH_BOX(&cuda_dequantize_bits));
+  m.impl("cuda_dequantize_codes", TORCH_BOX(&cuda_dequantize_codes));
   m.impl("cuda_repack", TORCH_BOX(&cuda_repack));
 }
 

@@ -156,6 +156,10 @@ int run_soften(const float* w, int64_t rows, int64_t length, const float* levels
                const float* beta, int64_t dtype, void* soft, void* slope) {
   return soften_weight(w, rows, length, levels, borders, m, beta, static_cast<Dtype>(dtype), soft, slope, nullptr);
 }
+int run_dequantize(const void* codes, bool bits, int64_t n, int64_t k, int64_t groups, const float* scale, int64_t scale_stride,
+                   int64_t dtype, void* out) {
+  return dequantize(codes, bits, n, k, groups, scale, scale_stride, static_cast<Dtype>(dtype), out, nullptr);
+}
 int run_pack(const int8_t* t, int64_t n, int64_t k, int64_t layout, uint8_t* packed, uint64_t* bad) {
   return pack(t, n, k, static_cast<Layout>(layout), packed, bad, nullptr);
 }

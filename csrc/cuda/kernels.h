@@ -75,6 +75,11 @@ int unpack(const uint8_t* packed, int64_t n, int64_t k, Layout layout, int8_t* t
 // base3 bytes -> 2-bit bytes: the linear kernels read 2bit only, so base-3 weights are repacked once and kept.
 int repack(const uint8_t* base3, int64_t n, int64_t k, uint8_t* bits, uint64_t* bad, cudaStream_t stream);
 
+// codes * scale [N, K] in `dtype`, the product rounded to float32 first, of int8 codes [N, K] or (`bits`) 2-bit bytes
+// [N, ceil(K / 4)]: element (n, g) of the scale is scale[n * scale_stride + g]; null: 1. Each byte is read and written once.
+int dequantize(const void* codes, bool bits, int64_t n, int64_t k, int64_t groups, const float* scale, int64_t scale_stride,
+               Dtype dtype, void* out, cudaStream_t stream);
+
 // What becomes of the sums: y = acc, rescaled.
 struct Output {
   void* y;                  // [M, N] in dtype

@@ -1,4 +1,4 @@
-"""The bits of codes by compiled kernels, where a device has them."""
+"""The bits of codes, and the floats that codes stand for, by compiled kernels, where a device has them."""
 
 from __future__ import annotations
 
@@ -62,10 +62,31 @@ def _cuda_unpack(bits: Tensor, k: int) -> Tensor:
     return torch.ops.qat.cuda_unpack(bits.contiguous(), k, False, _unlooked(bits))
 
 
+def _cuda_dequantize(bits: Tensor, k: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in DTYPES or bits.numel() == 0 or not cuda._serves(bits):
+        return reference.dequantize_bits(bits, k, scale, dtype)
+    return torch.ops.qat.cuda_dequantize_bits(bits.contiguous(), k, scale.contiguous(), dtype)
+
+
+def _cuda_floats(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `reference.dequantize` of `qat.ops`."""
+    if dtype not in DTYPES or codes.numel() == 0 or not cuda._serves(codes):
+        return plain.dequantize(codes, scale, dtype)
+    groups = scale.shape[-1]
+    rows = scale.expand(*codes.shape[:-1], groups) if scale.numel() > groups else scale
+    flat = codes.contiguous().view(-1, codes.shape[-1])
+    return torch.ops.qat.cuda_dequantize_codes(flat, rows.reshape(-1, groups).contiguous(), dtype).view(codes.shape)
+
+
 CPU: dict[str, Callable[..., Any]] = {
     "pack_bits": _cpu_pack,
     "unpack_bits": _cpu_unpack,
     "dequantize_bits": _cpu_dequantize,
     "coded_bitlinear": _cpu_coded_bitlinear,
 }
-CUDA: dict[str, Callable[..., Any]] = {"pack_bits": _cuda_pack, "unpack_bits": _cuda_unpack}
+CUDA: dict[str, Callable[..., Any]] = {
+    "pack_bits": _cuda_pack,
+    "unpack_bits": _cuda_unpack,
+    "dequantize_bits": _cuda_dequantize,
+    "dequantize": _cuda_floats,
+}
