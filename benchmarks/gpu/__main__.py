@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.rows import Bench
-from benchmarks.gpu.sections import STEPS, measured, sections
+from benchmarks.gpu.sections import PARTS, STEPS, measured, sections
 from benchmarks.gpu.timing import Ceilings
 from qat import ops
 from qat.ops.build import cuda as build_cuda
@@ -65,7 +65,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def main() -> None:
     """Measure the CUDA kernels beside their peers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=main.__doc__)
-    parser.add_argument("--parts", nargs="+", default=["operations", "step"], choices=["operations", "step"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--models", nargs="+", default=list(STEPS), choices=list(STEPS), help="of the step")
     names = [section.name for section in sections(list(STEPS))]
     parser.add_argument("--sections", nargs="+", default=names, choices=names, help="of these parts, in their own order")

@@ -106,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.calls", description=main.__doc__)
     parser.add_argument("--gpu", action="store_true", help="the path of a GPU, with kernels that do nothing")
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # of memory that kernels which do nothing leave as it was
     if gpu := parser.parse_args().gpu:
         load_nothing()
     print(f"{'us a call':42}{'least':>9}{'median':>9}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,6 +21,8 @@ from qat.quantizers.record import WeightOptions
 BITNET_2B = [(3840, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]  # qkv, o, gate and up, down: 30 layers of them
 WEIGHT_SHAPE, ACTIVATION_SHAPES, TRAINING_SHAPES = (13824, 2560), [(8192, 2560), (8192, 6912)], [(2560, 2560), (13824, 2560)]
 BASELINE = "cuBLAS bf16"
+COMPILED = ("torch.compile", "AutoBitLinear, online", "AutoBitLinear, offline")
+"""How the names of those end that are compiled for seconds at their first call."""
 INT_MM_ROWS = 32  # torch._int_mm takes no fewer than 17
 
 
@@ -60,7 +63,7 @@ def linear_peers(bench: Bench, n: int, k: int, m: int, cold: bool) -> dict[str, 
         count = bench.copies(n * k * weight_bytes) if cold else 1
         return Peer(lambda: [make() for _ in range(count)], n * k * weight_bytes + 2.0 * m * (n + k), operations, integer)
 
-    return {name: peer(*made) for name, made in makers.items()}
+    return {name: replace(peer(*made), late=name.endswith(COMPILED)) for name, made in makers.items()}
 
 
 def linears(bench: Bench, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], cold_tokens: int = 16) -> list[Row]:
@@ -185,7 +188,7 @@ def training(bench: Bench, shapes: Sequence[tuple[int, int]], m: int) -> list[Ro
         x = torch.randn(m, k, device=bench.device, dtype=torch.bfloat16).requires_grad_()
         grad = torch.randn(m, n, device=bench.device, dtype=torch.bfloat16)
         made = {
-            name: Peer(partial(_training_calls, make, x, grad), 0.0, 6.0 * m * n * k)
+            name: Peer(partial(_training_calls, make, x, grad), 0.0, 6.0 * m * n * k, late=name.endswith(COMPILED))
             for name, make in training_layers(n, k, bench.device).items()
         }
         rows += bench.table("training", shape_of(n, k), m, made, BASELINE)

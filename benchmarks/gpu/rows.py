@@ -28,23 +28,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Peer:
-    """What is measured: a maker of calls that touch their own copies of the data, and a call's bytes and operations."""
+    """What is measured: a maker of calls that touch their own copies of the data, and a call's bytes and operations.
+
+    `late`: torch compiles it first, for seconds.
+    """
 
     make: Callable[[], list[Call]]
     moved: float = 0.0
     operations: float = 0.0
     integer: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The device, its ceilings, the least time a row is measured for, the clock's time from which none is begun, and the rows."""
+    """The device, its ceilings, the least time a row is measured for, the clock's time from which none is begun, and the rows.
+
+    `late`: beside the baseline the peers that are so, or those that are not; None: all.
+    """
 
     device: torch.device
     ceilings: Ceilings
     seconds: float
     l2_bytes: int
     until: float = float("inf")
+    late: bool | None = None
     done: list[Row] = field(default_factory=list)
 
     def copies(self, bytes_each: float) -> int:
@@ -83,7 +91,8 @@ class Bench:
     ) -> list[Row]:
         """All peers at one shape, the speed of each against the baseline's, printed; `rate` notes tokens a second."""
         torch.compiler.reset()  # else the ninth shape of a function is no longer compiled, and flatters whom it is beside
-        rows = [self.row(table, shape, tokens, what, peer, in_graph) for what, peer in peers.items()]
+        chosen = {what: peer for what, peer in peers.items() if self.late in (None, peer.late) or what == baseline}
+        rows = [self.row(table, shape, tokens, what, peer, in_graph) for what, peer in chosen.items()]
         base = next((row.microseconds for row in rows if row.what == baseline), None)
         for row in rows:
             if row.microseconds is not None:

@@ -1,6 +1,6 @@
 """The tables as sections in the order of what is needed first, each with a budget of seconds: a GPU may be there for minutes.
 
-What the kernels are is said before what others do beside them, and what torch compiles for a minute comes last. A section that is
+Whether results are right is said before how fast they come, and what torch compiles for a minute comes last. A section that is
 over its budget names the rows that it leaves out; one that fails is a row that says so, and the next begins.
 """
 
@@ -10,11 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.gpu import operations, step
+from benchmarks.gpu import checks, operations, step
 from benchmarks.gpu.llama import SIZES
 from benchmarks.gpu.operations import ACTIVATION_SHAPES, BITNET_2B, TRAINING_SHAPES, WEIGHT_SHAPE
 from benchmarks.gpu.rows import Bench, Row, line, say
 
+TOKENS = 8192
+"""Of a training layer."""
+CHAIN = ((256, 2560), 30, 100)
+"""Widths, layers and inputs."""
+PARTS = ("operations", "step", "compiled")
 STEPS = {"SmolLM2-135M": (16, 512), "SmolLM2-360M": (16, 512), "Llama-3.2-1B": (8, 1024)}
 """Model -> sequences and tokens of a batch."""
 
@@ -28,6 +33,8 @@ class Section:
     words: str
     seconds: float
     rows: Callable[[Bench], Sequence[Row]]
+    late: bool | None = None
+    """See `Bench`."""
 
 
 def sections(models: Sequence[str]) -> list[Section]:
@@ -37,23 +44,42 @@ def sections(models: Sequence[str]) -> list[Section]:
     def linears(*tokens: int) -> Callable[[Bench], Sequence[Row]]:
         return lambda bench: operations.linears(bench, BITNET_2B, tokens)
 
+    tables = {
+        "decode": (f"decode: speed against cuBLAS bf16; {share}", linears(1, 4, 16)),
+        "prefill": (f"prefill: speed against cuBLAS bf16; {share}", linears(512, 2048)),
+        "training": ("training layer, forward + backward: speed against a bf16 nn.Linear", _training),
+    }
     return [
-        Section("decode", "operations", f"decode: speed against cuBLAS bf16; {share}", 60, linears(1, 4, 16)),
-        Section("prefill", "operations", "prefill: the same", 60, linears(512, 2048)),
-        Section("training", "operations", "training layer, forward + backward: speed against a bf16 nn.Linear", 60, _training),
-        Section("stack", "operations", "all linears of BitNet-2B for one token", 30, _stack),
-        Section("quantizers", "operations", "quantizers: speed against torch.compile", 45, _quantizers),
-        *(_step(name, False, 60) for name in models),
+        Section("reference", "operations", "results beside the reference's", 30, _reference),
+        Section("chain", "operations", "layers for one token, launched before the one ahead has ended", 20, _chain),
+        *(Section(name, "operations", text, 45, rows, late=False) for name, (text, rows) in tables.items()),
+        Section("quantizers", "operations", "quantizers: speed against torch.compile", 40, _quantizers),
+        Section("stack", "operations", "all linears of BitNet-2B for one token", 20, _stack),
+        Section("profile", "operations", "kernels of decode and of prefill", 10, _profile),
+        *(_step(name, False, 45) for name in models),
+        *(Section(f"{name}, compiled", "compiled", text, 60, rows, late=True) for name, (text, rows) in tables.items()),
         *(_step(name, True, 120) for name in models),
     ]
 
 
+def _reference(bench: Bench) -> list[Row]:
+    return checks.reference(bench, BITNET_2B, (1, 16, 512, 2048), 2048)
+
+
+def _chain(bench: Bench) -> list[Row]:
+    return checks.chain(bench, *CHAIN)
+
+
+def _profile(bench: Bench) -> list[Row]:
+    return checks.profile(bench, *WEIGHT_SHAPE, (1, 2048))
+
+
 def _training(bench: Bench) -> list[Row]:
-    return operations.training(bench, TRAINING_SHAPES, 8192)
+    return operations.training(bench, TRAINING_SHAPES, TOKENS)
 
 
 def _stack(bench: Bench) -> list[Row]:
-    return operations.stack(bench, BITNET_2B, 30)
+    return operations.stack(bench, BITNET_2B, CHAIN[1])
 
 
 def _quantizers(bench: Bench) -> list[Row]:
@@ -64,7 +90,13 @@ def _step(model: str, compiled: bool, seconds: float) -> Section:
     ways = [way for way, (compile, _) in step.WAYS.items() if compile == compiled]
     words = f"training step of {model}, {', '.join(ways)}: speed against the plain model"
     name = f"step {model}{', torch.compile' if compiled else ''}"
-    return Section(name, "step", words, seconds, lambda bench: step.steps(bench, model, SIZES[model], *STEPS[model], ways))
+    return Section(
+        name,
+        "compiled" if compiled else "step",
+        words,
+        seconds,
+        lambda bench: step.steps(bench, model, SIZES[model], *STEPS[model], ways),
+    )
 
 
 def measured(bench: Bench, chosen: Sequence[Section]) -> Iterator[list[Row]]:
@@ -73,7 +105,7 @@ def measured(bench: Bench, chosen: Sequence[Section]) -> Iterator[list[Row]]:
         say(section.words)
         begun = time.perf_counter()
         rows: list[Row] = []
-        own = replace(bench, until=begun + section.seconds, done=rows)
+        own = replace(bench, until=begun + section.seconds, late=section.late, done=rows)
         try:
             section.rows(own)
         except Exception as error:  # what is no row's: a layer that cannot be made, memory that is not there

@@ -131,5 +131,5 @@ class Ceilings:
         """For people."""
         return (
             f"copy {self.bytes_per_second / 1e12:.2f} TB/s (read + written), bf16 {self.bf16 / 1e12:.0f} TFLOP/s,"
-            f" int8 {self.int8 / 1e12:.0f} TOP/s"
+            f" int8 {self.int8 / 1e12:.0f} TOP/s ({self.int8 / self.bf16:.1f} : 1)"
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import llama, operations, peers, rows, sections, step, timing
+from benchmarks.gpu import checks, llama, operations, peers, rows, sections, step, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -122,10 +124,66 @@ def test_sections_end_in_time_and_one_that_fails_hides_no_other(bench, capsys):
 
 def test_facts_come_before_what_takes_a_minute_to_compile():
     found = sections.sections(list(sections.STEPS))
-    assert [section.name for section in found][:3] == ["decode", "prefill", "training"]
-    compiled = ["torch.compile" in section.words and section.part == "step" for section in found]
-    assert compiled == sorted(compiled) and any(compiled)
-    assert sum(section.seconds for section in found if not compiled[found.index(section)]) <= 8 * 60
+    names = ["reference", "chain", "decode", "prefill", "training", "quantizers", "stack", "profile"]
+    assert [section.name for section in found][: len(names)] == names
+    parts = [sections.PARTS.index(section.part) for section in found]
+    assert parts == sorted(parts) and set(parts) == {0, 1, 2}
+    assert all(section.part == "compiled" for section in found if "compile" in section.name)
+    assert sum(section.seconds for section in found if section.part != "compiled") <= 7 * 60
+
+
+def test_peers_that_are_compiled_wait_for_a_section_of_their_own(bench):
+    shown = {}
+    for late in (False, True):
+        found = operations.linears(replace(bench, late=late), [(64, 96)], [1])
+        found += operations.training(replace(bench, late=late), [(32, 64)], 8)
+        shown[late] = {row.what for row in found}
+    assert shown[False] & shown[True] == {operations.BASELINE}
+    assert {"qat 2bit", "qat backward=input", "torch._int_mm, raw, 32 rows"} <= shown[False]
+    assert {"fake-quant, torch.compile", "transformers AutoBitLinear, online"} <= shown[True]
+
+
+def test_results_are_compared_before_they_are_timed(bench):
+    own = replace(bench, done=[])
+    found = checks.reference(own, [(40, 96)], (1, 5), 7)
+    assert [(row.what, row.tokens) for row in found] == [("packed layer", 1), ("packed layer", 5), ("training layer", 7)]
+    assert all(row.note.startswith("equal to the bit") for row in found), [row.note for row in found]
+    one, other = torch.ones(3), torch.tensor([1.0, 1.5, 1.0])
+    assert checks.compared([one], [other]) == "WRONG: 1 of 3 values differ, by up to 0.5"
+    assert checks.compared([one], [other.double()]).startswith("WRONG: another dtype")
+    (broken,) = checks.reference(replace(bench, done=[]), [(40, -96)], (), 7)
+    assert broken.note.startswith("failed")
+
+
+def test_a_chain_is_compared_and_timed(bench):
+    found = checks.chain(replace(bench, done=[]), [64], layers=3, inputs=4)
+    assert [row.note[:16] for row in found[:2]] == ["equal to the bit"] * 2
+    assert {row.what for row in found[2:]} == {checks.WAITING, checks.OVERLAPPING}
+    measured(found[2:])
+
+
+def test_a_profile_names_kernels(bench):
+    found = checks.profile(replace(bench, done=[]), 64, 96, (1, 40))
+    assert {row.tokens for row in found} == {1, 40} and "qat::cpu_linear" in found[0].what
+    assert all(row.microseconds > 0 and row.note == "10 calls" for row in found)
+
+
+def test_every_section_has_rows_whatever_its_budget(bench, monkeypatch):
+    """At tiny sizes, with a budget for all and with none: no table is missing, and none stops the next."""
+    tiny = [(64, 96)]
+    for module in (sections, operations):
+        for name in ("BITNET_2B", "TRAINING_SHAPES", "ACTIVATION_SHAPES"):
+            monkeypatch.setattr(module, name, tiny, raising=False)
+        monkeypatch.setattr(module, "WEIGHT_SHAPE", (64, 96), raising=False)
+    monkeypatch.setattr(sections, "TOKENS", 24)
+    monkeypatch.setattr(sections, "CHAIN", ((64,), 2, 3))
+    chosen = [one for one in sections.sections([]) if one.part != "step"]
+    found = dict(zip([one.name for one in chosen], sections.measured(bench, chosen), strict=True))
+    assert all(found.values()) and {row.tokens for row in found["prefill"]} == {512, 2048}
+    assert not [row.note for some in found.values() for row in some if "failed" in row.note or "WRONG" in row.note]
+    late = [replace(one, seconds=-1.0) for one in chosen]
+    for one, some in zip(late, sections.measured(bench, late), strict=True):
+        assert some and all(row.note or row.microseconds for row in some), one.name
 
 
 def test_auto_bit_linear_of_older_transformers(monkeypatch):
@@ -146,3 +204,15 @@ def test_the_script_and_its_module_say_what_they_need():
     assert done.returncode == 0, done.stderr
     unknown = subprocess.run([ROOT / "benchmarks" / "gpu.sh", "everything"], capture_output=True, text=True, check=False)
     assert unknown.returncode == 2 and "unknown part everything" in unknown.stdout
+
+
+@pytest.mark.parametrize("seconds", ["6", "0"])
+def test_the_script_ends_in_its_time_and_names_what_it_left_out(tmp_path, seconds):
+    (tmp_path / "python").write_text("#!/bin/sh\n[ $1 = -c ] || exec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path), "QAT_GPU_SECONDS": seconds}
+    command = [ROOT / "benchmarks" / "gpu.sh", "operations", "step"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == (1 if seconds == "6" else 0)
+    assert ("operations FAILED, or was ended at its limit" in done.stdout) == (seconds == "6")
+    assert "step is left out: the time is over" in done.stdout
