@@ -52,13 +52,20 @@ def _perform(config: TrainConfig) -> RunResult:
         return perform(config)
 
 
+def _by_all(build: Callable[[], TrainConfig]) -> TrainConfig:
+    from qat.training.strategies.launch import made_by_all
+
+    return made_by_all(build)
+
+
 def _show(build: Callable[[], TrainConfig], perform: Callable[[TrainConfig], RunResult]) -> tuple[int, RunResult | None, str]:
     """Run and print the table; exit code, result, and its status or the user's error in one line, printed too."""
     from qat.parallel.group import Lost
     from qat.reporting.table import print_table
+    from qat.training.strategies.environment import begun
 
     try:
-        config = build()
+        config = _by_all(build) if begun() else build()
         import_module("qat.training.run")  # here, where a signal ends the process at once
         result = perform(config)
     except (ValueError, OSError) as error:
@@ -153,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     from qat.config.compose.command import parse
     from qat.config.compose.help import help_text
     from qat.training.signals import Interrupted, listening
-    from qat.training.strategies.environment import hush
+    from qat.training.strategies.environment import after_first, hush
 
     # libgomp's threads spin while they wait: beside any other work on the machine that is ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -171,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"qat.train: {' '.join(str(error).split())}", file=sys.stderr)
         code = WRONG
     if code:
+        after_first(code)
         sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from qat.parallel.ranks import (
     as_one,
     before_others,
+    failed,
     first,
     first_here,
     gathered,
@@ -19,6 +20,7 @@ from qat.parallel.ranks import (
 __all__ = [
     "as_one",
     "before_others",
+    "failed",
     "first",
     "first_here",
     "gathered",

@@ -65,6 +65,11 @@ def shared(make: Callable[[], T]) -> T:
     return _exchanged(_attempt(make) if first() else _Envelope())[0].value  # type: ignore[no-any-return]
 
 
+def failed(error: BaseException) -> None:
+    """Raise this rank's error on all, where the others say something next, or fail as well."""
+    _exchanged(_Envelope(failure=error))
+
+
 def most(value: int) -> int:
     """The largest of all ranks' values. It is cheap enough for every step, and waits for no GPU."""
     if not several():

@@ -78,9 +78,7 @@ class Signals:
             raise Interrupted(self.asked or number)
         self.asked = number
         with suppress(OSError):
-            os.write(
-                1, WORDS if os.environ.get("RANK", "0") == "0" else b""
-            )  # print is not reentrant, and this may come within one
+            os.write(1, WORDS if _speaks() else b"")  # print is not reentrant, and this may come within one
 
     def _is_echo(self) -> bool:
         """A terminal signals all processes, and a launcher hands on what it gets itself: one wish reaches a rank twice."""
@@ -101,7 +99,7 @@ def _is_nohup(number: int) -> bool:
 
 def _leave(number: int) -> NoReturn:
     with suppress(OSError):
-        os.write(2, f"qat.train: interrupted by signal {number}\n".encode())
+        os.write(2, f"qat.train: interrupted by signal {number}\n".encode() if _speaks() else b"")
     os._exit(128 + number)
 
 

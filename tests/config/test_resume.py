@@ -199,3 +199,14 @@ def test_the_known_modules_exist_and_hold_what_the_groups_name() -> None:
 def test_attention_may_be_computed_in_another_way_from_there_on(folder: Path) -> None:
     config, changes = resumed(str(folder), ["model.attn_implementation=eager"])
     assert config.model.attn_implementation == "eager" and set(changes) == {"model.attn_implementation"}
+
+
+def test_how_weights_travel_goes_with_the_strategy(folder: Path) -> None:
+    """A run whose devices gathered codes goes on without any, and with another way to gather where that is asked for."""
+    config = load_config(str(folder))
+    save_config(replace(config, trainer=replace(config.trainer, devices=2, strategy="fsdp2", gather="codes")), folder)
+    trainer = resumed(str(folder), ["trainer.strategy=auto", "trainer.devices=1"])[0].trainer
+    assert (trainer.strategy, trainer.gather) == ("auto", "auto")
+    assert resumed(str(folder), [])[0].trainer.gather == "codes"
+    with pytest.raises(ValueError, match="trainer.gather=float32 needs trainer.strategy=fsdp2, not ddp"):
+        resumed(str(folder), ["trainer.strategy=ddp", "trainer.gather=float32"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -165,6 +166,20 @@ def test_more_devices_than_there_are(start: Any, settings: list[str], tmp_path: 
     assert wrong.ended() == (1 if torchrun else 2)  # torchrun has a code of its own
     _once(wrong.text, "qat.train: trainer.")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_one_rank_alone_cannot_read_ends_all_with_its_reason(settings: list[str], tmp_path: Path):
+    """As on a machine whose disk lacks a file: said once, by rank 0, whichever of them ends first."""
+    here = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", f"{free_port()}"]
+    line = shlex.join([sys.executable, "-m", "qat.train", *settings, f"run.dir={tmp_path}/run"])
+    wrong = Command([*here, "--no-python", "bash", "-c", f"{line} --config-dir={tmp_path}/conf$RANK"], tmp_path)
+    (tmp_path / "conf0").mkdir()
+    try:
+        assert wrong.ended() == 1
+        _once(wrong.text, "qat.train: rank 1 of 2: ", f"{tmp_path}/conf1")
+        assert "interrupted" not in wrong.text and not (tmp_path / "run").exists()
+    finally:
+        wrong.close()
 
 
 LONG = ["trainer.max_steps=100000", "trainer.checkpoint_every=5", "trainer.val_every=null", "export.formats=[]"]

@@ -73,6 +73,8 @@ def resumed(folder: str, overrides: list[str]) -> tuple[TrainConfig, Changes]:
     before = OmegaConf.to_container(saved)
     ConfigStore.instance().store(name="resumed", node=saved)
     composed = compose_config("resumed", overrides, None)
+    if composed.trainer.strategy != "fsdp2" and "trainer.gather" not in said:
+        composed.trainer.gather = "auto"  # which is how weights travel, where they do, and nothing of the run
     config = as_config(composed)
     assert isinstance(before, dict)
     if not config.trust_targets:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 from qat.terminal.stage import quietly
 
+_LATER, _WRONG = 10.0, 2
+"""Seconds in which the first process has printed what is wrong, on a machine that is busy; the exit code of that."""
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -82,6 +85,16 @@ def hush() -> None:
     """
     if begun():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    number = os.environ.get("RANK") if by_torchrun() else os.environ.get("SLURM_PROCID") if by_srun() else None
-    if number not in (None, "0"):
+    if not speaks():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def speaks() -> bool:
+    """Whether it is the first, or the only one."""
+    return not begun() or os.environ["RANK" if by_torchrun() else "SLURM_PROCID"] == "0"
+
+
+def after_first(code: int) -> None:
+    """Let the first process end first with this code: a launcher ends all others with the first one that fails."""
+    if code == _WRONG and not speaks():
+        time.sleep(_LATER)  # or until the launcher's signal

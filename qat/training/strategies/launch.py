@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,11 +63,26 @@ def counted(trainer: TrainerConfig, dry: bool = False) -> TrainerConfig:
     if not begun():
         raise ValueError(_how_to_start(trainer))
     if wanted not in ((1, 1), (1, devices)):
+        there = f"{devices} process" + "es" * (devices > 1) + (f" on each of {nodes} nodes" if nodes > 1 else " on one node")
         raise ValueError(
-            f"trainer.num_nodes={wanted[0]}, trainer.devices={wanted[1]}, but there are {devices} processes on each of {nodes}"
-            " nodes; give the same numbers to torchrun or srun, or leave the keys out"
+            f"trainer.num_nodes={wanted[0]}, trainer.devices={wanted[1]}, but torchrun or srun has started {there}; give it the"
+            " same numbers, or leave the keys out"
         )
     return replace(trainer, num_nodes=nodes, devices=devices)
+
+
+def made_by_all(make: Callable[[], TrainConfig]) -> TrainConfig:
+    """What `make` returns in this process; where it fails in one of several, all refuse, before they have met otherwise.
+
+    Raises:
+        ValueError: (or OSError) its own error; that of another process is raised by `started`.
+    """
+    try:
+        return make()
+    except (ValueError, OSError) as error:
+        with given(), joined():
+            parallel.failed(error)
+        raise
 
 
 def _how_to_start(trainer: TrainerConfig) -> str:
