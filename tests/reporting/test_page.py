@@ -249,6 +249,9 @@ def test_phases_and_resumes_are_marked(tmp_path: Path) -> None:
     (tmp_path / "overrides.jsonl").write_text(json.dumps({"step": 60, "changes": {"optim.lr": [1, 2]}}))
     run = read_run(tmp_path)
     assert phases(run) == [("warm-up", 0, 10)] and resumes(run) == [(40, ""), (60, "optim.lr")]
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("warmup_steps: 10", "warmup_steps: 0\n  warmup_share: 0.05"))
+    assert phases(read_run(tmp_path)) == [("warm-up", 0, round(0.05 * run.get("trainer.max_steps")))]
     figure = loss_figure(run)
     assert figure is not None
     assert [one["text"] for one in figure.layout["annotations"]] == ["warm-up", "resumed", "resumed: optim.lr"]

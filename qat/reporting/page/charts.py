@@ -74,13 +74,18 @@ def perplexity_figure(run: Run) -> Figure | None:
             data.append({**line(f"{key.replace('_', ' ')}, evaluation text", ends, colour, line=style), "mode": "lines"})
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
     scale = "log" if values and max(values) > 20 * min(values) > 0 else "linear"
-    layout = {"yaxis": _values(scale), "xaxis": {"title": {"text": "step"}}, **marks(run)}
+    layout = {"yaxis": {**_values(scale), **_room(values)}, "xaxis": {"title": {"text": "step"}}, **marks(run)}
     return Figure("Perplexity", data, layout, height=300)
 
 
 def _values(scale: str, title: str = "") -> dict[str, Any]:
     """An axis, with whole numbers at it: on a logarithmic one plotly writes 5 for each of 0.05, 0.5 and 5."""
     return {"type": scale, "tickformat": "~g", **({"title": {"text": title}} if title else {})}
+
+
+def _room(values: Sequence[float]) -> dict[str, Any]:
+    """Above the values, where the names of phases stand: the first one is the largest, and would lie behind a name."""
+    return {"autorangeoptions": {"include": max(values) + 0.15 * (max(values) - min(values))}} if values else {}
 
 
 def held_out_figures(run: Run) -> list[Figure]:

@@ -124,7 +124,7 @@ def _bars(title: str, damages: dict[str, dict[str, float]]) -> Figure:
     }
     layout = {
         "yaxis": {"autorange": "reversed", "type": "category", "tickfont": {"size": 10}},
-        "xaxis": {"title": {"text": "KL to full precision, nats a token"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": "KL, nats a token"}, "rangemode": "tozero"},
         "hovermode": "closest",
     }
     return Figure(title, [data], layout, caption, height=max(160, 70 + 18 * len(shown)))

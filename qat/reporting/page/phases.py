@@ -12,7 +12,7 @@ def phases(run: Run) -> list[tuple[str, float, float]]:
     steps = run.get("trainer.max_steps") or 0
     seen = _length(run)
     found = [
-        ("warm-up", 0, run.get("optim.warmup_steps") or 0),
+        ("warm-up", 0, run.get("optim.warmup_steps") or round(_share(run, "optim.warmup_share", 0.0) * steps)),
         ("quantization blended in", 0, run.get("optim.lambda_steps") or 0),
         ("norms blended in", 0, run.get("optim.rms_norm_steps") or 0),
         ("kl", _share(run, "distill.kl_from", 0.0) * steps, _share(run, "distill.kl_until", 1.0) * steps),
