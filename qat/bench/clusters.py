@@ -10,7 +10,7 @@ from qat.config import TrainConfig
 from qat.conversion import walker as conversion
 from qat.losses import needs
 from qat.models.weightless import faked, weightless
-from qat.planning.choosing import choice_of, state_bytes
+from qat.planning.choosing import choice_of, resting_bytes, state_bytes
 from qat.planning.devices import device
 from qat.planning.facts import facts_of, of_weights, units_of
 from qat.planning.memory import Student
@@ -32,7 +32,7 @@ def show(config: TrainConfig, tokens: int, on: str) -> None:
     check_teacher(config)
     student = student_of(config)
     factory = optimizer_factory(replace(config, optim=replace(config.optim, beta2_half_life=None)))
-    print_table(student, choice_of(config, state_bytes(factory)), kind, tokens)
+    print_table(student, choice_of(config, state_bytes(factory), resting_bytes(factory)), kind, tokens)
 
 
 def student_of(config: TrainConfig) -> Student:

@@ -14,8 +14,8 @@ from qat.losses import needs
 from qat.planning.memory import CODES, DDP, FSDP2, ONE, Choice
 
 
-def choice_of(config: TrainConfig, state: float) -> Choice:
-    """What of a configuration memory and time depend on."""
+def choice_of(config: TrainConfig, state: float, resting: float = 0.0) -> Choice:
+    """What of a configuration memory and time depend on; the optimizer's bytes of a parameter, on the device and beside it."""
     trainer = config.trainer
     world = trainer.devices * trainer.num_nodes
     sharded = FSDP2 if trainer.gather == "float32" else CODES
@@ -32,6 +32,7 @@ def choice_of(config: TrainConfig, state: float) -> Choice:
         trainer.precision != "32-true",
         _floats(config),
         trainer.gradient_sums == "float64",
+        resting,
     )
 
 
@@ -41,11 +42,25 @@ def _floats(config: TrainConfig) -> float:
     return max(soft, min(1.0, config.optim.lambda_steps / config.trainer.max_steps))
 
 
-def state_bytes(factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> float:
-    """Bytes that an optimizer keeps for each element of a matrix, as it does after a step."""
+Factory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def state_bytes(factory: Factory) -> float:
+    """Bytes on the device that an optimizer keeps for each element of a matrix, as it does after a step."""
+    return _kept(factory, rests=False)
+
+
+def resting_bytes(factory: Factory) -> float:
+    """The same of what it keeps in the CPU's memory, beside the device (`rests`)."""
+    return _kept(factory, rests=True)
+
+
+def _kept(factory: Factory, rests: bool) -> float:
     weight = nn.Parameter(torch.ones(256, 256))
     weight.grad = torch.ones_like(weight)
     optimizer = factory([{"name": "latent", "params": [weight], "lr": 1e-3, "weight_decay": 0.0}])
+    if getattr(optimizer, "rests", False) is not rests:
+        return 0.0
     optimizer.step()
     return sum(map(_bytes, tree_leaves(optimizer.state_dict()))) / weight.numel()
 

@@ -95,6 +95,11 @@ class Facts:
         """Parameters that become codes."""
         return sum(rows * columns for one in (self.root, *self.blocks) for rows, columns in one.latent)
 
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest matrix."""
+        return max((n * k for one in (self.root, *self.blocks) for n, k in one.latent + one.other), default=0)
+
     def part(self, devices: int) -> int:
         """Parameters on the fullest of so many devices."""
         return self.root.part(devices) + sum(block.part(devices) for block in self.blocks)

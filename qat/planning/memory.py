@@ -60,6 +60,8 @@ class Choice:
     """The share of steps in which layers need more of weights than codes, so that floats are gathered."""
     exact: bool = False
     """Whether gradients are added in float64."""
+    resting: float = 0.0
+    """Bytes of optimizer state a parameter that rest in the CPU's memory and come here for a step, one matrix at a time."""
 
     @property
     def world(self) -> int:
@@ -104,7 +106,7 @@ def parts(student: Student, choice: Choice) -> dict[str, int]:
         "weights": 4 * mine,
         "gradients": 4 * mine,
         "sums of gradients": 8 * mine if choice.adds else 0,
-        "optimizer": round(choice.state * mine),
+        "optimizer": round(choice.state * mine + choice.resting * facts.largest),
         "teacher": round(choice.teacher * teacher.part(share)) if teacher else 0,
         "codes for backward": saved.fixed - _gathered_again(facts, choice, saved.fixed),
         "activations": choice.batch * (saved.sequence + logits),
@@ -144,6 +146,26 @@ def _whole(facts: Facts, each: float) -> int:
     """Two blocks and the root, of `each` bytes a parameter."""
     widest = max((block.count for block in facts.blocks), default=0)
     return round(each * (2 * widest + facts.root.count))
+
+
+def whole(student: Student) -> int:
+    """Bytes of the model's float32 weights: before and after training all of them are on each device, to be measured."""
+    return 4 * student.facts.parameters
+
+
+def host(student: Student, choice: Choice) -> int:
+    """Bytes of the CPU's memory on the fullest node: what each process has of models, and what rests there of the optimizer.
+
+    Each has the model as it came, its converted copy and the teacher, and in the end a copy to be packed; the first one puts
+    together a checkpoint of weights and moments while it trains.
+    """
+    parameters, taught = student.facts.parameters, student.teacher if choice.teacher else None
+    own = taught is not None and (choice.teacher != 4.0 or taught.parameters != parameters)
+    each = 8 * parameters + (round(choice.teacher * taught.parameters) if own and taught else 0)
+    each += round(choice.resting * parameters)
+    gathers = choice.scheme.shards
+    checkpoint = round((4 + choice.state) * parameters) if gathers else 0
+    return choice.devices * each + max(checkpoint, 4 * parameters * choice.devices)
 
 
 def schemes(devices: int) -> list[Scheme]:

@@ -46,6 +46,7 @@ def _ordered(choice: Choice) -> Iterator[tuple[Callable[[Choice], str], Callable
     while batch > 1:
         batch //= 2
         yield _batch_words, lambda one: replace(one, batch=one.batch // 2, accumulate=one.accumulate * 2)
+    yield lambda _: "optim=adamw_offloaded", lambda one: one if one.scheme.shards else replace(one, state=0.0, resting=8.0)
 
 
 def _batch_words(choice: Choice) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.planning.devices import GIB, Device
-from qat.planning.memory import ROOM, Choice, Student, parts, schemes
+from qat.planning.memory import ROOM, Choice, Student, host, parts, schemes, whole
 from qat.planning.remedies import Remedy, remedies
 from qat.planning.speed import speed
 
@@ -49,6 +49,8 @@ def rows(student: Student, choice: Choice, device: Device, tokens: int) -> list[
         *((name, *(size(one.get(name, 0)) for one in memory)) for name in names),
         (f"in all, of {size(device.memory)}", *(size(sum(one.values())) for one in memory)),
         (f"fits in {ROOM:.0%} of it", *("yes" if sum(one.values()) <= ROOM * device.memory else "no" for one in memory)),
+        ("measured whole", *(size(whole(student)) for _ in found)),
+        ("CPU memory, a node", *(size(host(student, one)) for one in found)),
         ("sent a step", *(size(one.sent) for one in fast)),
         ("compute, travel, s", *(f"{one.compute:.2g}, {one.travel:.2g}" for one in fast)),
         ("tokens/s, all devices", *(span(*one.rates) for one in fast)),
@@ -58,12 +60,22 @@ def rows(student: Student, choice: Choice, device: Device, tokens: int) -> list[
 
 def advice(student: Student, choice: Choice, device: Device) -> list[str]:
     """How the choice fits, a line for each setting that is needed."""
-    found = remedies(student, choice, device.memory)
+    found, measured = remedies(student, choice, device.memory), _too_large(student, device)
     if not found:
-        return []
+        return measured
     lines = [f"{choice.scheme.name} does not fit {ROOM:.0%} of {size(device.memory)}; what would, one after another:"]
     lines += [f"  {one.setting}: {size(one.bytes)}" for one in found]
-    return [*lines, *([] if _fits(found[-1], device) else ["  which is still too much: take a larger device or a smaller model"])]
+    much = [] if _fits(found[-1], device) else ["  which is still too much: take a larger device or a smaller model"]
+    return [*lines, *much, *measured]
+
+
+def _too_large(student: Student, device: Device) -> list[str]:
+    """What no setting changes: a run measures stages on each device with the whole model there."""
+    size_there = whole(student)
+    if size_there <= ROOM * device.memory:
+        return []
+    words = f"the {size(size_there)} of whole float32 weights do not fit {ROOM:.0%} of {size(device.memory)}"
+    return [f"before and after training a run measures the model on each device: {words}; take a larger device"]
 
 
 def _fits(last: Remedy, device: Device) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat.config import TrainConfig
 from qat.conversion.layers import bitlinears, full_precision_bf16
-from qat.planning.choosing import choice_of, state_bytes
+from qat.planning.choosing import choice_of, resting_bytes, state_bytes
 from qat.planning.facts import facts_of, of_weights, units_of
 from qat.planning.memory import Student, parts
 from qat.planning.speed import bytes_sent
@@ -36,7 +36,7 @@ def lines(
         optimizer: its factory of parameter groups.
     """
     parameters = sum(p.numel() for p in student.parameters())
-    taught, (memory, sent) = teacher_bytes(teacher), _of_a_device(config, student, teacher, sample, state_bytes(optimizer))
+    taught, (memory, sent) = teacher_bytes(teacher), _of_a_device(config, student, teacher, sample, optimizer)
     linears, packed = linear_bytes(student, config.export.layout)
     codes, whole = sum(layer.weight.numel() for _, layer in bitlinears(student)), full_precision_bf16(base)
     return [
@@ -52,10 +52,11 @@ def lines(
 
 
 def _of_a_device(
-    config: TrainConfig, student: nn.Module, teacher: nn.Module | None, sample: Mapping[str, Any], state: float
+    config: TrainConfig, student: nn.Module, teacher: nn.Module | None, sample: Mapping[str, Any], optimizer: Any
 ) -> tuple[dict[str, int], int]:
     """Memory of the fullest device, part by part, and the bytes that it sends in a step."""
-    choice, length = choice_of(config, state), int(sample["input_ids"].shape[1])
+    choice = choice_of(config, state_bytes(optimizer), resting_bytes(optimizer))
+    length = int(sample["input_ids"].shape[1])
     facts = facts_of(student, units_of(student), sample, mixed=choice.mixed, only=choice.checkpointing)
     learned = Student(facts, None if teacher is None else of_weights(teacher, length))
     return parts(learned, choice), bytes_sent(learned, choice)

@@ -52,7 +52,7 @@ from qat.training.release.hub import check_push, publish
 from qat.training.signals import Signals, listening
 from qat.training.stages import same_outputs
 from qat.training.strategies.codes import check_gather
-from qat.training.strategies.divisible import check_divisible
+from qat.training.strategies.divisible import check_divisible, check_resting
 from qat.training.strategies.launch import started
 from qat.training.strategies.sameness import same_data, same_model, same_texts, use_threads
 from qat.training.sweeps.again import answered
@@ -144,6 +144,7 @@ def prepare(config: TrainConfig) -> Job:
     fit.check_hardware(config.trainer)
     optimizer = optimizer_factory(config)
     check_divisible(config, optimizer)
+    check_resting(optimizer, fit.device_of(config.trainer))
     check_plugins(config)
     check_best(config, asked := callbacks(config))
     graph.check_graph(config, fit.device_of(config.trainer), asked)

@@ -11,9 +11,10 @@ import pytest
 from qat import plan
 from qat.planning.devices import DEVICES, GIB, device
 from qat.planning.facts import Coded, Facts, Saved, Weights
-from qat.planning.memory import CODES, DDP, FSDP2, ONE, Choice, Student, fits, parts, schemes
+from qat.planning.memory import CODES, DDP, FSDP2, ONE, Choice, Student, fits, host, parts, schemes, whole
 from qat.planning.remedies import EIGHT_BITS, remedies
 from qat.planning.speed import bytes_sent, speed
+from qat.planning.table import advice
 
 LATENTS = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
 BLOCK = Weights(LATENTS, ((4096, 1), (4096, 1)), tuple(Coded(n, k // 4, 16) for n, k in LATENTS))
@@ -77,6 +78,27 @@ def test_sums_in_float64_take_eight_bytes_on_the_wire_and_on_the_device() -> Non
         found, before = (parts(PLAIN, replace(exact, scheme=scheme, devices=devices, exact=wide)) for wide in (True, False))
         assert found["sums of gradients"] == 2 * before["gradients"] and "sums of gradients" not in before
     assert "sums of gradients" not in parts(PLAIN, replace(exact, scheme=ONE, devices=1, accumulate=1))
+
+
+def test_moments_beside_the_device_take_a_matrix_of_it_and_the_cpus_memory() -> None:
+    one = Choice(ONE, 1, 1, batch=1)
+    away = replace(one, state=0.0, resting=8.0)
+    assert parts(PLAIN, one)["optimizer"] == 8 * SEVEN.parameters and parts(PLAIN, away)["optimizer"] == 8 * 32000 * 4096
+    assert host(PLAIN, away) - host(PLAIN, one) == 8 * SEVEN.parameters
+    assert remedies(PLAIN, one, 72 * GIB)[-1].setting == "optim=adamw_offloaded"
+
+
+def test_each_process_has_copies_in_the_cpus_memory_and_the_whole_model_is_measured() -> None:
+    count = SEVEN.parameters
+    assert whole(PLAIN) == 4 * count and host(PLAIN, Choice(ONE, 1, 1, batch=1)) == 12 * count
+    assert host(PLAIN, CHOICE) == 8 * 12 * count == host(TAUGHT, replace(CHOICE, teacher=4.0))  # which is the model as it came
+    assert host(TAUGHT, replace(CHOICE, teacher=2.0)) == 8 * (12 + 2) * count
+    two = replace(CHOICE, devices=2)
+    assert host(PLAIN, two) == (2 * 8 + 12) * count == host(PLAIN, replace(two, nodes=4))  # a checkpoint, by the first of two
+    assert advice(PLAIN, CHOICE, replace(DEVICES["h100"], memory=24 * GIB))[-1].startswith(
+        "before and after training a run measures the model on each device: the 25.1 GiB of whole float32 weights do not fit"
+    )
+    assert advice(PLAIN, CHOICE, DEVICES["h100"]) == []
 
 
 def test_shards_divide_what_lasts_and_not_what_a_batch_leaves() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 KNOWN = {
     "torch.optim": "optimizers",
     "qat.training.gradients.eight_bits": "optimizers of qat",
+    "qat.training.gradients.offloaded": "optimizers of qat",
     "lightning.pytorch.callbacks": "callbacks",
     "lightning.pytorch.loggers": "loggers",
     "qat.training.callbacks": "callbacks of qat",

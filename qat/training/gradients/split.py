@@ -26,6 +26,11 @@ class Split(Optimizer):
         self.parts = parts
         super().__init__(self._groups(), {})
 
+    @property
+    def rests(self) -> bool:
+        """Whether the latent weights' moments rest beside the device."""
+        return bool(getattr(self.parts[0], "rests", False))
+
     def _groups(self) -> Groups:
         return [group for part in self.parts for group in part.param_groups]
 

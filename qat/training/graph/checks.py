@@ -53,7 +53,7 @@ def _within_a_step(callbacks: Iterable[pl.Callback]) -> str | None:
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """ValueError unless its steps can be captured: fused, so that what they count is on the device."""
     for group in optimizer.param_groups:
-        if not group.get("fused") or "capturable" not in group:
+        if not group.get("fused") or "capturable" not in group or not getattr(optimizer, "replays", True):
             name = type(optimizer).__name__
             raise ValueError(
                 f"trainer.graph=true needs an optimizer that is fused and capturable, such as torch.optim.AdamW, not {name}"

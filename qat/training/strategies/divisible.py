@@ -1,4 +1,4 @@
-"""What a training with sharded weights cannot do, said before anything is loaded."""
+"""What a training cannot do with sharded weights, or without a GPU beside the CPU's memory, said before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from qat.config import TrainConfig, TrainerConfig
 from qat.training.gradients.split import LATENT, parts_of
 
+_KINDS = (LATENT, "matrices")
 _ROWS, _WIDTH = 64, 256
 """Of the weight that is tried: enough for optimizers that keep small weights' state in another way."""
 
@@ -34,9 +35,19 @@ def check_divisible(config: TrainConfig, optimizer: Callable[[list[dict[str, Any
         raise ValueError("trainer.compile=true cannot be used with trainer.strategy=fsdp2, which gathers block by block; use ddp")
     if trainer.precision == "16-mixed":
         raise ValueError("trainer.precision=16-mixed scales gradients, which lightning does not do with fsdp2; use bf16-mixed")
-    for kind in (LATENT, "matrices"):
+    for kind in _KINDS:
         if why := _indivisible(optimizer, kind):
             raise ValueError(f"this optimizer of {kind} weights and trainer.strategy=fsdp2: {why}; use AdamW, or ddp")
+
+
+def check_resting(optimizer: Callable[[list[dict[str, Any]]], Any], device: torch.device) -> None:
+    """Raise ValueError where moments would rest beside a device that computes in the same memory."""
+    groups = [{"name": name, "params": [nn.Parameter(torch.zeros(2, 2))], "lr": 1e-3, "weight_decay": 0.0} for name in _KINDS]
+    if device.type == "cpu" and any(getattr(part, "rests", False) for part in parts_of(optimizer(groups))):
+        raise ValueError(
+            "optim=adamw_offloaded keeps moments in the memory of the CPU, beside a GPU; this run computes on the CPU, where they"
+            " are in any case: use optim=adamw"
+        )
 
 
 def _indivisible(optimizer: Callable[[list[dict[str, Any]]], Any], kind: str) -> str | None:
