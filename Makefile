@@ -66,6 +66,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 example-report: $(READY)
+	$(BIN)/python docs/screenshot.py
 	rm -rf build/example
 	$(BIN)/python -m qat.train recipe=quickstart eval.damage=1024 run.dir=build/example
 	$(BIN)/python docs/screenshot.py build/example

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,3 +75,9 @@ def test_a_comparison_is_drawn(browser: Any, tmp_path: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator(".parcoords .axis-heading").count() >= 2 and said == []
     page.close()
+
+
+def test_the_example_without_a_browser_is_one_line(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "docs" / "screenshot.py"
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "needs chromium" in done.stderr
