@@ -99,7 +99,7 @@ def _by_hydra(command: Command, settings: list[str]) -> int:
     import hydra
 
     from qat.config.compose.command import sweep_folder
-    from qat.config.compose.composing import compose_run, job_config, job_words
+    from qat.config.compose.composing import compose_run, job_config, job_words, of_hydra
     from qat.config.compose.keys import config_folder
     from qat.config.compose.register import register
     from qat.training.sweeps.jobs import job_of, told
@@ -128,7 +128,8 @@ def _by_hydra(command: Command, settings: list[str]) -> int:
 
     sys.argv = [sys.argv[0], *search, *command.flags, *(["-m"] if command.multirun else []), *settings, *where]
     try:
-        hydra.main(config_path=str(config_folder("conf")), config_name="train", version_base="1.3")(task)()
+        with of_hydra():
+            hydra.main(config_path=str(config_folder("conf")), config_name="train", version_base="1.3")(task)()
     finally:
         worst = told(noted(folder, since)) if folder else max(codes)
     return worst

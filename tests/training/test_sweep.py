@@ -7,6 +7,7 @@ import os
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -77,6 +78,27 @@ def test_a_failed_job_of_a_search_is_named_and_ends_nothing(
     assert [one.code for one in outcomes] == [0, 0, 2, 2]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("job 3  optim.lr=1e+30 trainer.max_steps=2  ") and "failed: optim.lr=1e+30 is not allowed" in last
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"hydra/sweeper": "nosuch"}, "Could not find 'hydra/sweeper/nosuch' Available options in 'hydra/sweeper': basic"),
+        ({"hydra/launcher": "nosuch"}, "Could not find 'hydra/launcher/nosuch'"),
+        ({"hydra/sweeper": "qat_optuna", "hydra.sweeper.n_trails": 4}, "Key 'n_trails' not in 'OptunaSweeperConf'"),
+        ({"hydra/sweeper": "qat_optuna", "hydra.sweeper.params": "{optim.lr: 'intervall(1,2)'}"}, "Unknown function 'intervall'"),
+        ({"hydra/sweeper": "qat_optuna", "hydra.sweeper.direction": "down"}, "set either 'minimize' or 'maximize'"),
+        ({"hydra/sweeper": "qat_optuna", "hydra.sweeper.n_trials": 1, "optim.warmup_steps": -1}, "No trials are completed yet"),
+        ({"hydra/sweeper": "qat_optuna", "hydra.sweeper.params": "{optim.lr: 'glob(a)'}"}, "the sweep ended: "),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: dict[str, Any], said: str
+) -> None:
+    pytest.importorskip("optuna")
+    assert code(["-m", *overrides(config, tmp_path / "search", **{"hydra.sweep.dir": tmp_path / "study", **asked})]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("qat.train: ") and said in last and "HYDRA_FULL_ERROR" not in os.environ
 
 
 @pytest.mark.parametrize(("package", "launcher"), [("joblib", "qat_joblib"), ("submitit", "submitit_local")])

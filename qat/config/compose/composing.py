@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -179,6 +180,29 @@ def one_line() -> Iterator[None]:
         raise ValueError(f"{error.override!r} cannot be read: {first_lines(error)}{quoted}") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(first_lines(error)) from error
+
+
+@contextmanager
+def of_hydra() -> Iterator[None]:
+    """As `one_line`, around Hydra's own main, which would print errors in many lines and a sweeper's with a traceback.
+
+    Jobs hold their own errors back, so what comes here is of a sweeper or launcher. Who has set HYDRA_FULL_ERROR=1 gets it whole.
+    """
+    before = os.environ.get(_FULL)
+    if before == "1":
+        yield
+        return
+    os.environ[_FULL] = "1"  # Hydra then raises what it would print
+    try:
+        with one_line():
+            yield
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"the sweep ended: {first_lines(error) or type(error).__name__}") from error
+    finally:
+        os.environ.pop(_FULL) if before is None else os.environ.update({_FULL: before})
+
+
+_FULL = "HYDRA_FULL_ERROR"
 
 
 @contextmanager
