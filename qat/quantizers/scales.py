@@ -48,7 +48,8 @@ def check_group_size(k: int, group_size: int | None) -> None:
     """ValueError unless groups of that size fill a row of K weights."""
     if group_size is not None and k % group_size:
         raise ValueError(
-            f"in_features={k} is not a multiple of quant.group_size={group_size}; choose a divisor, or exclude the layer"
+            f"in_features={k} is not a multiple of quant.group_size={group_size}; choose a divisor (for some"
+            " layers: quant.overrides={PATTERN: {group_size: N}}), or exclude the layer"
         )
 
 

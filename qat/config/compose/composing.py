@@ -176,8 +176,10 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except OverrideParseException as error:
-        quoted = """; text with blanks, brackets or = goes in quotes: key="'text'\""""
-        raise ValueError(f"{error.override!r} cannot be read: {first_lines(error)}{quoted}") from error
+        quoted = (
+            """; text with blanks, brackets or = goes in quotes: key="'text'", names within {} have none: key="{a*: {b: 1}}\""""
+        )
+        raise ValueError(f"{str(error.override).removeprefix('++')!r} cannot be read: {first_lines(error)}{quoted}") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, TypeError, RecursionError, OverflowError) as error:
         raise ValueError(first_lines(error)) from error
 
