@@ -13,7 +13,7 @@ from qat.planning.memory import ROOM, Choice, Student, host, parts, schemes, who
 from qat.planning.remedies import Remedy, remedies
 from qat.planning.speed import speed
 
-WIDTH = 100
+WIDTH = 112
 """Columns that the table takes at least, also where it is piped."""
 
 
