@@ -13,7 +13,7 @@ from qat.ops import reference
 from qat.quantizers import packing
 
 # N, K, groups: whole chunks of 16 bytes, and not; one row; a group of no whole chunk
-SHAPES = [(3, 64, 1), (5, 24, 3), (70, 8, 1), (1, 40, 2), (4, 37, 1), (3, 1, 1), (6, 20, 5), (2, 12, 2)]
+SHAPES = [(40, 1040, 1), (3, 64, 1), (5, 24, 3), (70, 8, 1), (1, 40, 2), (4, 37, 1), (3, 1, 1), (6, 20, 5), (2, 12, 2)]
 
 
 def scales(n: int, groups: int, kind: str) -> torch.Tensor:
