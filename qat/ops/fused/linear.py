@@ -38,11 +38,11 @@ class Ops:
 class FusedLinear:
     """A layer's call; it serves while configuration, shape and device are those that it was made for."""
 
-    __slots__ = ("arguments", "config", "device", "forward", "k", "known", "row", "shape", "soft")
+    __slots__ = ("arguments", "config", "device", "forward", "k", "kind", "known", "row", "shape", "soft")
 
     def __init__(self, config: QuantConfig, shape: torch.Size, device: torch.device, ops: Ops | None) -> None:
         self.config, self.known, self.shape, self.device = config, dict(vars(config)), shape, device
-        self.row, self.k = config.quantizer, shape[-1]
+        self.row, self.k, self.kind = config.quantizer, shape[-1], device.type
         self.forward = self.soft = None
         if ops is not None:
             self.forward, self.arguments, self.soft = ops.forward, ops.arguments, ops.soft
@@ -81,9 +81,7 @@ class FusedLinear:
         return fits and type(bias) in _PLAIN and bias.device == self.device
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, beta: Tensor | None = None) -> Tensor:
-        dtype, kind = x.dtype, self.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else x.dtype
         if beta is not None and self.soft is not None:
             return self.soft.forward(x, weight, bias, beta, dtype, *self.soft.arguments)[0]  # type: ignore[no-any-return]
         assert self.forward is not None
