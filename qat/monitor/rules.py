@@ -85,8 +85,8 @@ class Finding:
     where: str = ""
 
 
-FEW, RISE = 5, 1.0
-"""Rows of a median; nats by which it may rise."""
+FEW, RISE, LOST = 5, 1.0, 50.0
+"""Rows of a median; nats by which it may rise; nats that no guess costs, of however many tokens."""
 EMPTY, SHRUNK, PEAK, SWINGING, DROWNED = 0.95, -0.9, 64.0, 0.25, 0.98
 """Limits: zero fraction, drift of the scale, peak of inputs over the root mean square of the others, oscillating share, share of
 one term."""
@@ -96,7 +96,12 @@ PASSES = 16.0
 
 
 def divergence(h: History) -> Iterator[Finding]:
-    """The cross-entropy has risen far above what it had been."""
+    """The cross-entropy has risen far above what it had been, or above that of any guess."""
+    latest = [row["train/ce"] for row in h.having("train/ce")[-FEW:]]
+    if len(latest) == FEW and (now := float(np.median(latest))) > LOST:
+        text = f"cross-entropy is {now:.0f}, far above any guess: training diverges, most likely as the learning rate is too high"
+        yield Finding(text, h.facts.slower)
+        return
     ce = h.settled("train/ce")
     if len(ce) < 2 * FEW:
         return

@@ -46,6 +46,7 @@ def test_codes_that_are_held_are_not_frozen() -> None:
     ("kind", "bad", "good", "where", "key"),
     [
         ("divergence", series("train/ce", RISING), series("train/ce", RISING[:64]), "", "optim.lr=0.0003"),
+        ("divergence", series("train/ce", [60.0] * 5), series("train/ce", [40.0] * 5), "", "optim.lr=0.0003"),
         ("zero_collapse", [look(50, zero_fraction=0.99)], [look(50, zero_fraction=0.9)], "q", "optim.weight_decay=0"),
         (
             "codes_frozen",
