@@ -74,7 +74,11 @@ def perplexity_figure(run: Run) -> Figure | None:
             data.append({**line(f"{key.replace('_', ' ')}, evaluation text", ends, colour, line=style), "mode": "lines"})
     values = [value for one in data for value in one["y"] if math.isfinite(value)]
     scale = "log" if values and max(values) > 20 * min(values) > 0 else "linear"
-    layout = {"yaxis": {**_values(scale), **_room(values)}, "xaxis": {"title": {"text": "step"}}, **marks(run)}
+    layout = {
+        "yaxis": {**_values(scale), **(_room(values) if scale == "linear" else {})},
+        "xaxis": {"title": {"text": "step"}},
+        **marks(run),
+    }
     return Figure("Perplexity", data, layout, height=300)
 
 
