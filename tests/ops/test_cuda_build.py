@@ -197,7 +197,7 @@ def test_each_source_is_in_the_key_of_its_library(csrc):
 
 def test_only_the_bindings_know_torch(csrc):
     knowing = {file.name for file in csrc.rglob("*") if file.is_file() and "torch/" in file.read_text()}
-    assert knowing == {"ops_cpu.h", "ops_cuda.h", "ops_gradients.h"}
+    assert knowing == {"ops_autograd.cpp", "ops_cpu.h", "ops_cuda.h", "ops_gradients.h"}
 
 
 def test_enumerators_are_those_of_the_kernels():
