@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import Command
 from labelled import ROWS, write_bert, write_table
 from several import tiny
 from tiny import write_model
 
 from qat.config import DataConfig, DistillConfig, TrainConfig
+from qat.parallel.group import free_port
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +36,28 @@ def bert(tmp_path: Path) -> TrainConfig:
         train=str(tmp_path / "train.tsv"), valid=str(tmp_path / "dev.tsv"), sequence_length=16, batch_size=4, bucket=0
     )
     return replace(config, task="classification", distill=DistillConfig(ce=1.0, kl=0.0))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """Starts `qat.train` with arguments, plain or by torchrun."""
+    started: list[Command] = []
+
+    def begin(*arguments: str, torchrun: bool = False) -> Command:
+        run = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", f"{free_port()}", "-m"] if torchrun else []
+        started.append(Command([sys.executable, "-m", *run, "qat.train", *arguments], tmp_path))
+        return started[-1]
+
+    yield begin
+    for command in started:
+        command.close()
+
+
+@pytest.fixture
+def settings(still: Path, text_file: Path) -> list[str]:
+    values = {
+        "recipe": "plain", "model.path": still, "data.train": text_file, "data.sequence_length": 32, "data.batch_size": 4,
+        "data.valid_fraction": 0.1, "optim.lr": 5e-3, "trainer.max_steps": 6, "trainer.log_every_n_steps": 1,
+        "trainer.threads": 1, "trainer.accelerator": "cpu", "export.formats": "[hf]", "trainer.val_every": 3,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in values.items()]
