@@ -30,6 +30,8 @@ def resolve(path: str) -> str:
     if path.startswith("package://"):
         return _in_package(path)
     found = local(path)
+    if (found / "packed").is_dir() and not (found / "config.json").exists():
+        raise ValueError(f"{path} is a run, not a model; it made {found / 'packed'}, and config.yaml says of what")
     if found.exists():
         return str(found)
     if path.startswith((".", "/", "~")) or found.suffix in (".gguf", ".npz"):

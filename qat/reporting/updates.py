@@ -97,8 +97,8 @@ def warning(config: TrainConfig) -> str | None:
     updates = config.trainer.max_steps
     if updates >= FEW:
         return None
-    sequences = updates * sequences_per_update(config)
-    batch, more = sized(sequences)
+    devices = config.trainer.devices * config.trainer.num_nodes
+    batch, more = sized(updates * sequences_per_update(config) // devices)  # each device has a batch of its own
     keys = f"data.batch_size={batch} trainer.max_steps={more}" + (
         " trainer.accumulate_grad_batches=1" if config.trainer.accumulate_grad_batches > 1 else ""
     )

@@ -15,11 +15,12 @@ from shlex import quote
 
 from qat import parallel
 from qat.config import TrainConfig
-from qat.config.compose.resume import record
+from qat.config.compose.resume import Changes, record
 from qat.config.compose.saved import save_config
 from qat.reporting.origin import note_start
 from qat.reporting.page.reading import LOCK
 from qat.storage.names import sweep_folder
+from qat.terminal.lines import say
 from qat.training.checkpoints import newest
 
 try:
@@ -50,13 +51,20 @@ def _held(config: TrainConfig) -> Iterator[Path]:
     with locked(folder):
         if config.resume:
             found = newest(folder / "checkpoints")
-            record(config, found.step if found else 0)
-            note_start(folder, found.step if found else 0)
+            step = found.step if found else 0
+            say(_going_on(folder, step, record(config, step)))
+            note_start(folder, step)
         else:
             _check_unused(folder)
             _write_config(config, folder)
             note_start(folder, 0)
         yield folder
+
+
+def _going_on(folder: Path, step: int, changes: Changes) -> str:
+    """`runs/a goes on after step 12; changed: optim.lr 0.001 -> 0.002`."""
+    said = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
+    return f"{folder} goes on after step {step}" + (f"; changed: {said}" if said else "")
 
 
 def check_target(config: TrainConfig) -> None:

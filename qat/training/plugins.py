@@ -197,7 +197,7 @@ def _check_watched(callback: Callback, beside: list[Callback]) -> None:
     if section not in SECTIONS and any(_may_log(one, monitor) for one in beside):
         return
     what = "callbacks do not see" if monitor in METRICS else "is no metric"
-    near = get_close_matches(monitor, [*there, *(f"{sees}/{one}" for one in LOSSES)], 3, 0.7)
+    near = get_close_matches(monitor, dict.fromkeys([*there, *(f"{sees}/{one}" for one in LOSSES)]), 3, 0.7)
     also = f"; near it are {', '.join(near)}" if near else ""
     said = f"callbacks: {type(callback).__name__} watches {monitor}, which {what}"
     raise ValueError(f"{said}; choose one of {', '.join(there)}, or a loss{also}")

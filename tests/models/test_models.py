@@ -68,6 +68,12 @@ def test_smollm2_is_installed_without_its_dependencies(monkeypatch: pytest.Monke
         resolve(GLASS)
 
 
+def test_a_run_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "run/packed").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run is a run, not a model; it made .*run/packed"):
+        resolve(str(tmp_path / "run"))
+
+
 def test_a_hub_id_stays_and_a_package_is_not_imported(folder: Path) -> None:
     assert resolve("org/name") == "org/name" and resolve(str(folder)) == str(folder)
     file = resolve("package://torch/__init__.py")

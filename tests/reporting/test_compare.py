@@ -88,6 +88,19 @@ def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:
         expanded([tmp_path / "sweep"]) == folders and expanded([tmp_path]) == folders and expanded([folders[0]]) == [folders[0]]
     )
     assert labels([read_run(one) for one in folders]) == ["0", "1", "2", "10"]
+    (folders[0] / "wandb/run/files").mkdir(parents=True)
+    (folders[0] / "wandb/run/files/config.yaml").write_text("a tracker's own: {}")
+    deep = write_run(tmp_path / "plain/2026/11/28")
+    assert expanded([tmp_path]) == [deep, *folders]
+
+
+def test_runs_measured_on_other_texts_are_no_order(tmp_path: Path) -> None:
+    other = {**RESULT, "perplexity": {**RESULT["perplexity"], "text": "other.txt", "tokens": 2000}}
+    runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b")), read_run(write_run(tmp_path / "c", other))]
+    texts = "valid.txt, 1,000 tokens at context 64; other.txt, 2,000 tokens at context 64"
+    said = f"Not measured alike, so that gaps are no order: {texts}"
+    assert said in words(comparison(runs)) and said in str(terminal_table(runs).caption)
+    assert "measured alike" not in words(comparison(runs[:2])) + str(terminal_table(runs[:2]).caption)
 
 
 def test_two_are_needed(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_the_warning_names_keys_that_make_more_of_the_same_tokens() -> None:
     assert said is not None and said.endswith("makes 320 of the same tokens, and more tokens make more")
 
 
+def test_each_device_has_a_batch_of_its_own() -> None:
+    config = of(8, 1)
+    config.trainer.devices = 2
+    assert "as many as these tokens allow" in str(updates.warning(config))
+    config.data.batch_size, config.trainer.num_nodes = 4, 3  # 192 sequences, six at a time
+    assert "data.batch_size=1 trainer.max_steps=32 makes 32 of the same tokens" in str(updates.warning(config))
+
+
 def test_at_a_batch_of_one_it_asks_for_more_tokens() -> None:
     said = updates.warning(of(300, 1))
     assert said is not None and "as many as these tokens allow; trainer.max_steps=1000 or more" in said

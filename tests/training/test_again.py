@@ -26,6 +26,7 @@ def test_the_same_line_starts_continues_and_ends(config: TrainConfig, tmp_path: 
     step = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     fewer = [one.replace("max_steps=5000", f"max_steps={step + 4}") for one in arguments]
     main(fewer)
+    assert f"{folder} goes on after step {step}; changed: trainer.max_steps 5000 -> {step + 4}\n" in capsys.readouterr().out
     result = read_result(folder)
     assert 0 < step < 5000 and sorted(losses(folder)) == list(range(1, step + 5)) and result and result.status == "done"
     before = (folder / "result.json").read_bytes()

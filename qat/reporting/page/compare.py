@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qat.reporting.page.parts import SERIES, Block, Cell, Figure, Section, Table
 from qat.reporting.page.reading import Run, read_run
 from qat.reporting.page.render import page
 from qat.reporting.page.verdict import Number, Verdict, gap, size_factor, tone_of
+from qat.reporting.result import Perplexity
 from qat.storage import write_text
 
 MOST_KEYS = 8
@@ -43,9 +45,16 @@ def expanded(folders: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         one_run = (folder / "config.yaml").exists()
-        inside = [] if one_run else [one.parent for depth in ("*", "*/*") for one in folder.glob(f"{depth}/config.yaml")]
-        found += sorted(inside, key=_natural) or [folder]
+        found += [folder] if one_run else sorted(_inside(folder), key=_natural) or [folder]
     return found
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """The runs in a folder, however deep; not what lies within a run, as a tracker's own config.yaml."""
+    for here, below, files in os.walk(folder):
+        if "config.yaml" in files:
+            yield Path(here)
+        below[:] = [] if "config.yaml" in files else [name for name in below if not name.startswith(".")]
 
 
 def _natural(folder: Path) -> list[tuple[int, str]]:
@@ -104,9 +113,20 @@ def _order(runs: Sequence[Run]) -> list[int]:
     return sorted(range(len(runs)), key=lambda i: math.inf if (lost := gap(runs[i])) is None or math.isnan(lost) else lost)
 
 
+def _measured_on(runs: Sequence[Run]) -> str:
+    """What is to be said where runs were not measured on one and the same text; "" where they were."""
+    found = [run.result.measured for run in runs if gap(run) is not None]
+    places = dict.fromkeys(
+        f"{one.text}, {one.tokens:,} tokens at context {one.context}" for one in found if isinstance(one, Perplexity)
+    )
+    return "" if len(places) < 2 else f"Not measured alike, so that gaps are no order: {'; '.join(places)}."
+
+
 def terminal_table(runs: Sequence[Run]) -> TerminalTable:
     """What a person reads: the best run first."""
-    table = TerminalTable(Column("run", overflow="fold", min_width=12), box=SIMPLE, caption=f"gap: {WHAT}")
+    table = TerminalTable(
+        Column("run", overflow="fold", min_width=12), box=SIMPLE, caption=f"gap: {WHAT}. {_measured_on(runs)}".rstrip(". ")
+    )
     for name in HEAD:
         table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
     names = labels(runs)
@@ -142,11 +162,12 @@ def _facts(runs: Sequence[Run]) -> list[str]:
 def _said(runs: Sequence[Run], names: Sequence[str], best: int | None) -> Verdict:
     without = sum(gap(run) is None for run in runs)
     more = f" {without} of {len(runs)} runs have no result to compare." if without else ""
+    more += f" {other}" if (other := _measured_on(runs)) else ""
     if best is None:
         return Verdict("No run has a result to compare yet.", "quiet")
     return Verdict(
         f"Run {names[best]} comes closest to full precision, {WHAT} = {gap(runs[best]):.3f}.{more}",
-        "warn" if without and tone_of(runs[best]) == "good" else tone_of(runs[best]),
+        "warn" if (without or other) and tone_of(runs[best]) == "good" else tone_of(runs[best]),
     )
 
 
