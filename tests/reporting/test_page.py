@@ -345,8 +345,7 @@ def test_what_is_wrong_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    write_run(tmp_path / "empty" / "deep" / "er" / "run")
+    (tmp_path / "empty" / "deep").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     write_run(tmp_path / "run") if "run" in arguments else None
     assert verb.main(arguments) == 2
