@@ -35,6 +35,7 @@ _LLAMA = {
 """Size -> hidden size, width of the MLP, layers, heads, key and value heads, vocabulary: Llama's of 2, 3 and 3.2."""
 _TIED = ("1b", "3b")
 _SIZE = re.compile(r"\d+(\.\d+)?[kmbtx]", re.IGNORECASE)
+"""What is meant as a size, in the table or not: no name that a model has."""
 
 
 def size_named(name: str) -> Any:

@@ -97,8 +97,7 @@ def warning(config: TrainConfig) -> str | None:
     updates = config.trainer.max_steps
     if updates >= FEW:
         return None
-    devices = config.trainer.devices * config.trainer.num_nodes
-    batch, more = sized(updates * sequences_per_update(config) // devices)  # each device has a batch of its own
+    batch, more = sized(updates * config.trainer.accumulate_grad_batches * config.data.batch_size)  # of one device
     keys = f"data.batch_size={batch} trainer.max_steps={more}" + (
         " trainer.accumulate_grad_batches=1" if config.trainer.accumulate_grad_batches > 1 else ""
     )
