@@ -22,8 +22,8 @@ def places(tmp_path: Path) -> dict[str, str]:
     """A folder with the texts that rows name, which a configuration's check wants to be there."""
     for keys in STUDY.models.values():
         for key in ("data.train", "data.valid"):
-            if "{shared}" in str(keys.get(key, "")):
-                file = Path(keys[key].format(shared=tmp_path))
+            if "{" in str(keys.get(key, "")):
+                file = Path(keys[key].format(shared=tmp_path, out=tmp_path))
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text("text")
     return {"shared": str(tmp_path), "out": str(tmp_path)}
