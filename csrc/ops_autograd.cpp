@@ -1,9 +1,9 @@
-// The training linear's node in the autograd graph, on the CPU and on a GPU: forward and backward are the ops of
-// ops_*_training.cpp, so that a layer's pass crosses into Python once. `qat::X_fused_linear` takes what its backward needs as its
-// last argument.
+// The training linear as one op, and its node in the autograd graph, on the CPU and on a GPU: `qat::X_fused_linear` calls the ops of
+// ops_*_training.cpp, forward and backward, so that a layer's pass crosses into Python once and takes no more than y along.
 //
 // The one file that needs torch's own headers: its stable ABI has no autograd. It is compiled beside the CPU's kernels.
 #undef TORCH_TARGET_VERSION
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -24,99 +24,152 @@ struct Once : torch::autograd::Function<Once> {
   }
 };
 
-// `gradients` of the op that `backward` names, for the inputs x, w and bias; each where it is needed.
-variable_list gradients(const c10::OperatorHandle& backward, Stack& stack) {
-  const bool again = at::GradMode::is_enabled() && stack[0].toTensor().requires_grad();
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    backward.callBoxed(stack);
-  }
-  variable_list found;
-  for (const auto& one : stack) {
-    Tensor gradient = one.isNone() ? Tensor() : one.toTensor();
-    found.push_back(again && gradient.defined() ? Once::apply(gradient.requires_grad_()) : gradient);
-  }
-  return found;
+void below(const c10::OperatorHandle& op, Stack& stack) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  op.callBoxed(stack);
 }
 
-c10::IValue dtype_where(bool needed, const c10::IValue& dtype) { return needed ? dtype : c10::IValue(); }
+// `gradients` of the op that `backward` names, for the inputs x, w and bias; each where it is needed.
+void gradients(const c10::OperatorHandle& backward, Stack& stack, variable_list& found) {
+  const bool again = at::GradMode::is_enabled() && stack[0].toTensor().requires_grad();
+  below(backward, stack);
+  for (auto& one : stack) {
+    Tensor gradient = one.isNone() ? Tensor() : std::move(one).toTensor();
+    found.push_back(again && gradient.defined() ? Once::apply(gradient.requires_grad_()) : std::move(gradient));
+  }
+}
 
-// Ops::forward(x, w, bias, *arguments) gives y and four tensors that Ops::backward takes after the gradient of y.
+template <class Ops>
+const c10::OperatorHandle& forward_of() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Ops::kForward, "");
+  return op;
+}
+
+// Ops::kForward(x, w, bias, ...) gives y and what Ops::kBackward takes after the gradient of y; `rest` is what it takes then, and
+// at last which gradients are needed.
 template <class Ops>
 struct Linear : torch::autograd::Function<Linear<Ops>> {
-  static Tensor forward(AutogradContext* context, const c10::OperatorHandle& op, Stack* stack, const Tensor& x, const Tensor& w,
+  static Tensor forward(AutogradContext* context, Stack* stack, std::vector<c10::IValue>* rest, const Tensor& x, const Tensor& w,
                         const std::optional<Tensor>& bias) {
-    auto& data = context->saved_data;
-    data["x"] = static_cast<int64_t>(x.scalar_type());
-    if (bias) data["bias"] = static_cast<int64_t>(bias->scalar_type());
-    if (Ops::kHard) data["bf16"] = stack->back();
-    const at::AutoDispatchBelowADInplaceOrView below;
-    op.callBoxed(stack);
+    rest->emplace_back(static_cast<int64_t>(x.scalar_type()));
+    rest->push_back(bias ? c10::IValue(static_cast<int64_t>(bias->scalar_type())) : c10::IValue());
+    context->saved_data["rest"] = c10::ivalue::Tuple::create(std::move(*rest));
+    below(forward_of<Ops>(), *stack);
     variable_list kept;
-    for (size_t i = stack->size() - 4; i < stack->size(); ++i) kept.push_back((*stack)[i].toTensor());
+    kept.reserve(stack->size() - 1);
+    for (size_t i = 1; i < stack->size(); ++i) kept.push_back(std::move((*stack)[i]).toTensor());
     context->save_for_backward(std::move(kept));
     context->set_materialize_grads(false);
-    return (*stack)[stack->size() - 5].toTensor();
+    return std::move((*stack)[0]).toTensor();
   }
 
-  // None for the op and the stack, which are no tensors, and then of x, w and bias.
+  // None for the stack and the rest, which are no tensors, and then of x, w and bias.
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(Ops::kBackward, "");
     if (!grads[0].defined()) return variable_list(5);
-    auto& data = context->saved_data;
-    const bool biased = data.count("bias");
-    Stack stack{grads[0]};
+    const auto tuple = context->saved_data["rest"].toTuple();
+    const auto& rest = tuple->elements();
+    const size_t count = rest.size() - 2;
+    Stack stack;
+    stack.reserve(12);
+    stack.emplace_back(grads[0]);
     for (auto& one : context->get_saved_variables()) stack.emplace_back(std::move(one));
-    if (Ops::kHard) {
-      const int64_t k = stack[1].toTensor().size(-1);
-      stack.emplace_back(k);
-      stack.emplace_back(data["bf16"]);
-    }
-    stack.emplace_back(dtype_where(context->needs_input_grad(0), data["x"]));
+    for (size_t i = 0; i < count; ++i) stack.push_back(rest[i]);
+    const bool biased = !rest[count + 1].isNone();
+    stack.push_back(context->needs_input_grad(0) ? rest[count] : c10::IValue());
     stack.emplace_back(context->needs_input_grad(1));
-    stack.emplace_back(biased ? dtype_where(context->needs_input_grad(2), data["bias"]) : c10::IValue());
+    stack.push_back(biased && context->needs_input_grad(2) ? rest[count + 1] : c10::IValue());
     variable_list found(2);
-    for (auto& one : gradients(op, stack)) found.push_back(std::move(one));
+    found.reserve(5);
+    gradients(op, stack, found);
     return found;
   }
 };
 
-bool needs_gradient(const c10::IValue& value) { return value.isTensor() && value.toTensor().requires_grad(); }
-
-template <class Ops>
-void call(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
-  const auto* arguments = stack->data() + stack->size() - op.schema().arguments().size();
-  if (!at::GradMode::is_enabled() ||
-      !(needs_gradient(arguments[0]) || needs_gradient(arguments[1]) || needs_gradient(arguments[2]))) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    op.callBoxed(stack);
-    return;
-  }
-  const Tensor x = arguments[0].toTensor(), w = arguments[1].toTensor();
-  const std::optional<Tensor> bias = arguments[2].toOptional<Tensor>();
-  Tensor y = Linear<Ops>::apply(op, stack, x, w, bias);
-  (*stack)[stack->size() - 5] = std::move(y);
+// Whether the ops take these; `qat.ops` knows what to do with others, and what to say of them.
+bool served(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  const auto type = x.scalar_type();
+  return (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf) && x.device() == w.device() && x.dim() > 0 &&
+         x.size(-1) == w.size(1) && x.numel() > 0 && w.scalar_type() == at::kFloat && w.is_contiguous() &&
+         (!bias || (bias->is_floating_point() && bias->dim() == 1 && bias->size(0) == w.size(0) && bias->device() == w.device()));
 }
 
+// y of (x, w, bias, ...) in autocast's dtype or else that of x; None where that is not served.
+template <class Ops>
+void call(const c10::OperatorHandle& op, Stack* stack) {
+  const auto first = stack->end() - static_cast<int64_t>(op.schema().arguments().size());
+  Stack inputs(std::make_move_iterator(first), std::make_move_iterator(stack->end()));
+  stack->erase(first, stack->end());
+  const Tensor x = inputs[0].toTensor(), w = inputs[1].toTensor();
+  const std::optional<Tensor> bias = inputs[2].toOptional<Tensor>();
+  if (!served(x, w, bias) || !Ops::takes(inputs)) {
+    stack->emplace_back();
+    return;
+  }
+  std::vector<c10::IValue> rest = Ops::rest(inputs, w);
+  const auto device = x.device().type();
+  const bool cast = at::autocast::is_autocast_enabled(device);
+  inputs.emplace_back(static_cast<int64_t>(cast ? at::autocast::get_autocast_dtype(device) : x.scalar_type()));
+  if (at::GradMode::is_enabled() && (x.requires_grad() || w.requires_grad() || (bias && bias->requires_grad()))) {
+    stack->emplace_back(Linear<Ops>::apply(&inputs, &rest, x, w, bias));
+    return;
+  }
+  below(forward_of<Ops>(), inputs);
+  stack->push_back(std::move(inputs[0]));
+}
+
+c10::IValue popped(Stack& inputs) {
+  c10::IValue last = std::move(inputs.back());
+  inputs.pop_back();
+  return last;
+}
+
+// `rest` takes what the backward pass alone reads from the inputs.
 struct Cpu {
-  static constexpr bool kHard = true;
+  static constexpr const char* kForward = "qat::cpu_fused_forward";
   static constexpr const char* kBackward = "qat::cpu_fused_gradients";
+  static bool takes(const Stack&) { return true; }
+  static std::vector<c10::IValue> rest(Stack& inputs, const Tensor&) { return {popped(inputs)}; }
 };
 struct CpuSoft {
-  static constexpr bool kHard = false;
+  static constexpr const char* kForward = "qat::cpu_fused_soft_forward";
   static constexpr const char* kBackward = "qat::cpu_fused_soft_gradients";
+  static bool takes(const Stack& inputs) {
+    const Tensor& beta = inputs[3].toTensor();
+    return beta.is_cpu() && beta.scalar_type() == at::kFloat;
+  }
+  static std::vector<c10::IValue> rest(Stack&, const Tensor&) { return {}; }
 };
 struct Cuda {
-  static constexpr bool kHard = true;
+  static constexpr const char* kForward = "qat::cuda_fused_forward";
   static constexpr const char* kBackward = "qat::cuda_fused_gradients";
+  static bool takes(const Stack&) { return true; }
+  static std::vector<c10::IValue> rest(Stack& inputs, const Tensor& w) {
+    const c10::IValue bf16 = popped(inputs);
+    return {w.size(1), inputs[3], inputs[5], bf16};  // K, the granularity and the number of groups
+  }
 };
+
+template <class Ops>
+torch::CppFunction boxed() {
+  return torch::CppFunction::makeFromBoxedFunction<&call<Ops>>();
+}
 
 }  // namespace
 }  // namespace qat::autograd
 
-TORCH_LIBRARY_IMPL(qat, Autograd, m) {
+TORCH_LIBRARY_FRAGMENT(qat, m) {
   using namespace qat::autograd;
-  m.impl("cpu_fused_linear", torch::CppFunction::makeFromBoxedFunction<&call<Cpu>>());
-  m.impl("cpu_fused_soft", torch::CppFunction::makeFromBoxedFunction<&call<CpuSoft>>());
-  m.impl("cuda_fused_linear", torch::CppFunction::makeFromBoxedFunction<&call<Cuda>>());
+  m.def(
+      "cpu_fused_linear(Tensor x, Tensor w, Tensor? bias, int rows, int groups, bool binary, float multiplier, float least,"
+      " float most, int rounds_to, bool per_tensor, float eps, bool bf16) -> Tensor?",
+      boxed<Cpu>());
+  m.def(
+      "cpu_fused_soft(Tensor x, Tensor w, Tensor? bias, Tensor beta, int rows, int groups, bool binary, float multiplier,"
+      " float least, float most, int rounds_to, float eps) -> Tensor?",
+      boxed<CpuSoft>());
+  m.def(
+      "cuda_fused_linear(Tensor x, Tensor w, Tensor? bias, int granularity, int reduce, int groups, bool binary, int scale_dtype,"
+      " bool per_tensor, float eps, bool bf16) -> Tensor?",
+      boxed<Cuda>());
 }

@@ -70,12 +70,12 @@ Tensor by_panels(const Tensor& scale, int64_t n, int64_t groups) {
 }
 
 // (y in `dtype`, to which x is cast first; and for the backward pass: codes of x and their scales, of w in 2 bits, and its
-// scales). The last argument is read by ops_autograd.cpp alone.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_linear(const Tensor& x_any, const Tensor& w,
-                                                                    const std::optional<Tensor>& bias_any, ScalarType dtype,
-                                                                    int64_t r, int64_t groups, bool binary, double multiplier,
-                                                                    double least, double most, int64_t rounds_to,
-                                                                    bool per_tensor, double eps, bool /*bf16*/) {
+// scales).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_forward(const Tensor& x_any, const Tensor& w,
+                                                                     const std::optional<Tensor>& bias_any, int64_t r,
+                                                                     int64_t groups, bool binary, double multiplier, double least,
+                                                                     double most, int64_t rounds_to, bool per_tensor, double eps,
+                                                                     ScalarType dtype) {
   const Tensor x = x_any.scalar_type() == dtype ? x_any : torch::stable::to(x_any, dtype);
   std::optional<Tensor> bias = bias_any;
   if (bias && bias->scalar_type() != ScalarType::Float) bias = torch::stable::to(*bias, ScalarType::Float);
@@ -110,11 +110,11 @@ std::tuple<Tensor, Tensor> levels_of(const Tensor& w, const Quantizer& q) {
 }
 
 // While the weight is soft, as `qat.ops.soft.cpu` has it: (y; codes of x, their scales; the soft weight, its slope).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_soft(const Tensor& x_any, const Tensor& w,
-                                                                  const std::optional<Tensor>& bias, const Tensor& beta,
-                                                                  ScalarType dtype, int64_t r, int64_t groups, bool binary,
-                                                                  double multiplier, double least, double most,
-                                                                  int64_t rounds_to, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_soft_forward(const Tensor& x_any, const Tensor& w,
+                                                                          const std::optional<Tensor>& bias, const Tensor& beta,
+                                                                          int64_t r, int64_t groups, bool binary,
+                                                                          double multiplier, double least, double most,
+                                                                          int64_t rounds_to, double eps, ScalarType dtype) {
   const auto f = [](double value) { return static_cast<float>(value); };
   const Quantizer q = {r, groups, binary, f(multiplier), f(eps), f(least), f(most), rounds_to};
   check(w, q);
@@ -136,20 +136,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_fused_soft(const Tensor& 
   return {y, x_q, torch::stable::view(scale, sizes), weight, torch::stable::view(slope, {n, k})};
 }
 
+// What the forward pass kept of x, as ops_gradients.h asks for it.
+class Inputs {
+ public:
+  Inputs(const Tensor& codes, const Tensor& scale)
+      : codes_(codes), scale_(scale), k_(codes.size(codes.dim() - 1)), m_(codes.numel() / k_), scales_(floats(scale, m_, "x_scale")) {
+    STD_TORCH_CHECK(codes.is_contiguous() && codes.scalar_type() == ScalarType::Char, "x_q must be contiguous int8");
+  }
+  Tensor input(ScalarType dtype) const {
+    return floats_of(static_cast<const int8_t*>(codes_.const_data_ptr()), m_, k_, scales_, 1, dtype);
+  }
+  const Tensor& x_codes() const { return codes_; }
+  const Tensor& x_scale() const { return scale_; }
+  int64_t width() const { return k_; }
+
+ private:
+  const Tensor &codes_, &scale_;
+  int64_t k_, m_;
+  const float* scales_;
+};
+
+// And of both.
+class Operands : public Inputs {
+ public:
+  Operands(const Tensor& codes, const Tensor& x_scale, const Tensor& bits, const Tensor& scale)
+      : Inputs(codes, x_scale), bits_(bits), scale_(scale) {}
+  Tensor weight(bool scaled, ScalarType dtype) const {
+    const Tensor by = scaled ? scale_ : torch::stable::full({1, 1}, 1.0, ScalarType::Float);
+    return cpu_dequantize_bits(bits_, width(), by, kind_of(dtype));
+  }
+  const Tensor& scale() const { return scale_; }
+
+ private:
+  const Tensor &bits_, &scale_;
+};
+
 // `qat.ops.soft.gradients`: _as_it_comes, and the slope.
 gradients::Gradients cpu_fused_soft_gradients(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& weight,
                                               const Tensor& slope, std::optional<ScalarType> of_x, bool of_w,
                                               std::optional<ScalarType> of_bias) {
-  const int64_t k = x_q.size(x_q.dim() - 1), m = x_q.numel() / k;
-  STD_TORCH_CHECK(x_q.is_contiguous() && x_q.scalar_type() == ScalarType::Char, "x_q must be contiguous int8");
-  const float* scales = floats(x_scale, m, "x_scale");
-  const auto x_values = [&](ScalarType dtype) {
-    return floats_of(static_cast<const int8_t*>(x_q.const_data_ptr()), m, k, scales, 1, dtype);
-  };
+  const Inputs kept(x_q, x_scale);
   std::optional<Tensor> x, w, bias;
   if (of_x) x = gradients::in(torch::stable::matmul(grad, gradients::in(weight, grad.scalar_type())), *of_x);
   if (of_w) {
-    const Tensor through = gradients::in(gradients::of_weight(grad, x_q, x_scale, false, x_values), slope.scalar_type());
+    const Tensor through = gradients::in(gradients::of_weight(grad, kept, false), slope.scalar_type());
     w = gradients::in(gradients::times(through, slope), ScalarType::Float);
   }
   if (of_bias) bias = gradients::in(gradients::of_bias(grad), *of_bias);
@@ -158,42 +188,32 @@ gradients::Gradients cpu_fused_soft_gradients(const Tensor& grad, const Tensor& 
 
 // Gradients of x, w and the bias, each in the dtype of what it is of, where it is needed; else nothing.
 gradients::Gradients cpu_fused_gradients(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& bits,
-                                         const Tensor& scale, int64_t k, bool bf16, std::optional<ScalarType> of_x, bool of_w,
+                                         const Tensor& scale, bool bf16, std::optional<ScalarType> of_x, bool of_w,
                                          std::optional<ScalarType> of_bias) {
-  STD_TORCH_CHECK(x_q.is_contiguous() && x_q.scalar_type() == ScalarType::Char && x_q.size(x_q.dim() - 1) == k,
-                  "x_q must be contiguous int8 [..., ", k, "]");
-  const int64_t m = x_q.numel() / k;
-  const auto* codes = static_cast<const int8_t*>(x_q.const_data_ptr());
-  const float* scales = floats(x_scale, m, "x_scale");
-  const auto values = [&](const Tensor* by, ScalarType dtype) {
-    return cpu_dequantize_bits(bits, k, by ? *by : torch::stable::full({1, 1}, 1.0, ScalarType::Float), kind_of(dtype));
-  };
-  const auto x_values = [&](ScalarType dtype) { return floats_of(codes, m, k, scales, 1, dtype); };
-  return gradients::all(grad, x_q, x_scale, scale, bf16, of_x, of_w, of_bias, values, x_values);
+  return gradients::all(grad, Operands(x_q, x_scale, bits, scale), bf16, of_x, of_w, of_bias);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
-      "cpu_fused_linear(Tensor x, Tensor w, Tensor? bias, ScalarType dtype, int rows, int groups, bool binary, float multiplier,"
-      " float least, float most, int rounds_to, bool per_tensor, float eps, bool bf16)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "cpu_fused_forward(Tensor x, Tensor w, Tensor? bias, int rows, int groups, bool binary, float multiplier, float least,"
+      " float most, int rounds_to, bool per_tensor, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cpu_fused_gradients(Tensor grad, Tensor x_q, Tensor x_scale, Tensor bits, Tensor w_scale, int k, bool bf16,"
+      "cpu_fused_gradients(Tensor grad, Tensor x_q, Tensor x_scale, Tensor bits, Tensor w_scale, bool bf16,"
       " ScalarType? of_x, bool of_w, ScalarType? of_bias) -> (Tensor?, Tensor?, Tensor?)");
   m.def(
-      "cpu_fused_soft(Tensor x, Tensor w, Tensor? bias, Tensor beta, ScalarType dtype, int rows, int groups, bool binary,"
-      " float multiplier, float least, float most, int rounds_to, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "cpu_fused_soft_forward(Tensor x, Tensor w, Tensor? bias, Tensor beta, int rows, int groups, bool binary, float multiplier,"
+      " float least, float most, int rounds_to, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpu_fused_soft_gradients(Tensor grad, Tensor x_q, Tensor x_scale, Tensor weight, Tensor slope, ScalarType? of_x,"
       " bool of_w, ScalarType? of_bias) -> (Tensor?, Tensor?, Tensor?)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
-  m.impl("cpu_fused_linear", TORCH_BOX(&cpu_fused_linear));
+  m.impl("cpu_fused_forward", TORCH_BOX(&cpu_fused_forward));
   m.impl("cpu_fused_gradients", TORCH_BOX(&cpu_fused_gradients));
-  m.impl("cpu_fused_soft", TORCH_BOX(&cpu_fused_soft));
+  m.impl("cpu_fused_soft_forward", TORCH_BOX(&cpu_fused_soft_forward));
   m.impl("cpu_fused_soft_gradients", TORCH_BOX(&cpu_fused_soft_gradients));
 }
 

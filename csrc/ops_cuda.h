@@ -10,6 +10,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -62,6 +65,53 @@ inline const char* message(int error) { return cudaGetErrorString(static_cast<cu
 
 namespace qat::cuda::binding {
 
+// A shape, without memory of the heap.
+struct Sizes {
+  Sizes(std::initializer_list<int64_t> sizes) : dim(static_cast<int64_t>(sizes.size())) {
+    std::copy(sizes.begin(), sizes.end(), values.begin());
+  }
+  explicit Sizes(int64_t n) : dim(n) { STD_TORCH_CHECK(n <= static_cast<int64_t>(values.size()), "too many dimensions: ", n); }
+  int64_t* data() { return values.data(); }
+  const int64_t* data() const { return values.data(); }
+
+  int64_t dim;
+  std::array<int64_t, 64> values;  // as many as torch allows; those beyond dim hold nothing
+};
+
+// The strides of contiguous rows.
+inline Sizes rows_of_memory(const Sizes& sizes) {
+  Sizes strides(sizes.dim);
+  int64_t step = 1;
+  for (int64_t i = sizes.dim; i-- > 0; step *= sizes.values[i] > 0 ? sizes.values[i] : 1) strides.values[i] = step;
+  return strides;
+}
+
+inline int32_t type_of(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
+
+// Memory in parts, each of which begins 16-byte aligned: what lives as long is allocated once, as an allocation takes a CPU as long
+// as a launch.
+class Parts {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t at = total_;
+    total_ += (bytes + 15) / 16 * 16;
+    return at;
+  }
+  int64_t bytes() const { return total_; }
+
+ private:
+  int64_t total_ = 0;
+};
+
+// Of a tensor of bytes, those from `at` on as a tensor of its own, which shares its memory.
+inline Tensor part_of(const Tensor& bytes, int64_t at, const Sizes& sizes, ScalarType dtype) {
+  const Sizes strides = rows_of_memory(sizes);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__alloc_from_pool(bytes.get(), at, type_of(dtype), sizes.dim, sizes.data(), strides.data(),
+                                                     &handle));
+  return Tensor(handle);
+}
+
 // Where x is: it becomes the current device, and what is allocated here lies there too.
 struct __attribute__((visibility("hidden"))) Device {
   explicit Device(const Tensor& x) : index(x.get_device_index()), guard(index), stream(guard.get()) {}
@@ -69,14 +119,11 @@ struct __attribute__((visibility("hidden"))) Device {
   const Stream guard;
   const cudaStream_t stream;
 
-  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t step = 1;
-    for (size_t i = sizes.size(); i-- > 0; step *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = step;
-    const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  Tensor empty(const Sizes& sizes, ScalarType dtype) const {
+    const Sizes strides = rows_of_memory(sizes);
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
-                                                           device_type(), index, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.dim, sizes.data(), strides.data(), type_of(dtype), device_type(), index,
+                                                    &handle));
     return Tensor(handle);
   }
 
@@ -102,11 +149,12 @@ inline Dtype dtype_of(ScalarType type) {
 inline Tensor rows_in_memory(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // The sizes of x [..., K] with another last one, and the number of rows.
-inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+inline Sizes with_last(const Tensor& x, int64_t last) {
   const auto sizes = x.sizes();
   STD_TORCH_CHECK(sizes.size() >= 1, "x must be [..., K]");
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  shape.back() = last;
+  Sizes shape(static_cast<int64_t>(sizes.size()));
+  std::copy(sizes.begin(), sizes.end(), shape.values.begin());
+  shape.values[shape.dim - 1] = last;
   return shape;
 }
 

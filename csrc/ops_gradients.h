@@ -1,5 +1,9 @@
 // The backward matmuls of the training linear, as `qat.ops.gradients` has them and by the same ops of torch: what the CPU's and the
-// GPU's one op for them share. `values(scale, dtype)` are the floats [N, K] that the weight's codes are with scales [1 | N, G].
+// GPU's one op for them share. Of what a forward pass kept for them, `Kept`, they ask what they need:
+//     weight(scaled, dtype)    the floats [N, K] that the weight's codes are, with their scales or without
+//     scale()                  those scales, float32 [1 | N, 1 | G]
+//     input(dtype)             the floats [M, K] that the codes of x are, with their scales
+//     x_codes(), x_scale()     int8 [..., K] and float32 [..., 1]
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -26,23 +30,25 @@ inline Tensor in(const Tensor& x, ScalarType dtype) { return x.scalar_type() == 
 
 inline Tensor rows_of(const Tensor& x) { return x.dim() == 2 ? x : torch::stable::reshape(x, {-1, x.size(x.dim() - 1)}); }
 
+inline Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
 // _input_gradient, or _bf16_gradient.
-template <class Values>
-Tensor of_input(const Tensor& grad, const Tensor& scale, bool bf16, const Values& values) {
+template <class Kept>
+Tensor of_input(const Tensor& grad, const Kept& kept, bool bf16) {
   constexpr ScalarType kHalf = ScalarType::BFloat16;
-  if (!bf16) return torch::stable::matmul(grad, values(&scale, grad.scalar_type()));
-  if (scale.size(1) > 1) return torch::stable::matmul(in(grad, kHalf), values(&scale, kHalf));
-  if (scale.size(0) > 1)
-    return torch::stable::matmul(in(times(grad, torch::stable::transpose(scale, 0, 1)), kHalf), values(nullptr, kHalf));
-  return times(torch::stable::matmul(in(grad, kHalf), values(nullptr, kHalf)), torch::stable::reshape(scale, {}));
+  if (!bf16) return torch::stable::matmul(grad, kept.weight(true, grad.scalar_type()));
+  const Tensor scale = kept.scale();
+  if (scale.size(1) > 1) return torch::stable::matmul(in(grad, kHalf), kept.weight(true, kHalf));
+  if (scale.size(0) > 1) return torch::stable::matmul(in(times(grad, transposed(scale)), kHalf), kept.weight(false, kHalf));
+  return times(torch::stable::matmul(in(grad, kHalf), kept.weight(false, kHalf)), torch::stable::reshape(scale, {}));
 }
 
-// input_weight_gradient, or _bf16_weight_gradient; `x_values(dtype)` are the floats [M, K] that the codes of x are.
-template <class Values>
-Tensor of_weight(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, bool bf16, const Values& x_values) {
-  const Tensor rows = rows_of(bf16 ? in(times(grad, x_scale), ScalarType::BFloat16) : grad);
-  const Tensor values = bf16 ? rows_of(in(x_q, ScalarType::BFloat16)) : x_values(grad.scalar_type());
-  return torch::stable::matmul(torch::stable::transpose(rows, 0, 1), values);
+// input_weight_gradient, or _bf16_weight_gradient.
+template <class Kept>
+Tensor of_weight(const Tensor& grad, const Kept& kept, bool bf16) {
+  if (!bf16) return torch::stable::matmul(transposed(rows_of(grad)), kept.input(grad.scalar_type()));
+  const Tensor rows = rows_of(in(times(grad, kept.x_scale()), ScalarType::BFloat16));
+  return torch::stable::matmul(transposed(rows), rows_of(in(kept.x_codes(), ScalarType::BFloat16)));
 }
 
 inline Tensor of_bias(const Tensor& grad) {
@@ -51,13 +57,12 @@ inline Tensor of_bias(const Tensor& grad) {
 }
 
 // Each in the dtype of what it is of: `x_dtype` and `bias_dtype` say which are needed, and latent weights are float32.
-template <class Values, class Inputs>
-Gradients all(const Tensor& grad, const Tensor& x_q, const Tensor& x_scale, const Tensor& scale, bool bf16,
-              std::optional<ScalarType> x_dtype, bool weight, std::optional<ScalarType> bias_dtype, const Values& values,
-              const Inputs& x_values) {
+template <class Kept>
+Gradients all(const Tensor& grad, const Kept& kept, bool bf16, std::optional<ScalarType> x_dtype, bool weight,
+              std::optional<ScalarType> bias_dtype) {
   std::optional<Tensor> x, w, bias;
-  if (x_dtype) x = in(of_input(grad, scale, bf16, values), *x_dtype);
-  if (weight) w = in(of_weight(grad, x_q, x_scale, bf16, x_values), ScalarType::Float);
+  if (x_dtype) x = in(of_input(grad, kept, bf16), *x_dtype);
+  if (weight) w = in(of_weight(grad, kept, bf16), ScalarType::Float);
   if (bias_dtype) bias = in(of_bias(grad), *bias_dtype);
   return {x, w, bias};
 }

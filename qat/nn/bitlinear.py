@@ -169,8 +169,8 @@ class BitLinear(nn.Linear):
         x, beta = self.met(input), self.beta if self.training else None
         if self.lam is None and not torch.compiler.is_compiling():
             weight, own = self._parameters.get("weight"), self._parameters.get("bias")
-            if weight is not None and (fused := self._current(weight)).serves(x, weight, own, beta):
-                return fused(x, weight, own, beta)
+            if weight is not None and (y := self._current(weight)(x, weight, own, beta)) is not None:
+                return y
         parameters = self._given()
         if self.lam is not None:
             bias = self.output_bias(self.lam)

@@ -6,6 +6,7 @@ from call to call. Whoever wants to see the ops (torch.compile, modes, functorch
 (DTensor, gathered codes) gets those of `qat.ops`, and so does a quantizer that the one op does not know.
 
 The node of the autograd graph is in C++ as well (csrc/ops_autograd.cpp): one in Python takes as long as all the calls of kernels.
+So is what shapes, dtypes and devices must be: the op gives None for those that it does not serve.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from qat.config import QuantConfig
 from qat.ops.bits import kept
-from qat.ops.operands import DTYPES
+from qat.quantizers import QUANTIZERS
 from qat.quantizers.record import Quantizer
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
@@ -27,22 +28,22 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 
 @dataclass(frozen=True)
 class Ops:
-    """What a device has: `forward(x, w, bias, dtype, *arguments)` gives y first, and y knows its backward pass."""
+    """What a device has: `forward(x, w, bias, *arguments)` gives y, which knows its backward pass, or None."""
 
     forward: Callable[..., Any]
     arguments: tuple[Any, ...]
     soft: Ops | None = None
-    """While the weight is soft: `forward(x, w, bias, beta, dtype, *arguments)`."""
+    """While the weight is soft: `forward(x, w, bias, beta, *arguments)`."""
 
 
 class FusedLinear:
     """A layer's call; it serves while configuration, shape and device are those that it was made for."""
 
-    __slots__ = ("arguments", "config", "device", "forward", "k", "kind", "known", "row", "shape", "soft")
+    __slots__ = ("arguments", "config", "device", "forward", "known", "row", "shape", "soft")
 
     def __init__(self, config: QuantConfig, shape: torch.Size, device: torch.device, ops: Ops | None) -> None:
         self.config, self.known, self.shape, self.device = config, dict(vars(config)), shape, device
-        self.row, self.k, self.kind = config.quantizer, shape[-1], device.type
+        self.row = QUANTIZERS.get(config.weight)
         self.forward = self.soft = None
         if ops is not None:
             self.forward, self.arguments, self.soft = ops.forward, ops.arguments, ops.soft
@@ -52,40 +53,29 @@ class FusedLinear:
         return (
             config is self.config
             and vars(config) == self.known
-            and config.quantizer is self.row  # another row may have taken its name
+            and QUANTIZERS.get(config.weight) is self.row  # another row may have taken its name
             and weight.shape == self.shape
             and weight.device == self.device
         )
 
-    def serves(self, x: Tensor, weight: Tensor, bias: Tensor | None, beta: Tensor | None = None) -> bool:
-        """Whether these need no other treatment and no error message; with soft codes of sharpness `beta` where one is given."""
-        return (
-            self.forward is not None
-            and (beta is None or (self.soft is not None and beta.is_cpu and beta.dtype == torch.float32))
-            and type(x) in _PLAIN
-            and type(weight) in _PLAIN
-            and x.dtype in DTYPES
-            and x.device == self.device
-            and x.ndim > 0
-            and x.shape[-1] == self.k
-            and x.numel() > 0
-            and weight.dtype == torch.float32
-            and weight.is_contiguous()
-            and (bias is None or self._fits(bias))
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch._C._are_functorch_transforms_active()
-        )
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, beta: Tensor | None = None) -> Tensor | None:
+        """The layer's output [..., N], with soft codes of sharpness `beta` where one is given.
 
-    def _fits(self, bias: Tensor) -> bool:
-        fits = bias.is_floating_point() and bias.shape == self.shape[:1]
-        return fits and type(bias) in _PLAIN and bias.device == self.device
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, beta: Tensor | None = None) -> Tensor:
-        dtype = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else x.dtype
-        if beta is not None and self.soft is not None:
-            return self.soft.forward(x, weight, bias, beta, dtype, *self.soft.arguments)[0]  # type: ignore[no-any-return]
-        assert self.forward is not None
-        return self.forward(x, weight, bias, dtype, *self.arguments)[0]  # type: ignore[no-any-return]
+        None where these need another treatment, or an error message.
+        """
+        if (
+            self.forward is None
+            or type(x) not in _PLAIN
+            or type(weight) not in _PLAIN
+            or (bias is not None and type(bias) not in _PLAIN)
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return None
+        if beta is None:
+            return self.forward(x, weight, bias, *self.arguments)  # type: ignore[no-any-return]
+        soft = self.soft
+        return None if soft is None else soft.forward(x, weight, bias, beta, *soft.arguments)  # type: ignore[no-any-return]
 
 
 def fits(config: QuantConfig, record: Quantizer) -> bool:
