@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from qat.config.checks import check_types, choose
+from qat.quantizers.layouts import LAYOUTS
 from qat.targets import FLOATS, FORMATS
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -20,7 +21,7 @@ class ExportConfig:
     checkpoint: str = "last"
     """Weights that are packed: `last`, or `best`, of the checkpoint that a ModelCheckpoint found best (callbacks=best)."""
     layout: str = "2bit"
-    """Of our own packed folder: `2bit` or `base3` (five weights a byte)."""
+    """Of our own packed folder: `2bit`, `base3` (five weights a byte), or `sparse` (one zero in four: 1.25 bits, for sherry)."""
     floats: str = "source"
     """Dtype in which folders keep what is not quantized: `source` (the pretrained model's), `float32`, `bfloat16`, `float16`."""
     linear_class: str = "bitlinear"
@@ -43,7 +44,7 @@ class ExportConfig:
         if self.push_to_hub is not None and not _REPOSITORY.fullmatch(self.push_to_hub):
             raise ValueError(f"export.push_to_hub={self.push_to_hub!r} is not allowed; it must be USER/NAME")
         choose("export.checkpoint", self.checkpoint, ("last", "best"))
-        choose("export.layout", self.layout, ("2bit", "base3"))
+        choose("export.layout", self.layout, tuple(LAYOUTS))
         choose("export.floats", self.floats, FLOATS)
         for name in self.formats:
             choose("export.formats", name, tuple(FORMATS))

@@ -16,6 +16,7 @@ from qat.config.model import ModelConfig
 from qat.config.optim import OptimConfig
 from qat.config.quant import QuantConfig
 from qat.config.trainer import TrainerConfig
+from qat.quantizers.layouts import LAYOUTS
 from qat.storage import local
 from qat.targets import FORMATS, refuse_file_name
 from qat.tasks import TASKS
@@ -96,6 +97,8 @@ class TrainConfig:
         for quant in self.quant.variants():
             if reason := quant.quantizer.unfit("ternary"):
                 raise ValueError(f"quant.weight={quant.weight} does not fit a run, which ends packed: {reason}")
+            if reason := quant.quantizer.unfit(LAYOUTS[self.export.layout].holds):
+                raise ValueError(f"quant.weight={quant.weight} does not fit export.layout={self.export.layout}: {reason}")
             self._check_exports(quant)
         self._check_machine()
         self._check_targets()

@@ -14,7 +14,7 @@ from qat.conversion.selection import is_linear
 from qat.conversion.swap import as_linear, disable_fused_encoder, swap
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
-from qat.quantizers.packing import get_layout
+from qat.quantizers.layouts import get_layout
 
 VERSION = 1
 NOT_PROBED = "not probed"

@@ -23,7 +23,7 @@ from qat.nn import wrapping as wrapping  # listens from here on
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
 from qat.quantizers.hadamard import rotate
-from qat.quantizers.packing import get_layout
+from qat.quantizers.layouts import get_layout
 
 Listener = Callable[[nn.Module, str], None]
 _LISTENERS: list[Listener] = []
@@ -135,7 +135,7 @@ def _reason(name: str, module: nn.Module, context: Context, findings: Findings |
 
 
 def pack(model: nn.Module, *, layout: str = "2bit") -> Conversion:
-    """Replace every BitLinear by PackedBitLinear (`2bit` or `base3`), in place; outputs stay equal to the bit.
+    """Replace every BitLinear by PackedBitLinear (`2bit`, `base3` or `sparse`), in place; outputs stay equal to the bit.
 
     Raises:
         ValueError: no BitLinear; unknown layout; a latent weight that is not finite; lambda still below 1; codes still soft; a

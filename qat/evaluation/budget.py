@@ -22,7 +22,7 @@ from qat.config import QuantConfig
 from qat.evaluation.damage import Meter, shown
 from qat.metrics.perplexity import Window
 from qat.quantizers import find
-from qat.quantizers.packing import get_layout
+from qat.quantizers.layouts import get_layout
 
 _MORE = 2
 """Components of a layer that is chosen."""
@@ -84,7 +84,7 @@ class Budget:
 
 def component_bits(layout: str) -> float:
     """Bits a weight of one component in that layout, its rows' padding left out."""
-    return 8 / get_layout(layout).per_byte
+    return get_layout(layout).bits
 
 
 def check_budget(config: QuantConfig, layout: str) -> None:

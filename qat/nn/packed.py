@@ -19,7 +19,8 @@ from qat.ops.options import PackedOptions
 from qat.ops.prepared import PreparedLinear, prepare
 from qat.quantizers.components import repeat, sum_components
 from qat.quantizers.hadamard import check_rotated, rotate
-from qat.quantizers.packing import check_packed, get_layout
+from qat.quantizers.layouts import get_layout
+from qat.quantizers.packing import check_packed
 from qat.quantizers.scales import check_group_size, dequantize_weight, scale_shape
 
 

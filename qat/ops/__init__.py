@@ -22,7 +22,7 @@ from qat.ops.options import WeightOptions, training_options, weight_options
 from qat.ops.shards import gathered
 from qat.ops.shards.gathered import GatheredCodes
 from qat.quantizers import find, latent
-from qat.quantizers.packing import get_layout
+from qat.quantizers.layouts import get_layout
 
 _DEFAULT = QuantConfig()
 _DEVICES = {"cpu": cpu, "cuda": cuda}
@@ -160,10 +160,11 @@ def initial_parameters(w: Tensor, config: QuantConfig) -> dict[str, Tensor]:
 
 
 def pack_ternary(t: Tensor, layout: str = "2bit") -> Tensor:
-    """Codes t [N, K] in {-1, 0, 1} as bytes uint8 [N, ceil(K / 4)] (`2bit`) or [N, ceil(K / 5)] (`base3`).
+    """Codes t [N, K] in {-1, 0, 1} as bytes uint8 [N, ceil(K / 4)] (`2bit`), [N, ceil(K / 5)] (`base3`) or
+    [N, ceil(5 K / 32)] (`sparse`, of exactly one 0 in four).
 
     Raises:
-        ValueError: unknown layout; t is not an integer matrix; a value outside {-1, 0, 1}.
+        ValueError: unknown layout; t is not an integer matrix; a value outside {-1, 0, 1}, or codes that do not fit the layout.
     """
     get_layout(layout)
     return torch.ops.qat.pack_ternary(t, layout)
@@ -196,11 +197,11 @@ def packed_linear(
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
-        packed: uint8 [N, ceil(K / 4)] or [N, ceil(K / 5)], as `pack_ternary` gives it.
+        packed: uint8 [N, bytes of a row], as `pack_ternary` gives it.
         scale: float32 [1 | N, 1 | G], multiplies.
         bias: [N], added after rescaling.
         in_features: K.
-        layout: `2bit` or `base3`.
+        layout: `2bit`, `base3` or `sparse`.
         act_bits: 8, or None to leave x in floating point (always in pure torch).
         kernels: `auto`, `compiled` or `reference`.
 

@@ -136,7 +136,7 @@ def packed_tiles(packed: Tensor, scale: Tensor, k: int, layout: str) -> tuple[Te
     found, slot = _packed_weights.get((packed, scale), k, layout)
     if found is not None:
         return found
-    packing.check_packed(packed, k, layout)
+    packed, layout = packing.for_kernels(packed, k, layout)
     groups = scale.shape[1]
     base3 = layout == "base3" and torch.ops.qat.cpu_base3_tiles() and _base3_is_smaller(k, groups)
     tiles = torch.ops.qat.cpu_tile(packed.contiguous(), k, groups, layout == "base3", base3)

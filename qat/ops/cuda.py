@@ -1,13 +1,12 @@
 """The ops on CUDA: compiled kernels on GPUs of compute capability 8.0 or later, else the reference, and never silently.
 
-The library is compiled and loaded at the first call. No op waits for the device, except that `pack_ternary` and
-`unpack_ternary` refuse bad values, for which they must look at them. All work is in the current stream of the tensors'
-device and can be captured into a CUDA graph, after a first call outside of one.
+The library is compiled and loaded at the first call. No op waits for the device, except that `pack_ternary` and `unpack_ternary`
+refuse bad values, for which they must look at them. All work is in the current stream of the tensors' device and can be captured
+into a CUDA graph, after a first call outside of one.
 
-Latent weights are quantized anew at every forward: on a GPU that costs one read of the weight, a few percent of a
-training step, where noticing every change (`p.data.add_(...)` counts no version) would cost the same read and a wait.
-It also keeps a captured step right: its replay quantizes the weight as the optimizer left it.
-Packed 2-bit weights are read as they are. Base-3 weights are repacked to 2 bits once and kept while they are unchanged.
+Latent weights are quantized anew at every forward: on a GPU that costs one read of the weight, a few percent of a training step,
+where noticing every change (`p.data.add_(...)` counts no version) would cost the same read and a wait. It also keeps a captured
+step right: its replay quantizes the weight as the optimizer left it. Packed bytes that are not 2bit are repacked once and kept.
 
 Legend: M tokens, N out_features, K in_features, G groups along K.
 """
@@ -102,12 +101,13 @@ def two_bit(packed: Tensor, k: int, layout: str) -> Tensor:
     """
     if layout == "2bit":
         return packed.contiguous()
+    repack = torch.ops.qat.cuda_repack if layout == "base3" else lambda packed, k: packing.two_bit(packed, k, layout)
     if packed.is_inference():  # it counts no versions
-        return torch.ops.qat.cuda_repack(packed.contiguous(), k)
+        return repack(packed.contiguous(), k)
     found, slot = _bits.get((packed,), k)
     stream, capturing = torch.cuda.current_stream(packed.device), torch.cuda.is_current_stream_capturing()
     if found is None:
-        bits, stale = torch.ops.qat.cuda_repack(packed.contiguous(), k), _bits.stale(slot)
+        bits, stale = repack(packed.contiguous(), k), _bits.stale(slot)
         if capturing:
             return bits
         bits = bits if stale is None else stale[0].copy_(bits)
@@ -172,7 +172,7 @@ def weight_arguments(w: Tensor, o: WeightOptions, parameters: Sequence[Tensor] =
 
 
 def pack_ternary(t: Tensor, layout: str) -> Tensor:
-    if t.ndim != 2 or t.dtype != torch.int8 or t.numel() == 0 or layout not in packing.LAYOUTS or not _serves(t):
+    if t.ndim != 2 or t.dtype != torch.int8 or t.numel() == 0 or layout not in packing.KERNEL_LAYOUTS or not _serves(t):
         return packing.pack_ternary(t, layout)
     bad = torch.full((1,), -1, dtype=torch.int64, device=t.device)
     packed = torch.ops.qat.cuda_pack(t.contiguous(), layout == "base3", bad)
@@ -180,8 +180,8 @@ def pack_ternary(t: Tensor, layout: str) -> Tensor:
 
 
 def unpack_ternary(packed: Tensor, k: int, layout: str) -> Tensor:
-    known = layout in packing.LAYOUTS and packed.dtype == torch.uint8 and packed.ndim == 2 and packed.numel() > 0
-    if not known or packed.shape[1] != packing.LAYOUTS[layout].row_bytes(k) or not _serves(packed):
+    known = layout in packing.KERNEL_LAYOUTS and packed.dtype == torch.uint8 and packed.ndim == 2 and packed.numel() > 0
+    if not known or packed.shape[1] != packing.get_layout(layout).row_bytes(k) or not _serves(packed):
         return packing.unpack_ternary(packed, k, layout)
     bad = torch.full((1,), -1, dtype=torch.int64, device=packed.device)
     t = torch.ops.qat.cuda_unpack(packed.contiguous(), k, layout == "base3", bad)

@@ -28,8 +28,10 @@ STATISTICS = ("absmean", "absmax", "absmedian")
 GRANULARITIES = ("tensor", "channel", "group")
 BACKWARDS = ("input", "bf16", "int8")
 COMPONENT_SCALES = ("fitted", "learned")
-KINDS = {"ternary": (-1, 0, 1), "binary": (-1, 1)}
+KINDS = {"ternary": (-1, 0, 1), "binary": (-1, 1), "sparse": (-1, 0, 1)}
 """Kinds of codes that bytes can hold: what layouts and files are made for."""
+PATTERNS = {"sparse": "exactly one in four neighbours is 0"}
+"""What codes of a kind are beside their levels."""
 
 Function = Callable[..., Any] | str
 
@@ -119,6 +121,8 @@ class Quantizer:
         """Why bytes made for codes of that kind cannot hold these, or None where they can."""
         if kind in self.packs_as:
             return None
+        if set(self.levels) <= set(KINDS[kind]):
+            return f"of {kind} codes {PATTERNS[kind]}"
         return f"its codes are {', '.join(map(str, self.levels))}, and {kind} ones are {', '.join(map(str, KINDS[kind]))}"
 
     @property

@@ -14,7 +14,7 @@ from qat.planning.choosing import choice_of, resting_bytes, state_bytes
 from qat.planning.facts import facts_of, of_weights, units_of
 from qat.planning.memory import Student, parts
 from qat.planning.speed import bytes_sent
-from qat.quantizers.packing import get_layout
+from qat.quantizers.layouts import get_layout
 from qat.reporting import updates
 
 MIB = 2**20

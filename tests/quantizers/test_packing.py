@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qat.quantizers.packing import LAYOUTS, check_packed, pack_ternary, unpack_ternary
+from qat.quantizers.layouts import LAYOUTS
+from qat.quantizers.packing import KERNEL_LAYOUTS, check_packed, pack_ternary, unpack_ternary
 
 ROW = [-1, 0, 1, 1, -1, 1, 0]
 
@@ -31,28 +32,28 @@ def test_bytes_are_those_worked_out_by_hand(layout: str, expected: list[int]) ->
     [("2bit", 1, 0b10101010), ("2bit", 0, 0b01010101), ("2bit", -1, 0), ("base3", 1, 242), ("base3", 0, 121), ("base3", -1, 0)],
 )
 def test_a_byte_of_equal_codes(layout: str, t: int, byte: int) -> None:
-    assert pack_ternary(row(*[t] * LAYOUTS[layout].per_byte), layout).tolist() == [[byte]]
+    assert pack_ternary(row(*[t] * LAYOUTS[layout].weights), layout).tolist() == [[byte]]
 
 
 @pytest.mark.parametrize(("layout", "byte"), [("2bit", 0b01010100), ("base3", 120)])
 def test_padding_is_the_digit_of_the_zero_weight(layout: str, byte: int) -> None:
     assert pack_ternary(row(-1), layout).tolist() == [[byte]]
-    assert unpack_ternary(pack_ternary(row(-1), layout), LAYOUTS[layout].per_byte, layout)[0, 1:].tolist().count(0) == (
-        LAYOUTS[layout].per_byte - 1
+    assert unpack_ternary(pack_ternary(row(-1), layout), LAYOUTS[layout].weights, layout)[0, 1:].tolist().count(0) == (
+        LAYOUTS[layout].weights - 1
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KERNEL_LAYOUTS)
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_round_trip_for_every_width_up_to_23(layout: str, n: int) -> None:
     for k in [*range(24), 341, 1023]:
         t = torch.randint(-1, 2, (n, k), dtype=torch.int8)
         packed = pack_ternary(t, layout)
-        assert packed.shape == (n, -(-k // LAYOUTS[layout].per_byte))
+        assert packed.shape == (n, -(-k // LAYOUTS[layout].weights))
         assert torch.equal(unpack_ternary(packed, k, layout), t)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KERNEL_LAYOUTS)
 def test_rows_do_not_straddle_bytes(layout: str) -> None:
     t = torch.randint(-1, 2, (4, 7), dtype=torch.int8)
     alone = torch.cat([pack_ternary(one[None], layout) for one in t])

@@ -2,7 +2,7 @@
 
 quant_method  "qat"
 version       2 (1 was a file of another name, before transformers could load the folder)
-layout        of the codes: 2bit or base3
+layout        of the codes: 2bit, base3 or sparse
 quant         the QuantConfig; `kernels` is left out, so that the file never depends on the machine. Its `overrides` are by name
 layers        name -> in_features of every packed layer, because its bytes do not tell the unpadded width
 skipped       name -> why a layer stays in full precision
@@ -24,7 +24,7 @@ from qat.conversion.overrides import gathered, refuse_unmatched, shared
 from qat.conversion.record import Conversion
 from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
-from qat.quantizers.packing import get_layout
+from qat.quantizers.layouts import get_layout
 
 METHOD, VERSION = "qat", 2
 _NEWER: dict[str, Any] = {
