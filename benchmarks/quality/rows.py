@@ -118,8 +118,9 @@ def _row(name: str, rows: Mapping[str, Any]) -> Row:
         chain.append(rows[at])
         at = rows[at].get("like")
     keys: dict[str, Any] = {}
+    sweep: dict[str, list[Any]] = {}
     for one in reversed(chain):
-        keys |= one.get("keys", {})
-    nearest = next((one for one in chain if "sweep" in one), {})
-    sweep = {key: values for key, values in nearest.get("sweep", {}).items() if key not in rows[name].get("keys", {})}
+        given = one.get("keys", {})
+        keys |= given
+        sweep = one.get("sweep") or {key: values for key, values in sweep.items() if key not in given}
     return Row(name, rows[name].get("of", "ours"), rows[name]["says"], keys, sweep)
