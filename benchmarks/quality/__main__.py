@@ -31,7 +31,7 @@ def main() -> None:
     if asked.what == "picture":
         from benchmarks.quality import picture
 
-        return picture.save(table.points(study, asked.out), asked.file)
+        return picture.save(table.points(study, asked.out), asked.file, table.full_precision(study, asked.out))
     places = {"shared": str(asked.shared.resolve()), "out": str(asked.out.resolve())}
     if not asked.shared.is_dir() and asked.what == "run":
         raise SystemExit(f"skipped: {asked.shared} is not there")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality.rows import Row, Run, Study
 from benchmarks.quality.runs import done
 from qat.reporting.result import RunResult
+
+UNTRAINED = "untrained.json"
+"""What `benchmarks.quality.untrained` writes beside the runs."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,16 @@ class Line:
 
 
 def lines(study: Study, out: Path, model: str, budget: str) -> list[Line]:
-    """A line for each row that has a result, of the swept values with the lowest median; best first."""
+    """A line for each row that has a result, of the swept values with the lowest median over all plans' seeds; best first."""
+    plans = [plan for plan in study.plan if (plan["model"], plan["budget"]) == (model, budget)]
+    runs = {run.name: run for plan in plans for every in study.runs(plan) for run in every}
+    same: dict[tuple[Any, ...], list[tuple[Run, RunResult]]] = {}
+    for run in sorted(runs.values(), key=lambda run: run.seed):
+        if (result := done(out / run.name)) is not None:
+            same.setdefault((run.row.name, *run.choice.items()), []).append((run, result))
     found: dict[str, list[Line]] = {}
-    for plan in study.plan:
-        if (plan["model"], plan["budget"]) != (model, budget):
-            continue
-        for runs in study.runs(plan):
-            for choice in {run.name.partition("/seed")[2].partition("-")[2]: run.choice for run in runs}.values():
-                same = [run for run in runs if run.choice == choice]
-                results = [(run, result) for run in same if (result := done(out / run.name)) is not None]
-                if results:
-                    line = Line(runs[0].row, [run for run, _ in results], [result for _, result in results])
-                    found.setdefault(runs[0].row.name, []).append(line)
+    for (name, *_), pairs in same.items():
+        found.setdefault(name, []).append(Line(pairs[0][0].row, [run for run, _ in pairs], [result for _, result in pairs]))
     return sorted((min(every, key=lambda line: line.median) for every in found.values()), key=lambda line: line.median)
 
 
@@ -85,7 +88,16 @@ def _cells(line: Line) -> str:
     return "| " + " | ".join([*cells, f"{line.size:,} bytes"]) + " |"
 
 
+def full_precision(study: Study, out: Path) -> float | None:
+    """The first model's, untouched; None before a run of the larger budget is done."""
+    found = lines(study, out, study.plan[0]["model"], "full")
+    return found[0].results[0].perplexity["full_precision"] if found else None
+
+
 def points(study: Study, out: Path) -> list[tuple[str, str, int, float]]:
-    """(row, of, bytes of the linear layers, perplexity) of the largest budget of the first model, for the picture."""
+    """(row, of, bytes of the linear layers, perplexity) of the first model's larger budget, and what `untrained` wrote."""
     model = study.plan[0]["model"]
-    return [(line.row.name, line.row.of, line.size, line.median) for line in lines(study, out, model, "full")]
+    trained = [(line.row.name, line.row.of, line.size, line.median) for line in lines(study, out, model, "full")]
+    file = out / UNTRAINED
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return trained + [(one["row"], one["of"], one["bytes"], one["perplexity"]) for one in found]

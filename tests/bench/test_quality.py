@@ -99,13 +99,16 @@ def test_tables_put_seeds_together_and_leave_out_what_was_interrupted(tmp_path: 
     study, out = write(tmp_path), tmp_path / "out"
     finished(out / "m/full/plain/seed0-lr0.2", 8.0)
     finished(out / "m/full/plain/seed1-lr0.2", 6.0)
+    finished(out / "m/full/plain/seed2-lr0.2", 3.0)  # of another plan
     finished(out / "m/full/fixed/seed0", 5.0)
     finished(out / "m/full/fixed/seed1", 1.0, status="interrupted at step 3/4")
     best, second = table.lines(study, out, "m", "full")
-    assert (best.row.name, best.median) == ("fixed", 5.0) and math.isclose(second.gap, math.log(7 / 4))
+    assert (best.row.name, best.median) == ("fixed", 5.0) and math.isclose(second.gap, math.log(6 / 4))
     text = "\n".join(table.tables(study, out))
-    assert "| plain | ours | plain | lr 0.2 | 2 | 7.000 (8.000, 6.000) | 0.560 | 64 bytes |" in text
-    assert table.points(study, out) == [("fixed", "ours", 64, 5.0), ("plain", "ours", 64, 7.0)]
+    assert "| plain | ours | plain | lr 0.2 | 3 | 6.000 (8.000, 6.000, 3.000) | 0.405 | 64 bytes |" in text
+    assert table.points(study, out) == [("fixed", "ours", 64, 5.0), ("plain", "ours", 64, 6.0)]
+    (out / table.UNTRAINED).write_text('[{"row": "4 bits", "of": "post-training", "bytes": 32, "perplexity": 9.0}]')
+    assert table.points(study, out)[2:] == [("4 bits", "post-training", 32, 9.0)]
 
 
 def test_the_picture_marks_what_nothing_beats(tmp_path: Path) -> None:
