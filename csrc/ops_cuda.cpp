@@ -72,6 +72,16 @@ std::tuple<Tensor, Tensor, Tensor> cuda_activation_codes(const Tensor& x_any, bo
   return {codes, divisor, scale};
 }
 
+// Memory for the sums of K's parts, where the shape takes several.
+template <class P>
+std::optional<Tensor> with_partial(const Device& device, P& p) {
+  const int64_t bytes = partial_bytes(p);
+  if (bytes == 0) return std::nullopt;
+  Tensor sums = device.empty({bytes / 4}, ScalarType::Int);
+  p.partial = static_cast<int32_t*>(sums.mutable_data_ptr());
+  return sums;
+}
+
 // y of x and 2-bit bytes; one token takes one launch. For `overlap` see cuda/kernels.h.
 Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                           int64_t k, bool per_tensor, double eps, bool overlap) {
@@ -101,6 +111,7 @@ Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tenso
     p.divisor = static_cast<float*>(scratch[1].mutable_data_ptr());
     p.workspace = scratch[2].mutable_data_ptr();
   }
+  const auto sums = with_partial(device, p);
   done(packed_linear(p, device.stream), "packed_linear");
   return result.y;
 }
@@ -128,6 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Ten
   p.k = k;
   p.groups = result.groups;
   p.out = result.out;
+  const auto sums = with_partial(device, p);
   done(linear(p, device.stream), "linear");
   return {result.y, codes, x_scale};
 }
@@ -151,6 +163,7 @@ Tensor cuda_int8_matmul(const Tensor& a, const Tensor& b) {
   p.groups = 1;
   p.out.y = y.mutable_data_ptr();
   p.raw = true;
+  const auto sums = with_partial(device, p);
   done(linear(p, device.stream), "int8_matmul");
   return y;
 }

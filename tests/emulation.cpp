@@ -86,8 +86,8 @@ const char* emulation_layouts() {
       LAYOUT(QuantizeActivation, x, dtype, m, k, per_tensor, eps, norm_weight, norm_eps, codes, divisor, scale, workspace) +
       LAYOUT(QuantizeWeight, w, dtype, n, k, groups, granularity, reduce, binary, scale_dtype, eps, t, packed, scale, workspace) +
       LAYOUT(Output, y, dtype, scale, scale_stride, bias) +
-      LAYOUT(Linear, codes, divisor, t, m, n, k, groups, out, raw) +
-      LAYOUT(PackedLinear, x, per_tensor, eps, packed, m, n, k, groups, out, codes, divisor, workspace, overlap);
+      LAYOUT(Linear, codes, divisor, t, m, n, k, groups, out, raw, partial) +
+      LAYOUT(PackedLinear, x, per_tensor, eps, packed, m, n, k, groups, out, codes, divisor, workspace, partial, overlap);
   return text.c_str();
 }
 
@@ -173,16 +173,23 @@ int run_repack(const uint8_t* base3, int64_t n, int64_t k, uint8_t* bits, uint64
 int run_linear(const Linear* p) { return linear(*p, nullptr); }
 // Tiles in the order of the enum, and one more for Hopper.
 constexpr int64_t kHopper = 3;
-int run_gemm(const Linear* p, int64_t tile) {
-  if (tile == kHopper) return hopper_serves(*p) ? hopper_gemm(*p, nullptr) : 1;
-  return gemm(*p, static_cast<Tile>(tile), nullptr);
+int run_gemm(const Linear* p, int64_t tile, int64_t splits) {
+  if (tile == kHopper) return hopper_serves(*p) ? hopper_gemm(*p, static_cast<int>(splits), nullptr) : 1;
+  return gemm(*p, {static_cast<Tile>(tile), static_cast<int>(splits), 0}, nullptr);
 }
+// What the shape takes on a device of so many multiprocessors: the tile, and splits times 4.
+int64_t run_plan(int64_t sms, int64_t m, int64_t n, int64_t k, int64_t groups, bool may_split) {
+  const Plan plan = gemm_plan(static_cast<int>(sms), m, n, k, groups, may_split);
+  return static_cast<int64_t>(plan.tile) + plan.splits * 4;
+}
+int64_t run_partial_bytes(const Linear* p) { return partial_bytes(*p); }
+int64_t run_packed_partial_bytes(const PackedLinear* p) { return partial_bytes(*p); }
 int run_packed_linear(const PackedLinear* p) { return packed_linear(*p, nullptr); }
 bool run_packed_linear_fused(const PackedLinear* p) { return packed_linear_fused(*p); }
 // The path of many tokens, whatever their number.
-int run_packed_gemm(const PackedLinear* p, int64_t tile) {
+int run_packed_gemm(const PackedLinear* p, int64_t tile, int64_t splits) {
   if (const int error = quantize_interleaved(*p, Order::nibbles, nullptr)) return error;
-  if (tile == kHopper) return hopper_serves(*p) ? hopper_packed_gemm(*p, nullptr) : 1;
-  return packed_gemm(*p, static_cast<Tile>(tile), nullptr);
+  if (tile == kHopper) return hopper_serves(*p) ? hopper_packed_gemm(*p, static_cast<int>(splits), nullptr) : 1;
+  return packed_gemm(*p, {static_cast<Tile>(tile), static_cast<int>(splits), 0}, nullptr);
 }
 }

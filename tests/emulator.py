@@ -29,17 +29,8 @@ from qat.ops.build.store import build_root, digest, matching
 from qat.quantizers import activations, packing
 
 ROOT = Path(qat.__file__).resolve().parent.parent
-FLAGS = [
-    "-x",
-    "c++",
-    "-std=c++20",
-    "-O1",
-    "-fPIC",
-    "-DQAT_EMULATE",
-    "-ffp-contract=off",
-    "-U_FORTIFY_SOURCE",
-    "-Wno-unknown-pragmas",
-]
+FLAGS = ["-x", "c++", "-std=c++20", "-O1", "-fPIC", "-DQAT_EMULATE"]
+FLAGS += ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 GRANULARITIES = ["tensor", "channel", "group"]
 REDUCES = ["absmean", "absmax"]
@@ -131,6 +122,8 @@ class Emulator:
         library.emulation_counts.restype = ctypes.c_char_p
         library.emulation_launched.restype = ctypes.c_char_p
         library.run_packed_linear_fused.restype = c_bool
+        for sizes in (library.run_plan, library.run_partial_bytes, library.run_packed_partial_bytes):
+            sizes.restype = c_int64
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[int, Callable[[], Tensor]]:
         """Poisoned memory: its address, and a function that reads it."""
@@ -253,33 +246,54 @@ def output(gpu: Emulator, p: Problem) -> tuple[Output, Callable[[], Tensor]]:
     return Output(y, DTYPES.index(p.x.dtype), gpu.put(p.scale), stride, gpu.put(p.bias)), read
 
 
-def packed_linear(gpu: Emulator, p: Problem, per_tensor: bool = False, tile: str | None = None) -> Tensor:
-    """By the path that the shape takes, or by the one of many tokens with that tile."""
+def plan(gpu: Emulator, sms: int, m: int, n: int, k: int, groups: int = 1, may_split: bool = True) -> tuple[str, int]:
+    """The tile and the splits of K that a GEMM takes on a device of so many multiprocessors."""
+    splits, tile = divmod(gpu.library.run_plan(*map(c_int64, (sms, m, n, k, groups)), c_bool(may_split)), 4)
+    return TILES[tile], splits
+
+
+def partial(gpu: Emulator, size: int) -> int | None:
+    """Poisoned memory for the sums of splits."""
+    return gpu.empty(size // 4, dtype=torch.int32)[0] if size else None
+
+
+def sums_of(m: int, n: int, splits: int) -> int:
+    """Bytes of the sums of splits that a test asks for; rows are whole units of 8."""
+    return splits * m * -(-n // 8) * 8 * 4 if splits > 1 else 0
+
+
+def packed_linear(gpu: Emulator, p: Problem, per_tensor: bool = False, tile: str | None = None, splits: int = 1) -> Tensor:
+    """By the path that the shape takes, or by the one of many tokens with that tile and so many splits."""
     (m, k), n, length = p.x.shape, p.t.shape[0], p.x.shape[1] // p.groups
     out, read = output(gpu, p)
     codes, _ = gpu.empty(m, p.groups * -(-length // 64) * 64, dtype=torch.int8)
     divisor, _ = gpu.empty(m)
     workspace, _ = gpu.empty(16384, dtype=torch.uint8)
-    call = PackedLinear(gpu.put(p.x), per_tensor, EPS, gpu.put(p.packed), m, n, k, p.groups, out, codes, divisor, workspace, True)
+    scratch = codes, divisor, workspace, None
+    call = PackedLinear(gpu.put(p.x), per_tensor, EPS, gpu.put(p.packed), m, n, k, p.groups, out, *scratch, True)
     if tile is None:
+        call.partial = partial(gpu, gpu.library.run_packed_partial_bytes(ctypes.byref(call)))
         if gpu.library.run_packed_linear_fused(ctypes.byref(call)):
             call.codes = call.divisor = call.workspace = None
         gpu.run("run_packed_linear", call)
     else:
-        gpu.run("run_packed_gemm", call, TILES.index(tile))
+        call.partial = partial(gpu, sums_of(m, n, splits))
+        gpu.run("run_packed_gemm", call, TILES.index(tile), splits)
     return read()
 
 
-def linear(gpu: Emulator, p: Problem, tile: str | None = None, raw: bool = False) -> Tensor:
+def linear(gpu: Emulator, p: Problem, tile: str | None = None, raw: bool = False, splits: int = 1) -> Tensor:
     codes, divisor = activations.activation_codes(p.x, "token", EPS)
     out, read = output(gpu, p)
     if raw:
         out.y, read = gpu.empty(p.x.shape[0], p.t.shape[0], dtype=torch.int32)
         out.scale = out.bias = divisor = None
     (m, k), n = p.x.shape, p.t.shape[0]
-    call = Linear(gpu.put(codes), gpu.put(divisor), gpu.put(p.t), m, n, k, p.groups, out, raw)
+    call = Linear(gpu.put(codes), gpu.put(divisor), gpu.put(p.t), m, n, k, p.groups, out, raw, None)
     if tile is None:
+        call.partial = partial(gpu, gpu.library.run_partial_bytes(ctypes.byref(call)))
         gpu.run("run_linear", call)
     else:
-        gpu.run("run_gemm", call, TILES.index(tile))
+        call.partial = partial(gpu, sums_of(m, n, splits))
+        gpu.run("run_gemm", call, TILES.index(tile), splits)
     return read()

@@ -62,6 +62,7 @@ class Linear(Structure):
         ("groups", c_int64),
         ("out", Output),
         ("raw", c_bool),
+        ("partial", c_void_p),
     ]
 
 
@@ -79,6 +80,7 @@ class PackedLinear(Structure):
         ("codes", c_void_p),
         ("divisor", c_void_p),
         ("workspace", c_void_p),
+        ("partial", c_void_p),
         ("overlap", c_bool),
     ]
 

@@ -10,10 +10,13 @@
 // With groups the int32 sums are folded into float ones at the end of each group, in the order of the reference; those
 // double registers, so warps then take 64 x 32.
 // Blocks walk down 8 row tiles before the next column tile, which keeps both operands in the L2 cache.
+// Where tiles are too few for the device, K is split among blocks as well (plan.cu): each writes the int32 sums of its part, and
+// split.cu adds them, which is exact, and makes y of them.
 // Not measured: no GPU was there when this was written.
 #include "internal.h"
 #include "operands.h"
 #include "outputs.h"
+#include "split.h"
 
 namespace qat::cuda {
 namespace {
@@ -25,6 +28,7 @@ struct Gemm {
   Operand a, b;
   Target target;
   int groups, group_stages;
+  int split_stages;  // of a block
 };
 
 template <int BM_, int BN_, int WM_, int WN_, bool PACKED_, bool GROUPS_, bool WIDE_ = true>
@@ -168,9 +172,15 @@ __global__ void __launch_bounds__(S::kThreads) gemm_kernel(const Gemm p) {
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int row = warp / (S::BN / S::WN) * S::WM, column = warp % (S::BN / S::WN) * S::WN;  // of the warp, in the block
-  const int stages = p.groups * p.group_stages;
   typename S::A a(p.a, row0);
   typename S::B b(p.b, column0);
+  int stages = p.groups * p.group_stages;
+  if constexpr (!S::GROUPS) {
+    const int before = static_cast<int>(blockIdx.y) * p.split_stages;
+    a.skip(before);
+    b.skip(before);
+    stages = stages - before < p.split_stages ? stages - before : p.split_stages;
+  }
   const auto fetch = [&](int slot) {
     a.fetch(shared + slot * S::kStageBytes, p.a);
     b.fetch(shared + slot * S::kStageBytes + S::kBytesA, p.b);
@@ -186,13 +196,13 @@ __global__ void __launch_bounds__(S::kThreads) gemm_kernel(const Gemm p) {
   float sums[S::MI][S::NJ][4] = {};
   float scale[S::NJ][2] = {};
   int left = p.group_stages, group = 0;  // left: of the group
-  for (int first = 0; first < stages; first += kStages) {
+  for (; stages > 0; stages -= kStages) {
 #pragma unroll(S::WIDE ? kStages : 1)
     for (int s = 0; s < kStages; ++s) {
-      if (first + s >= stages) break;
+      if (stages <= s) break;
       wait_copies<kStages - 2>();
       __syncthreads();  // all threads' copies are there, and all have read the stage that is filled next
-      if (first + s + kStages - 1 < stages) fetch((s + kStages - 1) % kStages);
+      if (stages > s + kStages - 1) fetch((s + kStages - 1) % kStages);
       commit_copies();
       if (S::GROUPS && left == 1) take_scales<S>(p, column0 + column, group, lane, scale);
       multiply<S>(shared + s * S::kStageBytes, mine, acc);
@@ -204,27 +214,28 @@ __global__ void __launch_bounds__(S::kThreads) gemm_kernel(const Gemm p) {
     }
   }
   __syncthreads();  // all have read the last stage
+  if (!S::GROUPS && gridDim.y > 1) let_next_start();  // which adds the splits' sums
   write<S>(p.target, shared + warp * 16 * S::Rows::kPitch, row0 + row, column0 + column, lane, acc, sums);
 }
 
 template <class S>
-int run(const Gemm& p, cudaStream_t stream) {
+int run(const Gemm& p, unsigned splits, cudaStream_t stream) {
   const int64_t blocks = ceil_div<int64_t>(p.target.m, S::BM) * ceil_div<int64_t>(p.target.n, S::BN);
-  return launch(gemm_kernel<S>, {static_cast<unsigned>(blocks)}, S::kThreads, S::kShared, stream, p);
+  return launch(gemm_kernel<S>, {static_cast<unsigned>(blocks), splits}, S::kThreads, S::kShared, stream, p);
 }
 
 template <bool PACKED>
-int choose(const Gemm& p, Tile tile, cudaStream_t stream) {
+int choose(const Gemm& p, Tile tile, unsigned splits, cudaStream_t stream) {
   if (!p.a.wide || !p.b.wide)
-    return p.groups > 1 ? run<Shape<64, 64, 32, 32, PACKED, true, false>>(p, stream)
-                        : run<Shape<64, 64, 32, 32, PACKED, false, false>>(p, stream);
+    return p.groups > 1 ? run<Shape<64, 64, 32, 32, PACKED, true, false>>(p, splits, stream)
+                        : run<Shape<64, 64, 32, 32, PACKED, false, false>>(p, splits, stream);
   if (p.groups > 1)
-    return tile == Tile::small ? run<Shape<64, 64, 32, 32, PACKED, true>>(p, stream)
-                               : run<Shape<128, 128, 64, 32, PACKED, true>>(p, stream);
+    return tile == Tile::small ? run<Shape<64, 64, 32, 32, PACKED, true>>(p, splits, stream)
+                               : run<Shape<128, 128, 64, 32, PACKED, true>>(p, splits, stream);
   switch (tile) {
-    case Tile::small: return run<Shape<64, 64, 32, 32, PACKED, false>>(p, stream);
-    case Tile::medium: return run<Shape<128, 128, 64, 32, PACKED, false>>(p, stream);
-    case Tile::large: return run<Shape<128, 256, 64, 64, PACKED, false>>(p, stream);
+    case Tile::small: return run<Shape<64, 64, 32, 32, PACKED, false>>(p, splits, stream);
+    case Tile::medium: return run<Shape<128, 128, 64, 32, PACKED, false>>(p, splits, stream);
+    case Tile::large: return run<Shape<128, 256, 64, 64, PACKED, false>>(p, splits, stream);
   }
   return kInvalidValue;
 }
@@ -235,55 +246,38 @@ Operand codes_operand(const int8_t* data, int64_t rows, int64_t width, int64_t g
           aligned(data, 16) && width % 16 == 0 && length % 16 == 0};
 }
 
-Gemm problem(const Target& target, int64_t k, int64_t groups) {
+Gemm problem(int64_t k, int64_t groups) {
   Gemm p = {};
-  p.target = target;
   p.groups = static_cast<int>(groups);
   p.group_stages = static_cast<int>(ceil_div<int64_t>(k / groups, kDepth));
   return p;
 }
 
+template <bool PACKED>
+int multiply(Gemm p, const Target& whole, const Plan& plan, int32_t* partial, cudaStream_t stream) {
+  const Splits splits = splits_of(whole, p.groups * p.group_stages, plan.splits, partial);
+  p.target = splits.target;
+  p.split_stages = splits.stages;
+  const int error = choose<PACKED>(p, plan.tile, static_cast<unsigned>(splits.count), stream);
+  return error ? error : add_splits(splits, whole, stream);
+}
+
 }  // namespace
 
-// The tile whose blocks, dealt out evenly, keep the busiest multiprocessor for the least time; the larger of two alike. A block
-// takes as long as its outputs are many, divided by what its warps reach of the products' rate: that is what shared memory gives.
-// A product takes 1.5 cycles of a Hopper multiprocessor, which are 198 bytes, and needs 128, 192 or 256 of them.
-Tile gemm_tile(int64_t m, int64_t n, int64_t groups) {
-  struct Choice {
-    Tile tile;
-    int64_t rows, columns;
-    double reached;
-  };
-  constexpr Choice kChoices[] = {{Tile::large, 128, 256, 1.0}, {Tile::medium, 128, 128, 0.9}, {Tile::small, 64, 64, 0.75}};
-  const Choice* best = nullptr;
-  double least = 0.0;
-  for (const Choice& one : kChoices) {
-    if (groups > 1 && one.tile == Tile::large) continue;
-    const int64_t blocks = ceil_div(m, one.rows) * ceil_div(n, one.columns);
-    const double time =
-        static_cast<double>(ceil_div<int64_t>(blocks, multiprocessors()) * one.rows * one.columns) / one.reached;
-    if (!best || time < least) {
-      best = &one;
-      least = time;
-    }
-  }
-  return best->tile;
-}
-
-int gemm(const Linear& p, Tile tile, cudaStream_t stream) {
-  Gemm g = problem(target_of(p.out, p.divisor, p.m, p.n, p.raw), p.k, p.groups);
+int gemm(const Linear& p, const Plan& plan, cudaStream_t stream) {
+  Gemm g = problem(p.k, p.groups);
   g.a = codes_operand(p.codes, p.m, p.k, p.groups);
   g.b = codes_operand(p.t, p.n, p.k, p.groups);
-  return choose<false>(g, tile, stream);
+  return multiply<false>(g, target_of(p.out, p.divisor, p.m, p.n, p.raw), plan, p.partial, stream);
 }
 
-int packed_gemm(const PackedLinear& p, Tile tile, cudaStream_t stream) {
-  Gemm g = problem(target_of(p.out, p.divisor, p.m, p.n, false), p.k, p.groups);
+int packed_gemm(const PackedLinear& p, const Plan& plan, cudaStream_t stream) {
+  Gemm g = problem(p.k, p.groups);
   g.a = codes_operand(p.codes, p.m, padded_width(p.k, p.groups), p.groups);
   const int64_t row_bytes = ceil_div<int64_t>(p.k, 4);
   g.b = {p.packed, p.n, row_bytes, static_cast<int>(p.k / p.groups),
          aligned(p.packed, 16) && row_bytes % 16 == 0 && (p.groups == 1 || p.k / p.groups % 64 == 0)};
-  return choose<true>(g, tile, stream);
+  return multiply<true>(g, target_of(p.out, p.divisor, p.m, p.n, false), plan, p.partial, stream);
 }
 
 }  // namespace qat::cuda

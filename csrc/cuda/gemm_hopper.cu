@@ -16,6 +16,7 @@
 #include "internal.h"
 #include "operands.h"
 #include "outputs.h"
+#include "split.h"
 #include "wgmma.h"
 
 namespace qat::cuda {
@@ -28,8 +29,9 @@ struct Hopper {
   const uint8_t* weights;
   const uint8_t* codes;
   int64_t weight_bytes, code_bytes;  // of a row
+  int64_t outputs;                   // rows of weights: a split's target has whole units of them
   Target target;
-  int stages;
+  int stages, split_stages;  // in all, and of a block: K is split as in gemm.cu
 };
 
 using Rows = SumRows<kOutputs, 16>;  // of the block's tokens, in the place of the stages
@@ -57,10 +59,14 @@ struct Fetcher {
 
   __device__ __forceinline__ Fetcher(const Hopper& p, int64_t output0, int64_t token0)
       : tokens(p.codes, p.target.m, p.code_bytes, static_cast<int>(p.code_bytes), token0),
-        weights(p.weights, p.target.n, p.weight_bytes, static_cast<int>(p.weight_bytes), output0) {
+        weights(p.weights, p.outputs, p.weight_bytes, static_cast<int>(p.weight_bytes), output0) {
     token_to = swizzled(tokens.row(), tokens.chunk());
     weight_to = Stage<PACKED>::kTokenBytes + (PACKED ? halved(weights.row(), weights.chunk())
                                                      : swizzled(weights.row(), weights.chunk()));
+  }
+  __device__ __forceinline__ void skip(int stages) {
+    tokens.skip(stages);
+    weights.skip(stages);
   }
   __device__ __forceinline__ void fetch(unsigned char* stage) {
     tokens.fetch(stage + token_to);
@@ -121,9 +127,12 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_kernel(const Hopper p) {
   const int64_t output0 = int64_t{blockIdx.x / token_tiles} * kOutputs, token0 = int64_t{blockIdx.x % token_tiles} * kTokens;
   const int lane = threadIdx.x % kWarp, row = static_cast<int>(threadIdx.x) / kWarp * 16;  // 16 rows a warp, 64 a warpgroup
   Fetcher<PACKED> fetcher(p, output0, token0);
+  const int before = static_cast<int>(blockIdx.y) * p.split_stages;
+  int stages = p.stages - before < p.split_stages ? p.stages - before : p.split_stages;
+  fetcher.skip(before);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    if (s < p.stages) fetcher.fetch(shared + s * S::kBytes);
+    if (s < stages) fetcher.fetch(shared + s * S::kBytes);
     commit_copies();
   }
 
@@ -131,14 +140,14 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_kernel(const Hopper p) {
   const Matrix tokens = matrix_at(shared);
   int32_t low[16][4] = {}, high[16][4] = {};  // tokens 0..127 and 128..255
   uint32_t a[2][4][4];
-  for (int first = 0; first < p.stages; first += kStages) {
+  for (; stages > 0; stages -= kStages) {
 #pragma unroll
     for (int slot = 0; slot < kStages; ++slot) {
-      if (first + slot >= p.stages) break;
+      if (stages <= slot) break;
       wait_copies<1>();
       fence_copies();
       __syncthreads();  // all threads' copies of this stage are there, and the products of the last but one are done
-      if (first + slot + 2 < p.stages) fetcher.fetch(shared + (slot + 2) % kStages * S::kBytes);
+      if (stages > slot + 2) fetcher.fetch(shared + (slot + 2) % kStages * S::kBytes);
       commit_copies();
       mine.take(shared + slot * S::kBytes, a[slot % 2]);
       fence_products();
@@ -152,6 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_kernel(const Hopper p) {
     }
   }
   wait_products<0>();
+  if (gridDim.y > 1) let_next_start();
   __syncthreads();
   turn(shared, 0, row, lane, low);
   turn(shared, kTokens / 2, row, lane, high);
@@ -163,20 +173,25 @@ __global__ void __launch_bounds__(kThreads, 1) hopper_kernel(const Hopper p) {
 }
 
 template <bool PACKED>
-int run(const Hopper& p, cudaStream_t stream) {
+int run(Hopper p, int wanted, int32_t* partial, cudaStream_t stream) {
+  const Target whole = p.target;
+  const Splits splits = splits_of(whole, p.stages, wanted, partial);
+  p.target = splits.target;
+  p.split_stages = splits.stages;
   const int64_t blocks = ceil_div<int64_t>(p.target.m, kTokens) * ceil_div<int64_t>(p.target.n, kOutputs);
-  return launch(hopper_kernel<PACKED>, {static_cast<unsigned>(blocks)}, kThreads, Stage<PACKED>::kShared, stream, p);
+  const dim3 grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(splits.count)};
+  const int error = launch(hopper_kernel<PACKED>, grid, kThreads, Stage<PACKED>::kShared, stream, p);
+  return error ? error : add_splits(splits, whole, stream);
 }
 
 int stages_of(int64_t k) { return static_cast<int>(ceil_div<int64_t>(k, kCodes)); }
 
 }  // namespace
 
-// Blocks for at least three quarters of 132 SMs, on a device and in a shape that it serves.
-bool hopper_wanted(int64_t m, int64_t n) {
+// On a device that has it.
+bool hopper_wanted() {
   const char* asked = std::getenv("QAT_CUDA_WGMMA");
-  return asked && asked[0] == '1' && ceil_div<int64_t>(m, kTokens) * ceil_div<int64_t>(n, kOutputs) >= 100 &&
-         compute_capability() == 90;
+  return asked && asked[0] == '1' && compute_capability() == 90;
 }
 
 bool hopper_serves(const Linear& p) { return p.groups == 1 && p.k % 16 == 0 && aligned(p.codes, 16) && aligned(p.t, 16); }
@@ -185,16 +200,17 @@ bool hopper_serves(const PackedLinear& p) {
   return p.groups == 1 && ceil_div<int64_t>(p.k, 4) % 16 == 0 && aligned(p.packed, 16);
 }
 
-int hopper_gemm(const Linear& p, cudaStream_t stream) {
+int hopper_gemm(const Linear& p, int splits, cudaStream_t stream) {
   const Target target = target_of(p.out, p.divisor, p.m, p.n, p.raw);
   const auto *weights = reinterpret_cast<const uint8_t*>(p.t), *codes = reinterpret_cast<const uint8_t*>(p.codes);
-  return run<false>({weights, codes, p.k, p.k, target, stages_of(p.k)}, stream);
+  return run<false>({weights, codes, p.k, p.k, p.n, target, stages_of(p.k), 0}, splits, p.partial, stream);
 }
 
-int hopper_packed_gemm(const PackedLinear& p, cudaStream_t stream) {
+int hopper_packed_gemm(const PackedLinear& p, int splits, cudaStream_t stream) {
   const Target target = target_of(p.out, p.divisor, p.m, p.n, false);
   const auto* codes = reinterpret_cast<const uint8_t*>(p.codes);
-  return run<true>({p.packed, codes, ceil_div<int64_t>(p.k, 4), padded_width(p.k, 1), target, stages_of(p.k)}, stream);
+  const int64_t weight_bytes = ceil_div<int64_t>(p.k, 4), code_bytes = padded_width(p.k, 1);
+  return run<true>({p.packed, codes, weight_bytes, code_bytes, p.n, target, stages_of(p.k), 0}, splits, p.partial, stream);
 }
 
 }  // namespace qat::cuda

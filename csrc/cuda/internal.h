@@ -12,17 +12,25 @@ int quantize_interleaved(const PackedLinear& p, Order order, cudaStream_t stream
 bool decode_serves(const PackedLinear& p);
 int decode(const PackedLinear& p, cudaStream_t stream);
 
-// Many tokens (gemm.cu). The tile is chosen by gemm_tile from the shape; tests force each.
+// Many tokens (gemm.cu). The plan is chosen by gemm_plan from the shape and the device's multiprocessors; tests force each.
 enum class Tile { small, medium, large };
-Tile gemm_tile(int64_t m, int64_t n, int64_t groups);
-int gemm(const Linear& p, Tile tile, cudaStream_t stream);
-int packed_gemm(const PackedLinear& p, Tile tile, cudaStream_t stream);
+struct Plan {
+  Tile tile;
+  int splits;     // of K, at most: 1 where `partial` is null, and with groups, whose sums are floats
+  double cycles;  // that are expected, to compare plans
+};
+Plan gemm_plan(int sms, int64_t m, int64_t n, int64_t k, int64_t groups, bool may_split);
+int gemm(const Linear& p, const Plan& plan, cudaStream_t stream);
+int packed_gemm(const PackedLinear& p, const Plan& plan, cudaStream_t stream);
+// What so many splits need for their sums (split.cu).
+int64_t partial_bytes(int64_t m, int64_t n, int splits);
 
 // The same on Hopper (gemm_hopper.cu).
-bool hopper_wanted(int64_t m, int64_t n);
+bool hopper_wanted();
+Plan hopper_plan(int sms, int64_t m, int64_t n, int64_t k, bool may_split);
 bool hopper_serves(const Linear& p);
 bool hopper_serves(const PackedLinear& p);
-int hopper_gemm(const Linear& p, cudaStream_t stream);
-int hopper_packed_gemm(const PackedLinear& p, cudaStream_t stream);
+int hopper_gemm(const Linear& p, int splits, cudaStream_t stream);
+int hopper_packed_gemm(const PackedLinear& p, int splits, cudaStream_t stream);
 
 }  // namespace qat::cuda

@@ -98,7 +98,9 @@ struct Linear {
   int64_t m, n, k, groups;
   Output out;
   bool raw;                 // y is int32 [M, N] = acc: G = 1, and divisor, scale and bias are not read
+  int32_t* partial;         // scratch of partial_bytes, 16-byte aligned; null: K is not split, whatever the shape
 };
+int64_t partial_bytes(const Linear& p);  // from m, n, k, groups and the device; 0 where K is not split
 int linear(const Linear& p, cudaStream_t stream);
 
 // Inference: quantize and multiply with 2-bit weights. One token takes one launch, in which each block quantizes x itself.
@@ -112,10 +114,12 @@ struct PackedLinear {
   int8_t* codes;            // scratch [M, padded_width(K, G)], 16-byte aligned; null where packed_linear_fused
   float* divisor;           // scratch [M]; null where packed_linear_fused
   void* workspace;          // needed if per_tensor and not packed_linear_fused
+  int32_t* partial;         // as of Linear
   bool overlap;             // on sm_90 and later a launch for one token may start before the kernel ahead of it on the stream
                             // has ended (programmatic launch); it reads and writes nothing of other kernels before that
 };
 int packed_linear(const PackedLinear& p, cudaStream_t stream);
+int64_t partial_bytes(const PackedLinear& p);
 bool packed_linear_fused(const PackedLinear& p);  // from m, n, k, groups, and the alignment of packed
 
 // K with every group padded to blocks of 64 codes.

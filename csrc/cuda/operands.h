@@ -51,6 +51,10 @@ struct Copies {
     from += CHUNKS * 16;
     left -= CHUNKS * 16;
   }
+  __device__ __forceinline__ void skip(int stages) {
+    from += int64_t{stages} * (CHUNKS * 16);
+    left -= stages * (CHUNKS * 16);
+  }
   __device__ __forceinline__ void next_group(int64_t skipped, int bytes) {
     from += skipped;
     left = bytes - chunk() * 16;
@@ -90,6 +94,13 @@ struct Stages {
   __device__ __forceinline__ Stages(const Operand& o, int64_t first)
       : copies(o.data, o.rows, o.row_bytes, BITS ? static_cast<int>(o.row_bytes) : o.length, first), row0(first) {
     to = BITS ? copies.row() * 16 : place(copies.row(), copies.chunk());
+  }
+
+  // So many stages of the one group are another block's.
+  __device__ __forceinline__ void skip(int stages) {
+    static_assert(!GROUPS);
+    if constexpr (WIDE) copies.skip(stages);
+    start = inside = stages * kDepth;
   }
 
   __device__ __forceinline__ void fetch(unsigned char* stage, const Operand& o) {

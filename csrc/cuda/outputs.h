@@ -9,9 +9,6 @@
 #include "codes.h"
 
 namespace qat::cuda {
-namespace {
-
-constexpr int kUnit = 8;  // outputs that a thread writes at once
 
 struct Target {
   Output out;
@@ -20,6 +17,10 @@ struct Target {
   bool raw;   // y is int32 = sums
   bool wide;  // rows of y are aligned to 16 bytes
 };
+
+namespace {
+
+constexpr int kUnit = 8;  // outputs that a thread writes at once
 
 Target target_of(const Output& out, const float* divisor, int64_t m, int64_t n, bool raw) {
   Target t = {out, divisor, m, n, raw, false};
@@ -67,10 +68,10 @@ struct SumRows {
   }
 };
 
-// y of a token and the factors' outputs in T; int32_t is raw.
+// y of a token and the factors' outputs in T; int32_t is raw. `before`: rows of y ahead of token 0.
 template <class T, bool GROUPS>
 __device__ __forceinline__ void write_unit(const Target& p, const Factors<GROUPS>& f, int64_t token,
-                                           const int32_t (&sums)[kUnit]) {
+                                           const int32_t (&sums)[kUnit], int64_t before = 0) {
   alignas(16) T y[kUnit];
   if constexpr (std::is_same_v<T, int32_t>) {
     memcpy(y, sums, sizeof(y));
@@ -92,7 +93,7 @@ __device__ __forceinline__ void write_unit(const Target& p, const Factors<GROUPS
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) from_float(v[i], y[i]);
   }
-  T* to = static_cast<T*>(p.out.y) + token * p.n + f.first;
+  T* to = static_cast<T*>(p.out.y) + (token + before) * p.n + f.first;
   if (p.wide && f.count == kUnit) {
 #pragma unroll
     for (int i = 0; i < kUnit; i += 16 / static_cast<int>(sizeof(T))) {
@@ -110,21 +111,24 @@ __device__ __forceinline__ void write_unit(const Target& p, const Factors<GROUPS
 // Rows of sums, those of tokens from token0 on: of them every `step`-th from `first` on is this thread's.
 template <class T, class Rows, bool GROUPS>
 __device__ __forceinline__ void write_rows_as(const Target& p, const Factors<GROUPS>& f, const unsigned char* rows, int unit,
-                                              int first, int step, int count, int64_t token0) {
+                                              int first, int step, int count, int64_t token0, int64_t before = 0) {
   if (f.count <= 0) return;
 #pragma unroll 1
   for (int row = first; row < count; row += step) {
     if (token0 + row >= p.m) break;
     int32_t sums[kUnit];
     Rows::take(rows, row, unit, sums);
-    write_unit<T>(p, f, token0 + row, sums);
+    write_unit<T>(p, f, token0 + row, sums, before);
   }
 }
 
 template <class Rows, bool GROUPS>
 __device__ __forceinline__ void write_rows(const Target& p, const Factors<GROUPS>& f, const unsigned char* rows, int unit,
                                            int first, int step, int count, int64_t token0) {
-  if (p.raw) return write_rows_as<int32_t, Rows>(p, f, rows, unit, first, step, count, token0);
+  if (p.raw) {  // sums of a part of K lie behind those of the parts ahead
+    const int64_t before = int64_t{blockIdx.y} * p.m;
+    return write_rows_as<int32_t, Rows>(p, f, rows, unit, first, step, count, token0, before);
+  }
   switch (p.out.dtype) {
     case Dtype::f32: return write_rows_as<float, Rows>(p, f, rows, unit, first, step, count, token0);
     case Dtype::bf16: return write_rows_as<Bf16, Rows>(p, f, rows, unit, first, step, count, token0);

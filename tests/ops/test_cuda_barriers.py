@@ -66,6 +66,11 @@ def many_tokens(gpu: Emulator) -> None:
     same(packed_linear(gpu, p, tile="small"), expected_linear(p))
 
 
+def many_tokens_in_splits(gpu: Emulator) -> None:
+    p = problem(66, 70, 960)  # of 5 stages each: the last is where sums are turned
+    same(packed_linear(gpu, p, tile="small", splits=3), expected_linear(p))
+
+
 def many_tokens_on_hopper(gpu: Emulator) -> None:
     p = problem(140, 100, 768, dtype=torch.float32)
     same(packed_linear(gpu, p, tile="hopper"), expected_linear(p))
@@ -84,7 +89,7 @@ def chained(gpu: Emulator) -> None:
         arguments = (1, 1, 2, False, 0, EPS, t, packed, gpu.put(torch.ones(p.t.shape[0], 1)), None)
         gpu.run("run_quantize_weight", QuantizeWeight(gpu.put(latent), 0, *p.t.shape, *arguments))
         out, read = output(gpu, p)
-        call = PackedLinear(address, False, EPS, packed, 1, *p.t.shape, p.groups, out, None, None, None, True)
+        call = PackedLinear(address, False, EPS, packed, 1, *p.t.shape, p.groups, out, None, None, None, None, True)
         gpu.run("run_packed_linear", call)
         address = out.y
         same(read(), y)
@@ -110,7 +115,18 @@ def weight_tensor(gpu: Emulator) -> None:
     same(found.t, torch.where(w > w.double().mean(), 1, -1).to(torch.int8))
 
 
-WORK = [decode_one, decode_few, decode_groups, many_tokens, many_tokens_on_hopper, chained, long_token, long_norm, weight_tensor]
+WORK = [
+    decode_one,
+    decode_few,
+    decode_groups,
+    many_tokens,
+    many_tokens_in_splits,
+    many_tokens_on_hopper,
+    chained,
+    long_token,
+    long_norm,
+    weight_tensor,
+]
 
 
 def test_every_barrier_matters(gpu: Emulator) -> None:
@@ -121,7 +137,8 @@ def test_every_barrier_matters(gpu: Emulator) -> None:
         work(gpu)
         for site in gpu.sites():
             reached.setdefault(site, []).append(work)
-    assert {site.partition(":")[0] for site in reached} == {"decode.cu", "gemm.cu", "gemm_hopper.cu", "reduce.h"}, sorted(reached)
+    files = {"decode.cu", "gemm.cu", "gemm_hopper.cu", "reduce.h", "split.cu"}
+    assert {site.partition(":")[0] for site in reached} == files, sorted(reached)
 
     def noticed(site: str, work: Callable[[Emulator], None]) -> bool:
         for order in range(3):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from device_shapes import ACTIVATIONS, DECODE, PREFILL, TRAINING, WEIGHTS
+from device_shapes import ACTIVATIONS, DECODE, INTEGERS, PREFILL, TRAINING, WEIGHTS
 from kernel_checks import DTYPES, EPS, LAYOUTS, check_packed_linear, check_weight_codes, codes, on_the_gpu, same, tokens, unkept
 from torch import Tensor
 
@@ -41,6 +41,12 @@ def test_bitlinear_large(shape, dtype):
     wanted, divisor = activations.activation_codes(x, "token", EPS)
     same(x_q, wanted)
     same(y, reference.integer_linear(x_q, divisor, t, scale, None, x.dtype))
+
+
+@pytest.mark.parametrize("shape", INTEGERS, ids=str)
+def test_integers_large(shape):
+    a, b = (torch.randint(-128, 128, size, dtype=torch.int8) for size in (shape[::2], shape[:0:-1]))
+    same(torch.ops.qat.int8_matmul(a.cuda(), b.cuda()), (a.double() @ b.double()).int())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

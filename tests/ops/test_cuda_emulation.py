@@ -264,7 +264,7 @@ def test_scales_at_the_ends_of_the_exponents(gpu: Emulator, tile: str) -> None:
 def test_wrong_arguments_are_refused(gpu: Emulator) -> None:
     p = problem(2, 4, 64)
     with pytest.raises(AssertionError, match="error 1"):
-        gpu.run("run_linear", Linear(None, None, None, 2, 4, 64, 3, Output(), False))
-    call = PackedLinear(gpu.put(p.x), False, EPS, gpu.put(p.packed), 2, 4, 64, 1, output(gpu, p)[0], None, None, None, False)
+        gpu.run("run_linear", Linear(None, None, None, 2, 4, 64, 3, Output(), False, None))
+    call = PackedLinear(gpu.put(p.x), False, EPS, gpu.put(p.packed), 2, 4, 64, 1, output(gpu, p)[0], *[None] * 4, False)
     with pytest.raises(AssertionError, match="error 1"):
         gpu.run("run_packed_linear", call)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from device_shapes import ACTIVATIONS, DECODE, PREFILL, TRAINING, WEIGHTS
+from device_shapes import ACTIVATIONS, DECODE, INTEGERS, PREFILL, TRAINING, WEIGHTS
 from emulator import (
     DTYPES,
     GRANULARITIES,
@@ -20,9 +20,11 @@ from emulator import (
     QuantizeActivation,
     QuantizeWeight,
     kernel_names,
+    plan,
 )
 
 Shape = tuple[int, int, int, int]
+SMS = 132  # of the emulation's device
 SOMEWHERE = 1 << 20  # an aligned address that nothing reads
 NORM = "quantize_rows<.*, true>"  # behind a norm: no op asks for it
 
@@ -38,7 +40,7 @@ def dry(gpu: Emulator) -> Iterator[Emulator]:
 def packed(gpu: Emulator, shape: Shape, kind: int) -> set[str]:
     m, n, k, groups = shape
     out = Output(SOMEWHERE, kind, SOMEWHERE, groups, None)
-    scratch = SOMEWHERE, SOMEWHERE, SOMEWHERE
+    scratch = (SOMEWHERE,) * 4
     gpu.run("run_packed_linear", PackedLinear(SOMEWHERE, False, 1e-5, SOMEWHERE, m, n, k, groups, out, *scratch, False))
     return gpu.launched()
 
@@ -46,7 +48,14 @@ def packed(gpu: Emulator, shape: Shape, kind: int) -> set[str]:
 def trained(gpu: Emulator, shape: Shape, kind: int) -> set[str]:
     m, n, k, groups = shape
     out = Output(SOMEWHERE, kind, SOMEWHERE, groups, None)
-    gpu.run("run_linear", Linear(SOMEWHERE, SOMEWHERE, SOMEWHERE, m, n, k, groups, out, False))
+    gpu.run("run_linear", Linear(SOMEWHERE, SOMEWHERE, SOMEWHERE, m, n, k, groups, out, False, SOMEWHERE))
+    return gpu.launched()
+
+
+def integers(gpu: Emulator) -> set[str]:
+    for m, n, k in INTEGERS:
+        out = Output(SOMEWHERE, 0, None, 0, None)
+        gpu.run("run_linear", Linear(SOMEWHERE, None, SOMEWHERE, m, n, k, 1, out, True, SOMEWHERE))
     return gpu.launched()
 
 
@@ -80,15 +89,15 @@ def all_of(gpu: Emulator, *names: str) -> set[str]:
 
 
 # what is taken without wgmma, and with it
-KERNELS = {"0": ("decode_kernel", "gemm_kernel"), "1": ("decode_kernel", "hopper_kernel")}
+KERNELS = {"0": ("decode_kernel", "gemm_kernel", "add_kernel"), "1": ("decode_kernel", "hopper_kernel", "add_kernel")}
 
 
 @pytest.mark.parametrize("wgmma", KERNELS)
 def test_every_matmul_has_a_test_on_a_device(dry: Emulator, monkeypatch: pytest.MonkeyPatch, wgmma: str) -> None:
     monkeypatch.setenv("QAT_CUDA_WGMMA", wgmma)
     wanted = all_of(dry, *KERNELS[wgmma])
-    assert wanted and wanted - linears(dry) == set()
-    many = {name for name in wanted if not name.startswith("decode")}
+    assert wanted and wanted - linears(dry) - integers(dry) == set()
+    many = {name for name in wanted if not name.startswith("decode") and name != "add_kernel<int>"}
     for whole in (True, False):  # y is written by 16 bytes, or by elements
         assert many - linears(dry, whole) == set()
 
@@ -115,6 +124,11 @@ def test_tiles_fill_the_device(dry: Emulator, monkeypatch: pytest.MonkeyPatch, s
     for call in (packed, trained):
         (name,) = (one for one in call(dry, (m, n, 2560, groups), 1) if one.startswith("gemm"))
         assert f"Shape<{TILES[shape]}," in name
+
+
+def test_splits_of_every_tile_have_a_test_on_a_device(gpu: Emulator) -> None:
+    found = [plan(gpu, SMS, *shape) for shape in PREFILL + TRAINING]
+    assert {tile for tile, splits in found if splits > 1} == {"small", "medium", "large"}
 
 
 def test_every_quantizer_has_a_test_on_a_device(dry: Emulator) -> None:

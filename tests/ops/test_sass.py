@@ -76,6 +76,32 @@ def test_the_loop_that_writes_is_read_without_divisions_that_check():
     assert without == ["kernel for sm_90a has no loop that writes its outputs"]
 
 
+READS = [
+    "S2R R0, SR_TID.X",
+    "LDG.E.128.STRONG.GPU R4, [R2.64]",  # 0x10: the head
+    "IADD3 R8, R4, R8, R9",
+    "@!P1 BRA 0x10",
+    "STG.E.128 [R2.64], R8",  # 0x40
+    "@!P0 BRA 0x10",
+    "EXIT",
+]
+
+
+def test_the_loop_that_reads():
+    (kernel,) = functions = sass.parse(listing(*READS))
+    assert kernel.main_loop is None and kernel.read_loop is not None and len(kernel.read_loop.instructions) == 3
+    assert gates.complaints(functions, [Gate("kernel", None, read=3)]) == []
+    who = "kernel for sm_90a"
+    assert gates.complaints(functions, [Gate("kernel", None, read=2)]) == [f"{who} executes 3.0 instructions a load, more than 2"]
+    narrow = sass.parse(listing(*[text.replace(".128", "") for text in READS]))
+    said = [f"{who} has 1 loads of less than 16 bytes in the loop that reads"]
+    assert gates.complaints(narrow, [Gate("kernel", None, read=3)]) == said
+    spilled = sass.parse(listing(READS[0], "LDG.E.128 R4, [R2.64]", "LDL R4, [R1]", *READS[3:]))
+    assert gates.complaints(spilled, [Gate("kernel", None, read=3)]) == [f"{who} has 1 LDL where it reads"]
+    nothing = sass.parse(listing(*[text.replace("LDG", "LDS") for text in READS]))
+    assert gates.complaints(nothing, [Gate("kernel", None, read=3)]) == [f"{who} has no loop that reads"]
+
+
 def test_a_gate_of_one_arch_asks_nothing_of_another():
     functions = sass.parse(listing(*LOOP))
     assert (

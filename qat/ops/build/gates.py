@@ -30,20 +30,29 @@ class Gate:
     if not None, most of the loop that writes 8 outputs a thread."""
 
     kernel: str
-    each: float
+    each: float | None  # None: a kernel without products
     size: int = 1 << 20
     forbidden: tuple[str, ...] = _SLOW
     wide_copies: bool = True  # every copy to shared memory is 16 bytes
     write: int | None = None
+    read: float | None = None  # most instructions for a load of 16 bytes, where a loop only reads
     arch: str = ""  # of one alone
 
     def complaints(self, function: Function) -> list[str]:
         """What is beyond the limits, in words."""
-        loop, who = function.main_loop, f"{function.name} for {function.arch}"
+        who = f"{function.name} for {function.arch}"
+        said = self._reading(function, who) if self.each is None else self._multiplying(function, who)
+        if self.write is not None:
+            said += self._writing(function, who)
+        if function.size > self.size:
+            said.append(f"{who} is {function.size} bytes, more than {self.size}")
+        return said
+
+    def _multiplying(self, function: Function, who: str) -> list[str]:
+        loop, said = function.main_loop, []
         if loop is None:
             return [f"{who} has no loop with products of the tensor cores"]
-        said = []
-        if loop.each > self.each:
+        if self.each is not None and loop.each > self.each:
             said.append(f"{who} executes {loop.each:.1f} instructions a product in its main loop, more than {self.each}")
         for name in self.forbidden:
             if loop.opcodes[name]:
@@ -51,11 +60,17 @@ class Gate:
         narrow = [text for text in loop.instructions if "LDGSTS" in text and ".128" not in text]
         if self.wide_copies and narrow:
             said.append(f"{who} has {len(narrow)} copies of less than 16 bytes in its main loop")
-        if self.write is not None:
-            said += self._writing(function, who)
-        if function.size > self.size:
-            said.append(f"{who} is {function.size} bytes, more than {self.size}")
         return said
+
+    def _reading(self, function: Function, who: str) -> list[str]:
+        loop = function.read_loop
+        if loop is None:
+            return [f"{who} has no loop that reads"]
+        loads = [text for text in loop.instructions if "LDG" in text]
+        each, narrow = len(loop.instructions) / len(loads), [text for text in loads if ".128" not in text]
+        said = [f"{who} executes {each:.1f} instructions a load, more than {self.read}"] * (each > (self.read or 0))
+        said += [f"{who} has {len(narrow)} loads of less than 16 bytes in the loop that reads"] * bool(narrow)
+        return said + [f"{who} has {loop.opcodes[name]} {name} where it reads" for name in self.forbidden if loop.opcodes[name]]
 
     def _writing(self, function: Function, who: str) -> list[str]:
         loop = function.write_loop
@@ -81,6 +96,7 @@ GATES = [
     Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, true, false, true>", each=8.6, size=_LARGE, write=_WRITE),
     Gate(r"^gemm_kernel<Shape<128, 128, 64, 32, \w+, true, true>", each=18.0, size=72 << 10, forbidden=_SUMS),
     Gate(r"^gemm_kernel<Shape<64, 64, 32, 32, \w+, true, true>", each=27.0, size=_LARGE, forbidden=_SUMS),
+    Gate(r"^add_kernel<", each=None, read=10.0, size=24 << 10),
     Gate(r"^hopper_kernel<false>", each=14.5, size=_LARGE, write=_WRITE, arch="sm_90a"),
     Gate(r"^hopper_kernel<true>", each=19.0, size=_LARGE, write=_WRITE, arch="sm_90a"),
 ]

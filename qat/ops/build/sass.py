@@ -150,12 +150,23 @@ class Function:
         return max((loop for loop in loops if loop.products), key=lambda loop: loop.products, default=None)
 
     @cached_property
-    def write_loop(self) -> Loop | None:
-        """The longest innermost loop that divides and writes, on a way without checks of exponents; None where there is none."""
+    def _innermost(self) -> list[Loop]:
+        """Loops without products that hold no other, on a way without checks of exponents."""
         inner = [one for one in self._ends if not any(other[0] in self._inside(*one) - {one[0]} for other in self._ends)]
         loops = [Loop(tuple(self._longest(head, end, _CHECKED))) for head, end in inner]
-        found = [loop for loop in loops if loop.opcodes["STG"] and loop.opcodes["MUFU"] and not loop.products]
+        return [loop for loop in loops if not loop.products]
+
+    @cached_property
+    def write_loop(self) -> Loop | None:
+        """The longest of those that divides and writes; None where there is none."""
+        found = [loop for loop in self._innermost if loop.opcodes["STG"] and loop.opcodes["MUFU"]]
         return max(found, key=lambda loop: len(loop.instructions), default=None)
+
+    @cached_property
+    def read_loop(self) -> Loop | None:
+        """The one that reads most of global memory and writes nothing; None where there is none."""
+        found = [loop for loop in self._innermost if loop.opcodes["LDG"] and not loop.opcodes["STG"]]
+        return max(found, key=lambda loop: loop.opcodes["LDG"], default=None)
 
 
 def parse(lines: Iterable[str]) -> list[Function]:
