@@ -21,8 +21,9 @@ from qat.config.compose.composing import compose_run
 from qat.config.compose.saved import load_config
 from qat.config.compose.text import as_typed
 from qat.monitor.table import find
-from qat.reporting.result import read_result
-from qat.training.sweeps.outcomes import noted
+from qat.reporting.result import Perplexity, RunResult, read_result
+from qat.training.sweeps.jobs import told
+from qat.training.sweeps.outcomes import Outcome, noted
 
 
 def code(arguments: list[str]) -> int:
@@ -78,6 +79,19 @@ def test_a_failed_job_of_a_search_is_named_and_ends_nothing(
     assert [one.code for one in outcomes] == [0, 0, 2, 2]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("job 3  optim.lr=1e+30 trainer.max_steps=2  ") and "failed: optim.lr=1e+30 is not allowed" in last
+
+
+def test_jobs_that_cannot_be_compared_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(tmp_path / "0").mkdir()
+    stages = {"full_precision": 4.0, "trained": 5.0, "packed": 5.0}
+    RunResult(perplexity=Perplexity("text", 8, 8, 8, stages)).save(tmp_path / "0")
+    good, bad = (
+        Outcome(0, "optim.lr=1", str(tmp_path / "0"), "done"),
+        Outcome(1, "optim.lr=2", "not run", "diverged", 1),
+    )
+    assert told([good, bad]) == 1
+    assert capsys.readouterr().out.splitlines()[0] == "no comparison: fewer than two of 2 jobs were measured"
+    assert told([good]) == 0 and "no comparison" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

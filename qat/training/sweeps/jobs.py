@@ -61,6 +61,8 @@ def told(found: list[Outcome]) -> int:
     table = comparison(found)
     if table:
         print(*table, _page(found), sep="\n")
+    elif len(found) > 1:
+        print(f"no comparison: fewer than two of {len(found)} jobs were measured")
     for one in found:
         say(one.line)
     return max((one.code for one in found), default=0)
