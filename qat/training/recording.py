@@ -185,10 +185,20 @@ def recording(facts: Facts) -> Iterator[Book]:
 
 
 def _say_where(facts: Facts) -> None:
-    """The page of a run that failed while it trained: there is no table that would name it."""
+    """The page and the checkpoint of a run that failed while it trained: there is no table that would name them."""
     page = Path(facts.folder) / REPORT
     if facts.status.startswith("failed") and page.is_file() and (page.parent / "metrics.csv").is_file():
         print(f"report     {page}", flush=True)
+        print(*_checkpoint(facts.folder), sep="\n", end="", flush=True)
+
+
+def _checkpoint(folder: str) -> list[str]:
+    """A line on the newest one, if there are any."""
+    try:
+        found = newest(Path(folder) / "checkpoints")
+    except ValueError as error:  # what ended the run is said besides
+        return [f"checkpoint {error}\n"]
+    return [f"checkpoint of step {found.step}; to go on from there: {quote(f'resume={folder}')}\n"] if found else []
 
 
 def write_page(folder: Path) -> None:

@@ -13,6 +13,7 @@ from qat.config import DataConfig, ExportConfig, ModelConfig, RunConfig, TrainCo
 from qat.conversion.record import Conversion
 from qat.train import run
 from qat.training import recording as module
+from qat.training.checkpoints import Found
 from qat.training.recording import Facts, recording
 from qat.training.signals import Interrupted
 
@@ -50,13 +51,25 @@ def test_a_run_that_does_not_end_has_one_too(config: TrainConfig, tmp_path: Path
 
 
 def test_the_page_of_a_run_that_failed_while_training_is_named(
-    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.yaml").write_text("run:\n  name: tiny\n")
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2.0\n")
     with pytest.raises(ValueError), recording(Facts(config, Conversion("bitlinear", config.quant), str(tmp_path))):
         raise ValueError("the loss is not finite")
-    assert capsys.readouterr().out == f"report     {tmp_path / 'report.html'}\n"
+    page = f"report     {tmp_path / 'report.html'}\n"
+    assert capsys.readouterr().out == page
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"half of")
+    facts = Facts(config, Conversion("bitlinear", config.quant), str(tmp_path))
+    with pytest.raises(ValueError, match="not finite"), recording(facts):
+        raise ValueError("the loss is not finite")
+    said = capsys.readouterr().out
+    assert said.startswith(f"{page}checkpoint ") and "last.ckpt" in said and said.count("\n") == 2
+    monkeypatch.setattr(module, "newest", lambda folder: Found(folder / "last.ckpt", 30))
+    with pytest.raises(ValueError), recording(facts):
+        raise ValueError("the loss is not finite")
+    assert capsys.readouterr().out == f"{page}checkpoint of step 30; to go on from there: resume={tmp_path}\n"
 
 
 def test_a_page_that_cannot_be_made_is_said_and_ends_nothing(
