@@ -72,16 +72,6 @@ std::tuple<Tensor, Tensor, Tensor> cuda_activation_codes(const Tensor& x_any, bo
   return {codes, divisor, scale};
 }
 
-// Memory for the sums of K's parts, where the shape takes several.
-template <class P>
-std::optional<Tensor> with_partial(const Device& device, P& p) {
-  const int64_t bytes = partial_bytes(p);
-  if (bytes == 0) return std::nullopt;
-  Tensor sums = device.empty({bytes / 4}, ScalarType::Int);
-  p.partial = static_cast<int32_t*>(sums.mutable_data_ptr());
-  return sums;
-}
-
 // y of x and 2-bit bytes; one token takes one launch. For `overlap` see cuda/kernels.h.
 Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                           int64_t k, bool per_tensor, double eps, bool overlap) {
@@ -116,8 +106,6 @@ Tensor cuda_packed_linear(const Tensor& x_any, const Tensor& packed, const Tenso
   return result.y;
 }
 
-}  // namespace
-
 // y of x and int8 codes t [N, K]; and the codes and scale of x, for the backward pass.
 std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Tensor& t, const Tensor& scale,
                                                   const std::optional<Tensor>& bias, bool per_tensor, double eps) {
@@ -143,8 +131,6 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x_any, const Ten
   done(linear(p, device.stream), "linear");
   return {result.y, codes, x_scale};
 }
-
-namespace {
 
 // int32 [M, N] of int8 a [M, K] and b [N, K]: a . b^T
 Tensor cuda_int8_matmul(const Tensor& a, const Tensor& b) {

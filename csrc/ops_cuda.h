@@ -51,6 +51,14 @@ class __attribute__((visibility("hidden"))) Stream {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream_));
   }
   cudaStream_t get() const { return static_cast<cudaStream_t>(stream_); }
+  // Which capture into a graph its work belongs to; 0: to none.
+  int64_t capture() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    const auto error = cudaStreamGetCaptureInfo(get(), &status, &id);
+    STD_TORCH_CHECK(error == cudaSuccess, "cudaStreamGetCaptureInfo failed: ", cudaGetErrorString(error));
+    return status == cudaStreamCaptureStatusNone ? 0 : static_cast<int64_t>(id) + 1;
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -170,11 +178,14 @@ inline const uint8_t* bytes_of(const Device& device, const Tensor& packed, int64
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
-// ops_cuda.cpp: y of x and int8 codes t [N, K]; and the codes and scale of x. ops_cuda_weights.cpp: int8 codes of packed ones.
-std::tuple<Tensor, Tensor, Tensor> cuda_bitlinear(const Tensor& x, const Tensor& t, const Tensor& scale,
-                                                  const std::optional<Tensor>& bias, bool per_tensor, double eps);
-Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad);
-// codes * scale [N, K] in `dtype`, of int8 or 2-bit codes and a scale [1 | N, 1 | G], or 1 without one.
-Tensor cuda_dequantize(const Device& device, const Tensor& codes, int64_t k, const Tensor* scale, ScalarType dtype);
+// Memory for the sums of K's parts, where the shape takes several.
+template <class P>
+std::optional<Tensor> with_partial(const Device& device, P& p) {
+  const int64_t bytes = partial_bytes(p);
+  if (bytes == 0) return std::nullopt;
+  Tensor sums = device.empty({bytes / 4}, ScalarType::Int);
+  p.partial = static_cast<int32_t*>(sums.mutable_data_ptr());
+  return sums;
+}
 
 }  // namespace qat::cuda::binding

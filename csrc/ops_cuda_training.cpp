@@ -1,5 +1,5 @@
-// The training linear on a GPU as one op each way: what qat/ops/cuda.py and qat/ops/gradients.py put together of the other ops, by
-// the same kernels, but the weight's codes and their 2-bit bytes by one. qat/ops/fused says which layers come here.
+// The training linear on a GPU as one op each way: what qat/ops/cuda.py and qat/ops/gradients.py put together of the other ops,
+// by the same kernels, but the weight's codes and their 2-bit bytes by one. qat/ops/fused says which layers come here.
 //
 // What lives as long as one another is one allocation: what the call alone needs, what is kept of x, and what is kept of w.
 #include "ops_cuda.h"
@@ -41,28 +41,32 @@ float* floats(uint8_t* at) { return reinterpret_cast<float*>(at); }
 const float* floats(const uint8_t* at) { return reinterpret_cast<const float*>(at); }
 int8_t* codes(uint8_t* at) { return reinterpret_cast<int8_t*>(at); }
 
-// (y in `dtype`, to which x is cast first; and for the backward pass what is kept of x and of w, in bytes).
-std::tuple<Tensor, Tensor, Tensor> cuda_fused_forward(const Tensor& x_any, const Tensor& w, const std::optional<Tensor>& bias_any,
-                                                      int64_t granularity, int64_t reduce, int64_t groups, bool binary,
-                                                      int64_t scale_dtype, bool per_tensor, double eps, ScalarType dtype) {
+// (y in `dtype`, to which x is cast first; for the backward pass what is kept of x and of w, in bytes; the stream and the capture
+// that they are of, or 0). `known` is what another layer kept of the same x: where it is of the same stream and capture, x is not
+// quantized again. Otherwise it may not be there yet, or not at all.
+std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t> cuda_fused_forward(
+    const Tensor& x_any, const Tensor& w, const std::optional<Tensor>& bias_any, int64_t granularity, int64_t reduce,
+    int64_t groups, bool binary, int64_t scale_dtype, bool per_tensor, double eps, ScalarType dtype, const std::optional<Tensor>& known,
+    int64_t stream, int64_t capture) {
   const Device device(x_any);
   device.check(w, ScalarType::Float, "w");
   STD_TORCH_CHECK(w.dim() == 2 && groups >= 1 && w.size(1) % groups == 0 && static_cast<Reduce>(reduce) != Reduce::given,
                   "w must be [N, K] with K in ", groups, " groups");
   const int64_t n = w.size(0), k = w.size(1);
-  const Tensor x = rows_in_memory(gradients::in(x_any, dtype));
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k && k <= kMaxWidth, "x must be [..., ", k, "]");
+  STD_TORCH_CHECK(x_any.dim() >= 1 && x_any.size(x_any.dim() - 1) == k && k <= kMaxWidth, "x must be [..., ", k, "]");
   std::optional<Tensor> bias = bias_any;
   if (bias) bias = rows_in_memory(gradients::in(*bias, ScalarType::Float));
   if (bias) device.check(*bias, ScalarType::Float, "bias");
   STD_TORCH_CHECK(!bias || bias->numel() == n, "bias must be [N]");
-  const int64_t m = rows_of(x);
+  const int64_t m = rows_of(x_any), here = reinterpret_cast<int64_t>(device.stream), captured = device.guard.capture();
   const WeightParts of_w(n, k, static_cast<Granularity>(granularity), groups);
   const InputParts of_x(m, k);
   const ScratchParts scratch(n, k);
-  Tensor scratch_memory, kept_x, kept_w, y = device.empty(with_last(x, n), dtype);
+  const bool quantized = known && stream == here && capture == captured && known->numel() == of_x.parts.bytes();
+  Tensor scratch_memory, kept_x, kept_w, y = device.empty(with_last(x_any, n), dtype);
   uint8_t* const at = allocated(device, scratch.parts, scratch_memory);
-  uint8_t* const x_at = allocated(device, of_x.parts, kept_x);
+  if (quantized) kept_x = *known;
+  uint8_t* const x_at = quantized ? static_cast<uint8_t*>(kept_x.mutable_data_ptr()) : allocated(device, of_x.parts, kept_x);
   uint8_t* const w_at = allocated(device, of_w.parts, kept_w);
 
   QuantizeWeight weight = {};
@@ -82,34 +86,38 @@ std::tuple<Tensor, Tensor, Tensor> cuda_fused_forward(const Tensor& x_any, const
   weight.workspace = at + scratch.workspace;
   done(quantize_weight(weight, device.stream), "quantize_weight");
 
-  QuantizeActivation input = {};
-  input.x = x.const_data_ptr();
-  input.dtype = dtype_of(dtype);
-  input.m = m;
-  input.k = k;
-  input.per_tensor = per_tensor;
-  input.eps = static_cast<float>(eps);
-  input.codes = codes(x_at + of_x.codes);
-  input.divisor = floats(x_at + of_x.divisor);
-  input.scale = floats(x_at + of_x.scale);
-  input.workspace = at + scratch.workspace;
-  done(quantize_activation(input, device.stream), "quantize_activation");
+  if (!quantized) {
+    const Tensor x = rows_in_memory(gradients::in(x_any, dtype));
+    QuantizeActivation input = {};
+    input.x = x.const_data_ptr();
+    input.dtype = dtype_of(dtype);
+    input.m = m;
+    input.k = k;
+    input.per_tensor = per_tensor;
+    input.eps = static_cast<float>(eps);
+    input.codes = codes(x_at + of_x.codes);
+    input.divisor = floats(x_at + of_x.divisor);
+    input.scale = floats(x_at + of_x.scale);
+    input.workspace = at + scratch.workspace;
+    done(quantize_activation(input, device.stream), "quantize_activation");
+  }
 
   Linear p = {};
-  p.codes = input.codes;
-  p.divisor = input.divisor;
+  p.codes = codes(x_at + of_x.codes);
+  p.divisor = floats(x_at + of_x.divisor);
   p.t = weight.t;
   p.m = m;
   p.n = n;
   p.k = k;
   p.groups = groups;
   p.out.y = y.mutable_data_ptr();
-  p.out.dtype = input.dtype;
+  p.out.dtype = dtype_of(dtype);
   p.out.scale = weight.scale;
   p.out.scale_stride = of_w.rows == 1 ? 0 : groups;
   p.out.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  const auto sums = with_partial(device, p);
   done(linear(p, device.stream), "linear");
-  return {y, kept_x, kept_w};
+  return {y, kept_x, kept_w, here, captured};
 }
 
 // Bytes as they were allocated: hooks of saved tensors may give a part of others.
@@ -168,7 +176,8 @@ gradients::Gradients cuda_fused_gradients(const Tensor& grad, const Tensor& kept
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def(
       "cuda_fused_forward(Tensor x, Tensor w, Tensor? bias, int granularity, int reduce, int groups, bool binary,"
-      " int scale_dtype, bool per_tensor, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+      " int scale_dtype, bool per_tensor, float eps, ScalarType dtype, Tensor? known, int stream, int capture)"
+      " -> (Tensor, Tensor, Tensor, int, int)");
   m.def(
       "cuda_fused_gradients(Tensor grad, Tensor kept_x, Tensor kept_w, int k, int granularity, int groups, bool bf16,"
       " ScalarType? of_x, bool of_w, ScalarType? of_bias) -> (Tensor?, Tensor?, Tensor?)");

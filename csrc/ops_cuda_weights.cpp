@@ -83,8 +83,6 @@ Tensor cuda_pack(const Tensor& t, bool base3, Tensor bad) {
   return packed;
 }
 
-}  // namespace
-
 Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad) {
   const Device device(packed);
   const uint8_t* bytes = bytes_of(device, packed, k, base3 ? 5 : 4);
@@ -95,6 +93,7 @@ Tensor cuda_unpack(const Tensor& packed, int64_t k, bool base3, Tensor bad) {
   return t;
 }
 
+// codes * scale [N, K] in `dtype`, of int8 or 2-bit codes and a scale [1 | N, 1 | G], or 1 without one.
 Tensor cuda_dequantize(const Device& device, const Tensor& codes, int64_t k, const Tensor* scale, ScalarType dtype) {
   const bool bits = codes.scalar_type() == ScalarType::Byte;
   const int64_t n = codes.size(0), groups = scale ? scale->size(1) : 1;
@@ -110,8 +109,6 @@ Tensor cuda_dequantize(const Device& device, const Tensor& codes, int64_t k, con
        "dequantize");
   return out;
 }
-
-namespace {
 
 Tensor cuda_dequantize_bits(const Tensor& bits, int64_t k, const std::optional<Tensor>& scale, ScalarType dtype) {
   const Device device(bits);

@@ -9,6 +9,8 @@ int unpack(const uint8_t*, int64_t, int64_t, Layout, int8_t*, uint64_t*, cudaStr
 int repack(const uint8_t*, int64_t, int64_t, uint8_t*, uint64_t*, cudaStream_t) { return 0; }
 int dequantize(const void*, bool, int64_t, int64_t, int64_t, const float*, int64_t, Dtype, void*, cudaStream_t) { return 0; }
 int linear(const Linear&, cudaStream_t) { return 0; }
+int64_t partial_bytes(const Linear&) { return 0; }
+int64_t partial_bytes(const PackedLinear&) { return 0; }
 int packed_linear(const PackedLinear&, cudaStream_t) { return 0; }
 bool packed_linear_fused(const PackedLinear&) { return true; }
 }

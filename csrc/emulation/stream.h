@@ -6,6 +6,7 @@ namespace qat::cuda::binding {
 struct Stream {
   explicit Stream(int32_t) {}
   cudaStream_t get() const { return nullptr; }
+  int64_t capture() const { return 0; }
 };
 inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
 inline const char* message(int) { return "the emulation says why"; }

@@ -33,7 +33,7 @@ def test_equals_the_ops(place, config, dtype):
     bias, grad = torch.randn(n, device=device), torch.randn(2, 5, n, device=device).to(dtype)
     found = fused.ops_for(config, w)
     granularity, _, groups, *_, bf16 = found.arguments
-    y, *kept = torch.ops.qat.cuda_fused_forward.default(x, w, bias, *found.arguments[:-1], dtype)
+    y, *kept = torch.ops.qat.cuda_fused_forward.default(x, w, bias, *found.arguments[:-1], dtype, None, 0, 0)[:3]
     wanted, *parts = op("bitlinear", x.to(dtype), w, bias, [], *training_options(config))
     same(y, wanted)
     x_q, x_scale, codes, scale = parts
