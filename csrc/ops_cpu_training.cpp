@@ -149,6 +149,7 @@ class Inputs {
   const Tensor& x_codes() const { return codes_; }
   const Tensor& x_scale() const { return scale_; }
   int64_t width() const { return k_; }
+  static bool float_sums() { return false; }
 
  private:
   const Tensor &codes_, &scale_;

@@ -65,6 +65,7 @@ class __attribute__((visibility("hidden"))) Stream {
   void* stream_ = nullptr;
 };
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+inline bool float_sums() { return true; }
 inline const char* message(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace qat::cuda::binding

@@ -144,6 +144,7 @@ class Operands {
   Tensor scale() const { return part_of(w_, of_w_.scale, {of_w_.rows, of_w_.groups}, ScalarType::Float); }
   Tensor x_codes() const { return part_of(x_, of_x_.codes, {m_, k_}, ScalarType::Char); }
   Tensor x_scale() const { return part_of(x_, of_x_.scale, with_last(grad_, 1), ScalarType::Float); }
+  static bool float_sums() { return binding::float_sums(); }
 
  private:
   Tensor values(const void* codes, bool bits, int64_t rows, int64_t groups, const float* scale, int64_t stride,

@@ -4,6 +4,7 @@
 //     scale()                  those scales, float32 [1 | N, 1 | G]
 //     input(dtype)             the floats [M, K] that the codes of x are, with their scales
 //     x_codes(), x_scale()     int8 [..., K] and float32 [..., 1]
+//     float_sums()             whether torch's matmul there writes 16-bit operands' sums as float32: CUDA's does
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -43,12 +44,22 @@ Tensor of_input(const Tensor& grad, const Kept& kept, bool bf16) {
   return times(torch::stable::matmul(in(grad, kHalf), kept.weight(false, kHalf)), torch::stable::reshape(scale, {}));
 }
 
+// a^T . b of matrices; `product` of qat.ops.gradients, for float32.
+inline Tensor product(const Tensor& a, const Tensor& b, bool float_sums) {
+  const bool half = a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half;
+  if (!float_sums || !half) return torch::stable::matmul(transposed(a), b);
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(transposed(a)), from(b), from(ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // input_weight_gradient, or _bf16_weight_gradient.
 template <class Kept>
 Tensor of_weight(const Tensor& grad, const Kept& kept, bool bf16) {
-  if (!bf16) return torch::stable::matmul(transposed(rows_of(grad)), kept.input(grad.scalar_type()));
+  if (!bf16) return product(rows_of(grad), kept.input(grad.scalar_type()), kept.float_sums());
   const Tensor rows = rows_of(in(times(grad, kept.x_scale()), ScalarType::BFloat16));
-  return torch::stable::matmul(transposed(rows), rows_of(in(kept.x_codes(), ScalarType::BFloat16)));
+  return product(rows, rows_of(in(kept.x_codes(), ScalarType::BFloat16)), kept.float_sums());
 }
 
 inline Tensor of_bias(const Tensor& grad) {

@@ -22,8 +22,20 @@ from qat.quantizers import latent, packing
 from qat.quantizers.components import sum_components
 
 
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+def product(a: Tensor, b: Tensor, of: torch.dtype) -> Tensor:
+    """a @ b of matrices, for a gradient of dtype `of`.
+
+    float32 comes from 16-bit operands at once where torch has such a matmul, which is on CUDA: their sums are float32 there, and
+    rounding them to 16 bits only to widen them again loses bits and costs two more passes over the gradient of a weight.
+    """
+    if of == torch.float32 and a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=of)
+    return a @ b
+
+
+def weight_gradient(grad: Tensor, x: Tensor, of: torch.dtype) -> Tensor:
+    """For a weight of dtype `of`, which the result may not yet have."""
+    return product(grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1]), of)
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
@@ -41,9 +53,9 @@ def _values(t: Kept, w_scale: Tensor, dtype: torch.dtype, components: int) -> Te
     return sum_components(t.values(w_scale, torch.float32), components).to(dtype)
 
 
-def input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+def input_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor, of: torch.dtype) -> Tensor:
     values = torch.ops.qat.dequantize(x, x_scale, grad.dtype) if x.dtype == torch.int8 else x.to(grad.dtype)
-    return weight_gradient(grad, values)
+    return weight_gradient(grad, values, of)
 
 
 def _bf16_gradient(grad: Tensor, t: Kept, w_scale: Tensor, components: int) -> Tensor:
@@ -55,8 +67,8 @@ def _bf16_gradient(grad: Tensor, t: Kept, w_scale: Tensor, components: int) -> T
     return (grad.bfloat16() @ t.alone(torch.bfloat16)) * w_scale.reshape(())
 
 
-def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    return weight_gradient((grad * x_scale).bfloat16(), x.bfloat16())
+def _bf16_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor, of: torch.dtype) -> Tensor:
+    return weight_gradient((grad * x_scale).bfloat16(), x.bfloat16(), of)
 
 
 def _int8_gradient(grad: Tensor, t: Kept, w_scale: Tensor, components: int) -> Tensor:
@@ -68,7 +80,7 @@ def _int8_gradient(grad: Tensor, t: Kept, w_scale: Tensor, components: int) -> T
     return torch.ops.qat.quantized_matmul(grad, codes, _TINY) * w_scale.reshape(())
 
 
-def _int8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+def _int8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor, of: torch.dtype) -> Tensor:
     """The gradient (times the tokens' scales) in int8 with one scale an output row, which the sum over tokens allows."""
     rows = (grad.float() * x_scale).reshape(-1, grad.shape[-1]).t().contiguous()
     codes, scale = torch.ops.qat.quantize_activation(rows, "token", _TINY)
@@ -142,7 +154,7 @@ class BitLinear(torch.autograd.Function):
         grad_weight: Tensor | None = None
         rest: list[Tensor | None] = [None] * ctx.count
         if needs_weight or any(needs_parameters):
-            grad_latent, rest = _through(ctx, weight_gradient(grad, x, x_scale), [codes, w_scale, *kept])
+            grad_latent, rest = _through(ctx, weight_gradient(grad, x, x_scale, weight_dtype), [codes, w_scale, *kept])
             grad_weight = grad_latent.to(weight_dtype)
         grad_bias = bias_gradient(grad).to(bias_dtype) if needs_bias else None
         return None, None, grad_x, grad_weight, grad_bias, *rest

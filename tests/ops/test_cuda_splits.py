@@ -7,11 +7,14 @@ import ctypes
 import pytest
 import torch
 from emulator import TILES, Emulator, Linear, Output, expected_linear, linear, packed_linear, plan, problem
-from kernel_checks import DTYPES, EPS, same
+from kernel_checks import DTYPES, EPS, same, tokens
 from test_cuda import emulation as emulation
 from test_cuda import place as place
 
+from qat.config import QuantConfig
 from qat.ops import reference
+from qat.ops.fused import cuda as fused
+from qat.ops.options import training_options
 from qat.quantizers import activations, packing
 
 # M, N, K, splits: parts of unequal stages, less of them than asked for, rows of 16 bytes and of any length, one token and many
@@ -63,6 +66,19 @@ def test_memory_for_sums_is_asked_for_where_they_are_in_parts(gpu: Emulator) -> 
     assert size_of(gpu, 64, 1001, 8192) == plan(gpu, 132, 64, 1001, 8192)[1] * 64 * 1008 * 4
     assert plan(gpu, 132, 64, 1001, 8192)[1] == 16
     assert size_of(gpu, 64, 576, 576) == size_of(gpu, 0, 512, 8192) == size_of(gpu, 64, 1001, 8192, 4) == 0
+
+
+def test_a_training_layer_takes_parts_by_itself(place, gpu: Emulator) -> None:
+    device, op = place
+    x, w = tokens(3, 1600, torch.float32).to(device), torch.randn(40, 1600, device=device)
+    found = fused.ops_for(QuantConfig(), w)
+    gpu.dry(True)
+    gpu.launched()
+    found.forward(x, w, None, *found.arguments)
+    gpu.dry(False)
+    assert device.type == "cuda" or "add_kernel<float>" in gpu.launched()
+    y = found.forward(x, w, None, *found.arguments)
+    same(y, op("bitlinear", x, w, None, [], *training_options(QuantConfig()))[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 1600), (20, 9, 2100)], ids=str)

@@ -25,14 +25,14 @@ Gradients = tuple[Tensor | None, Tensor | None]
 
 def _as_it_comes(grad: Tensor, weight: Tensor, x: Tensor, x_scale: Tensor, needs: Sequence[bool]) -> Gradients:
     grad_x = grad @ weight.to(grad.dtype) if needs[0] else None
-    return grad_x, input_weight_gradient(grad, x, x_scale) if needs[1] else None
+    return grad_x, input_weight_gradient(grad, x, x_scale, weight.dtype) if needs[1] else None
 
 
 def _bf16(grad: Tensor, weight: Tensor, x: Tensor, x_scale: Tensor, needs: Sequence[bool]) -> Gradients:
     """The codes of x are exact in bfloat16; their scales are the gradient's rows', which is read once for both matmuls."""
     plain, scaled = _halves(grad, x_scale)
     grad_x = plain @ weight.bfloat16() if needs[0] else None
-    return grad_x, weight_gradient(scaled, x.bfloat16()) if needs[1] else None
+    return grad_x, weight_gradient(scaled, x.bfloat16(), weight.dtype) if needs[1] else None
 
 
 def _halves(grad: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
