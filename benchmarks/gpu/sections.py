@@ -19,6 +19,8 @@ TOKENS = 8192
 """Of a training layer."""
 CHAIN = ((256, 2560), 30, 100)
 """Widths, layers and inputs."""
+IN_PARTS = [(576, 1536), (512, 2048), (2048, 8192)]
+"""N, K of a 135M and a 1B model whose tiles are too few for a device at 64 to 256 tokens, not at 1,024 (csrc/cuda/plan.cu)."""
 PARTS = ("operations", "step", "compiled")
 STEPS = {"SmolLM2-135M": (16, 512), "SmolLM2-360M": (16, 512), "Llama-3.2-1B": (8, 1024)}
 """Model -> sequences and tokens of a batch."""
@@ -41,8 +43,8 @@ def sections(models: Sequence[str]) -> list[Section]:
     """All of them, at full size, the step on these models."""
     share = "share of the copy bandwidth or matmul rate that was measured here, by each row's own bytes and operations"
 
-    def linears(*tokens: int) -> Callable[[Bench], Sequence[Row]]:
-        return lambda bench: operations.linears(bench, BITNET_2B, tokens)
+    def linears(*tokens: int, shapes: Sequence[tuple[int, int]] = BITNET_2B) -> Callable[[Bench], Sequence[Row]]:
+        return lambda bench: operations.linears(bench, shapes, tokens)
 
     tables = {
         "decode": (f"decode: speed against cuBLAS bf16; {share}", linears(1, 4, 16)),
@@ -56,6 +58,9 @@ def sections(models: Sequence[str]) -> list[Section]:
         Section("quantizers", "operations", "quantizers: speed against torch.compile", 40, _quantizers),
         Section("stack", "operations", "all linears of BitNet-2B for one token", 20, _stack),
         Section("profile", "operations", "kernels of decode and of prefill", 10, _profile),
+        Section(
+            "parts", "operations", f"K in parts: {tables['prefill'][0]}", 30, linears(64, 256, 1024, shapes=IN_PARTS), late=False
+        ),
         *(_step(name, False, 45) for name in models),
         *(Section(f"{name}, compiled", "compiled", text, 60, rows, late=True) for name, (text, rows) in tables.items()),
         *(_step(name, True, 120) for name in models),

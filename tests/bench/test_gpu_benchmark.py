@@ -124,7 +124,7 @@ def test_sections_end_in_time_and_one_that_fails_hides_no_other(bench, capsys):
 
 def test_facts_come_before_what_takes_a_minute_to_compile():
     found = sections.sections(list(sections.STEPS))
-    names = ["reference", "chain", "decode", "prefill", "training", "quantizers", "stack", "profile"]
+    names = ["reference", "chain", "decode", "prefill", "training", "quantizers", "stack", "profile", "parts"]
     assert [section.name for section in found][: len(names)] == names
     parts = [sections.PARTS.index(section.part) for section in found]
     assert parts == sorted(parts) and set(parts) == {0, 1, 2}
