@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -216,3 +217,16 @@ def test_the_script_ends_in_its_time_and_names_what_it_left_out(tmp_path, second
     assert done.returncode == (1 if seconds == "6" else 0)
     assert ("operations FAILED, or was ended at its limit" in done.stdout) == (seconds == "6")
     assert "step is left out: the time is over" in done.stdout
+
+
+def functions(text: str) -> set[tuple[str, ...]]:
+    """(result, name, types of arguments) of what stands at the beginning of lines."""
+    found = re.findall(r"^(int|int64_t|bool) (\w+)\((.*?)\)", re.sub("//.*", "", text), re.MULTILINE | re.DOTALL)
+    return {(result, name, *[re.sub(r" \w+$", "", one) for one in re.split(r",\s*", rest)]) for result, name, rest in found}
+
+
+def test_the_kernels_that_do_nothing_are_all_there_are():
+    """One more would be missing only when `benchmarks.gpu.calls --gpu` loads them."""
+    declared = functions((ROOT / "csrc" / "cuda" / "kernels.h").read_text())
+    assert len(declared) >= 12 and ("int64_t", "partial_bytes", "const Linear&") in declared
+    assert functions((ROOT / "benchmarks" / "gpu" / "nothing.cpp").read_text()) == declared
