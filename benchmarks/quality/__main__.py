@@ -25,27 +25,47 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a thread each")
     parser.add_argument("--file", type=Path, default=Path("quality.svg"), help="of the picture")
     asked = parser.parse_args()
+    if asked.jobs < 1:
+        parser.error(f"--jobs {asked.jobs} is not allowed: at least 1")
     study = rows.read()
-    if asked.what == "table":
-        return print("\n".join(table.tables(study, asked.out)))
-    if asked.what == "picture":
-        from benchmarks.quality import picture
-
-        return picture.save(table.points(study, asked.out), asked.file, table.full_precision(study, asked.out))
+    if asked.what in ("table", "picture"):
+        return show(study, asked)
     places = {"shared": str(asked.shared.resolve()), "out": str(asked.out.resolve())}
     if not asked.shared.is_dir() and asked.what == "run":
         raise SystemExit(f"skipped: {asked.shared} is not there")
-    failed = 0
+    found = failed = 0
     for plan in study.plan:
-        queue = [run for runs in study.runs(plan) for run in chosen(study, asked.out, runs)]
-        queue = [run for run in queue if any(fnmatch.fnmatch(run.name, pattern) for pattern in asked.only)]
+        wanted = [runs for runs in study.runs(plan) if any(matches(run, asked.only) for run in runs)]
+        queue = [run for runs in wanted for run in chosen(study, asked.out, runs) if matches(run, asked.only)]
+        found += len(wanted)
         if asked.what == "list":
             for run in queue:
                 print("done" if done(asked.out / run.name) else "open", run.name, *run.arguments(places))
         else:
             failed += execute_all(queue, asked.out, places, asked.jobs)
+    if not found:
+        raise SystemExit(f"no run of the study is called {' or '.join(asked.only)}; `list` names them")
     if failed:
         raise SystemExit(f"{failed} runs failed")
+
+
+def matches(run: rows.Run, patterns: list[str]) -> bool:
+    """Whether its name fits one of the shell patterns."""
+    return any(fnmatch.fnmatch(run.name, pattern) for pattern in patterns)
+
+
+def show(study: rows.Study, asked: argparse.Namespace) -> None:
+    """Print the tables or draw the picture; SystemExit where no run is done or the file cannot be written."""
+    if not (lines := list(table.tables(study, asked.out))):
+        raise SystemExit(f"{asked.out} holds no run of the study that is done")
+    if asked.what == "table":
+        return print("\n".join(lines))
+    from benchmarks.quality import picture
+
+    try:
+        picture.save(table.points(study, asked.out), asked.file, table.full_precision(study, asked.out))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{asked.file}: {error}") from error
 
 
 if __name__ == "__main__":

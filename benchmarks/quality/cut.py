@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -35,8 +34,10 @@ def documents(file: Path) -> list[str]:
 
 
 def cut(model: PreTrainedModel, layers: int) -> None:
-    """Keep the first layers of a Llama-like decoder, in place."""
+    """Keep the first layers of a Llama-like decoder, in place. Raises ValueError for more than it has, or none."""
     decoder, config = model.get_decoder(), model.config
+    if not 1 <= layers <= len(decoder.layers):
+        raise ValueError(f"--layers {layers} is not allowed: the model has 1 to {len(decoder.layers)}")
     decoder.layers = decoder.layers[:layers]
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -64,26 +65,37 @@ def adapt(model: PreTrainedModel, sequences: torch.Tensor, lr: float) -> None:
 def main() -> None:
     """Cut, adapt, and save model, tokenizer, the text that it was adapted on and the one to measure on."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.cut", description=main.__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("model", help="as model.path")
+    parser.add_argument("--layers", type=int, default=6, help="how many of the first ones are kept (default: 6)")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help=".txt and .jsonl files to adapt on, in this order")
     parser.add_argument("--valid", type=Path, required=True, help="text that rows are measured on")
-    parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=400_000, help="the most of them that are trained on (default: 400,000)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate (default: 5e-4)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new model")
     asked = parser.parse_args()
-    model, tokenizer = load_model(config := ModelConfig(path=asked.model)), load_tokenizer(config)
+    try:
+        run(asked)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmarks.quality.cut: {error}") from error
+
+
+def run(asked: argparse.Namespace) -> None:
+    """All of it. Raises ValueError or OSError for a model, files or numbers that do not do, before it trains."""
+    valid = asked.valid.read_bytes()
     texts = [text for file in asked.text for text in documents(file)]
+    model, tokenizer = load_model(config := ModelConfig(path=asked.model)), load_tokenizer(config)
+    cut(model, asked.layers)
     ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
     sequences = ids[: min(asked.tokens, len(ids)) // LENGTH * LENGTH].view(-1, LENGTH)
+    if not len(sequences):
+        raise ValueError(f"--tokens {asked.tokens} of {len(ids):,} make no sequence of {LENGTH}")
     order = random.Random(0).sample(range(len(sequences)), len(sequences))
-    cut(model, asked.layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sequences.numel():,} tokens")
     adapt(model, sequences[order], asked.lr)
     model.save_pretrained(asked.out)
     tokenizer.save_pretrained(asked.out)
     (asked.out / "train.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    shutil.copyfile(asked.valid, asked.out / "valid.txt")
+    (asked.out / "valid.txt").write_bytes(valid)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ def save(points: list[Point], file: Path, full: float | None = None, most: float
     `full` is the untouched model's perplexity. Points above `most` are left out, and named below the axis.
     """
     shown = [point for point in points if point[3] <= most]
+    if not shown:
+        raise ValueError(f"no point of perplexity {most:g} or below, so nothing to draw")
     figure, axes = plt.subplots(figsize=(9, 6))
     best = front(shown)
     axes.step(

@@ -55,11 +55,19 @@ def quantized(model: PreTrainedModel, bits: int, rounding: IntxChooseQParamsAlgo
 def main() -> None:
     """Measure each number of bits under each rounding, print a table and write what the picture reads."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.untrained", description=main.__doc__)
-    parser.add_argument("model")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("model", help="as model.path")
+    parser.add_argument("text", type=Path, help="what perplexity is measured on")
+    parser.add_argument("--context", type=int, default=512, help="and stride, in tokens (default: 512)")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="the study's folder (default: runs/quality)")
     asked = parser.parse_args()
+    try:
+        run(asked)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"benchmarks.quality.untrained: {error}") from error
+
+
+def run(asked: argparse.Namespace) -> None:
+    """All of it. Raises ValueError or OSError for a model or text that cannot be read."""
     config = ModelConfig(path=asked.model)
     tokens = torch.tensor(load_tokenizer(config)(asked.text.read_text(encoding="utf-8"))["input_ids"])
     found = []

@@ -103,8 +103,13 @@ class QuantConfig:
 
     def variants(self) -> list[QuantConfig]:
         """Every plain configuration that an entry of `overrides` or a budget makes, and this one first."""
-        budget = [{"components": 2}] if self.budget_bits is not None else []
-        return [self.plain(keys) for keys in ({}, *self.overrides.values(), *budget)]
+        return [quant for _, quant in self.sources()]
+
+    def sources(self) -> list[tuple[str, QuantConfig]]:
+        """The same with what makes each, for messages: "" for this one."""
+        budget = [("quant.budget_bits: ", {"components": 2})] if self.budget_bits is not None else []
+        overrides = [(f"quant.overrides, {pattern}: ", keys) for pattern, keys in self.overrides.items()]
+        return [(what, self.plain(keys)) for what, keys in [("", {}), *overrides, *budget]]
 
     def check_norms(self) -> None:
         """ValueError where norms are told how to start and no layer can have one."""

@@ -94,11 +94,11 @@ class TrainConfig:
             raise ValueError(
                 "model.path is missing; give a hub id, a folder, a .gguf file, or a recipe that has one (recipe=NAME)"
             )
-        for quant in self.quant.variants():
+        for what, quant in self.quant.sources():
             if reason := quant.quantizer.unfit("ternary"):
-                raise ValueError(f"quant.weight={quant.weight} does not fit a run, which ends packed: {reason}")
+                raise ValueError(f"{what}quant.weight={quant.weight} does not fit a run, which ends packed: {reason}")
             if reason := quant.quantizer.unfit(LAYOUTS[self.export.layout].holds):
-                raise ValueError(f"quant.weight={quant.weight} does not fit export.layout={self.export.layout}: {reason}")
+                raise ValueError(f"{what}quant.weight={quant.weight} does not fit export.layout={self.export.layout}: {reason}")
             self._check_exports(quant)
         self._check_machine()
         self._check_targets()

@@ -198,7 +198,8 @@ def _checkpoint(folder: str) -> list[str]:
         found = newest(Path(folder) / "checkpoints")
     except ValueError as error:  # what ended the run is said besides
         return [f"checkpoint {error}\n"]
-    return [f"checkpoint of step {found.step}; to go on from there: {quote(f'resume={folder}')}\n"] if found else []
+    command = f"python -m qat.train {quote(f'resume={folder}')}"
+    return [f"checkpoint of step {found.step}; to go on from there: {command}\n"] if found else []
 
 
 def write_page(folder: Path) -> None:

@@ -82,7 +82,7 @@ def test_two_processes_and_a_killed_build(tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert list(tmp_path.glob("*/lock")) and not list(tmp_path.glob("*/done"))
-    outputs = [process.communicate(timeout=200) for process in [start(), start()]]
+    outputs = [process.communicate(timeout=600) for process in [start(), start()]]
     assert all(out.startswith("[[8.0") and "compiled" in out for out, _ in outputs)
     assert sum("compiling" in err for _, err in outputs) == 1 and len(list(tmp_path.glob("*/done"))) == 1
 

@@ -109,6 +109,11 @@ def test_other_quantizers_are_refused_before_training() -> None:
         message = f"quant.weight={weight} does not fit export.layout=sparse: of sparse codes exactly one in four neighbours is 0"
         with pytest.raises(ValueError, match=message):
             config.check()
+    mixed = QuantConfig(weight="sherry", overrides={"*.down_proj": {"weight": "ternary"}})
+    with pytest.raises(
+        ValueError, match=r"^quant.overrides, \*.down_proj: quant.weight=ternary does not fit export.layout=sparse"
+    ):
+        TrainConfig(model=ModelConfig(path="none"), quant=mixed, export=export).check()
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     qat.convert(model, QuantConfig())
     with pytest.raises(ValueError, match="quant.weight=ternary does not fit layout sparse"):

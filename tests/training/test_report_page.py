@@ -69,7 +69,7 @@ def test_the_page_of_a_run_that_failed_while_training_is_named(
     monkeypatch.setattr(module, "newest", lambda folder: Found(folder / "last.ckpt", 30))
     with pytest.raises(ValueError), recording(facts):
         raise ValueError("the loss is not finite")
-    assert capsys.readouterr().out == f"{page}checkpoint of step 30; to go on from there: resume={tmp_path}\n"
+    assert capsys.readouterr().out == f"{page}checkpoint of step 30; to go on from there: python -m qat.train resume={tmp_path}\n"
 
 
 def test_a_page_that_cannot_be_made_is_said_and_ends_nothing(

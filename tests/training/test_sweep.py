@@ -87,10 +87,12 @@ def test_jobs_that_cannot_be_compared_are_said(tmp_path: Path, capsys: pytest.Ca
     RunResult(perplexity=Perplexity("text", 8, 8, 8, stages)).save(tmp_path / "0")
     good, bad = (
         Outcome(0, "optim.lr=1", str(tmp_path / "0"), "done"),
-        Outcome(1, "optim.lr=2", "not run", "diverged", 1),
+        Outcome(1, "optim.lr=2", str(tmp_path / "1"), "diverged:\n  nan", 1),
     )
     assert told([good, bad]) == 1
-    assert capsys.readouterr().out.splitlines()[0] == "no comparison: fewer than two of 2 jobs were measured"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "no comparison: fewer than two of 2 jobs were measured" and len(said) == 3
+    assert said[2] == "job 1  optim.lr=2  not run  failed: diverged: nan"
     assert told([good]) == 0 and "no comparison" not in capsys.readouterr().out
 
 

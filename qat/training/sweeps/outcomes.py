@@ -31,7 +31,8 @@ class Outcome:
         """For people."""
         value = "" if self.trained is None else f"  trained {self.trained:.4f}"
         failed = "failed: " if self.code in (1, 2) else ""
-        return f"job {self.number}  {self.words}  {self.folder}{value}  {failed}{self.status}"
+        where = self.folder if Path(self.folder).is_dir() else "not run"
+        return f"job {self.number}  {self.words}  {where}{value}  {failed}{' '.join(self.status.split())}"
 
 
 def note(outcome: Outcome) -> None:
