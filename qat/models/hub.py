@@ -47,7 +47,7 @@ def load_model(config: ModelConfig, path: str | None = None, head: Head = LANGUA
     that is otherwise quantized, custom code without `trust_remote_code`, weights that are missing, damaged, not finite, or of
     another shape than the config asks for, and tensors for which the model has no place.
     """
-    source = resolve(path or config.path)
+    source = resolve(path or config.path, "model.teacher" if path else "model.path")
     head.refuse_source(source)
     if source.endswith(".npz"):
         model: PreTrainedModel = load_glass_model(source)

@@ -21,29 +21,29 @@ _INSTALL = {
 }
 
 
-def resolve(path: str) -> str:
-    """The file or folder that `path` means; a hub id comes back unchanged.
+def resolve(path: str, key: str = "model.path") -> str:
+    """The file or folder that `path`, the value of `key`, means; a hub id comes back unchanged.
 
     `package://NAME/FILE` is looked up inside the installed package NAME, which is not imported.
     Raises ValueError where the package or the file is missing, or a path that looks local does not exist.
     """
     if path.startswith("package://"):
-        return _in_package(path)
+        return _in_package(path, key)
     found = local(path)
     if (found / "packed").is_dir() and not (found / "config.json").exists():
         raise ValueError(f"{path} is a run, not a model; it made {found / 'packed'}, and config.yaml says of what")
     if found.exists():
         return str(found)
     if path.startswith((".", "/", "~")) or found.suffix in (".gguf", ".npz"):
-        raise ValueError(f"model.path={path!r}: there is no such file or folder")
+        raise ValueError(f"{key}={path!r}: there is no such file or folder")
     return path
 
 
-def _in_package(path: str) -> str:
+def _in_package(path: str, key: str) -> str:
     name, _, file = path.removeprefix("package://").partition("/")
     package = name.replace("-", "_")
     if not package.isidentifier() or not file:
-        raise ValueError(f"model.path={path!r} is not of the form package://NAME/FILE")
+        raise ValueError(f"{key}={path!r} is not of the form package://NAME/FILE")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         install = _INSTALL.get(package, f"pip install {name}")

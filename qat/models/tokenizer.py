@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def load_tokenizer(config: ModelConfig, path: str | None = None) -> PreTrainedTokenizerFast:
     """The fast tokenizer that belongs to the model. Raises ValueError where there is none, only a slow one, or a damaged one."""
-    source = resolve(path or config.path)
+    source = resolve(path or config.path, "model.teacher" if path else "model.path")
     tokenizer = _tokenizer_of(config, path, source)
     try:
         tokenizer.decode(tokenizer("A word, 12.")["input_ids"])  # what is damaged is found here, not in the middle of a run

