@@ -31,7 +31,7 @@ class Outcome:
         """For people."""
         value = "" if self.trained is None else f"  trained {self.trained:.4f}"
         failed = "failed: " if self.code in (1, 2) else ""
-        where = self.folder if Path(self.folder).is_dir() else "not run"
+        where = "not run" if self.code and not Path(self.folder).is_dir() else self.folder
         return f"job {self.number}  {self.words}  {where}{value}  {failed}{' '.join(self.status.split())}"
 
 
