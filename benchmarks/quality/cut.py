@@ -10,7 +10,6 @@ Layers that were made to feed others predict nothing: without the adaptation eac
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -20,17 +19,17 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from qat.config import ModelConfig
+from qat.data.sources import Source, read_documents
 from qat.models.hub import load_model
 from qat.models.tokenizer import load_tokenizer
 
 LENGTH = 512
 
 
-def documents(file: Path) -> list[str]:
-    """The texts of a .jsonl file, or the whole of another one as a single text."""
-    if file.suffix != ".jsonl":
-        return [file.read_text(encoding="utf-8")]
-    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+def joined(files: list[Path]) -> str:
+    """All documents of all files, an empty line between two."""
+    pieces = (piece for file in files for piece in read_documents(Source(str(file))))
+    return "".join(text + "\n\n" * ends for text, ends in pieces).removesuffix("\n\n")
 
 
 def cut(model: PreTrainedModel, layers: int) -> None:
@@ -82,10 +81,10 @@ def main() -> None:
 def run(asked: argparse.Namespace) -> None:
     """All of it. Raises ValueError or OSError for a model, files or numbers that do not do, before it trains."""
     valid = asked.valid.read_bytes()
-    texts = [text for file in asked.text for text in documents(file)]
+    text = joined(asked.text)
     model, tokenizer = load_model(config := ModelConfig(path=asked.model)), load_tokenizer(config)
     cut(model, asked.layers)
-    ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
+    ids = torch.tensor(tokenizer(text)["input_ids"])
     sequences = ids[: min(asked.tokens, len(ids)) // LENGTH * LENGTH].view(-1, LENGTH)
     if not len(sequences):
         raise ValueError(f"--tokens {asked.tokens} of {len(ids):,} make no sequence of {LENGTH}")
@@ -94,7 +93,7 @@ def run(asked: argparse.Namespace) -> None:
     adapt(model, sequences[order], asked.lr)
     model.save_pretrained(asked.out)
     tokenizer.save_pretrained(asked.out)
-    (asked.out / "train.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    (asked.out / "train.txt").write_text(text, encoding="utf-8")
     (asked.out / "valid.txt").write_bytes(valid)
 
 

@@ -121,7 +121,7 @@ class Quantizer:
         """Why bytes made for codes of that kind cannot hold these, or None where they can."""
         if kind in self.packs_as:
             return None
-        if set(self.levels) <= set(KINDS[kind]):
+        if kind in PATTERNS and set(self.levels) <= set(KINDS[kind]):
             return f"of {kind} codes {PATTERNS[kind]}"
         return f"its codes are {', '.join(map(str, self.levels))}, and {kind} ones are {', '.join(map(str, KINDS[kind]))}"
 

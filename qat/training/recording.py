@@ -189,17 +189,19 @@ def _say_where(facts: Facts) -> None:
     page = Path(facts.folder) / REPORT
     if facts.status.startswith("failed") and page.is_file() and (page.parent / "metrics.csv").is_file():
         print(f"report     {page}", flush=True)
-        print(*_checkpoint(facts.folder), sep="\n", end="", flush=True)
+        _say_checkpoint(facts.folder)
 
 
-def _checkpoint(folder: str) -> list[str]:
+def _say_checkpoint(folder: str) -> None:
     """A line on the newest one, if there are any."""
     try:
         found = newest(Path(folder) / "checkpoints")
     except ValueError as error:  # what ended the run is said besides
-        return [f"checkpoint {error}\n"]
-    command = f"python -m qat.train {quote(f'resume={folder}')}"
-    return [f"checkpoint of step {found.step}; to go on from there: {command}\n"] if found else []
+        print(f"checkpoint {error}", flush=True)
+        return
+    if found is not None:
+        command = f"python -m qat.train {quote(f'resume={folder}')}"
+        print(f"checkpoint of step {found.step}; to go on from there: {command}", flush=True)
 
 
 def write_page(folder: Path) -> None:

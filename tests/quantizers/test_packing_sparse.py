@@ -19,6 +19,7 @@ from qat.nn.bitlinear import BitLinear
 from qat.nn.packed import PackedBitLinear
 from qat.quantizers.layouts import LAYOUTS
 from qat.quantizers.packing import decode, encode, pack_ternary, two_bit, unpack_ternary
+from qat.quantizers.record import Quantizer
 
 
 def sparse(n: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -100,6 +101,12 @@ def test_a_model_is_stored_and_read_back_and_is_smaller(tmp_path: Path) -> None:
     same(back(input_ids=ids).logits, trained)
     layers = [layer for layer in back.modules() if isinstance(layer, PackedBitLinear)]
     assert layers and all(layer.packed.shape[1] == -(-5 * layer.in_features // 32) for layer in layers)
+
+
+def test_ternary_codes_of_which_a_quantizer_says_nothing_fit_no_layout() -> None:
+    row = Quantizer(levels=(-1, 0, 1), codes="none:none")
+    assert row.unfit("ternary") == "its codes are -1, 0, 1, and ternary ones are -1, 0, 1"
+    assert row.unfit("sparse") == "of sparse codes exactly one in four neighbours is 0"
 
 
 def test_other_quantizers_are_refused_before_training() -> None:

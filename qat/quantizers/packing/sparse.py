@@ -12,9 +12,9 @@ from torch import Tensor
 BLOCK, BITS = 4, 5
 
 
-def _places(packed: Tensor, count: int) -> Tensor:
+def _powers(count: int, device: torch.device) -> Tensor:
     """[count]: 2^i."""
-    return 2 ** torch.arange(count, dtype=torch.int32, device=packed.device)
+    return 2 ** torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _others(device: torch.device) -> Tensor:
@@ -24,12 +24,12 @@ def _others(device: torch.device) -> Tensor:
 
 def _bits(values: Tensor, count: int) -> Tensor:
     """The lowest bits of [N, m], int32 [N, count * m]."""
-    return (values.to(torch.int32)[..., None] // _places(values, count) % 2).flatten(1)
+    return (values.to(torch.int32)[..., None] // _powers(count, values.device) % 2).flatten(1)
 
 
 def _numbers(bits: Tensor, count: int) -> Tensor:
-    """The inverse of `_bits`, of whole numbers' bits."""
-    return (bits.unflatten(1, (-1, count)) * _places(bits, count)).sum(-1)
+    """The inverse of `_bits`."""
+    return (bits.unflatten(1, (-1, count)) * _powers(count, bits.device)).sum(-1)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def pack(codes: Tensor) -> Tensor:
     blocks = codes.to(torch.int32).unflatten(1, (-1, BLOCK))
     zero = (blocks == 0).to(torch.int32).argmax(-1)
     signs = (blocks.gather(-1, _others(codes.device)[zero]) > 0).to(torch.int32)
-    bits = _bits(8 * zero + (signs * _places(codes, BLOCK - 1)).sum(-1), BITS)
+    bits = _bits(8 * zero + _numbers(signs.flatten(1), BLOCK - 1), BITS)
     return _numbers(torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)), 8).to(torch.uint8)
 
 
